@@ -1,0 +1,50 @@
+"""What the user can mend is a UserError: what is wrong, where, how to mend it.
+
+Both texts are templates with `{placeholders}`; the values travel beside them, so that the same message can be shown in
+another language (the template is the key of the translation) and so that a value never ends up inside a translated text.
+"""
+
+from __future__ import annotations
+
+#: Exit codes of the command line (docs/cli.md): a failed run, wrong use or config, an unfit environment, stopped and saved.
+EXIT_FAILED, EXIT_USE, EXIT_ENVIRONMENT, EXIT_STOPPED = 1, 2, 3, 130
+
+
+class UserError(Exception):
+    """A mistake or a lack that the user can mend.
+
+    what:   literal template, e.g. "{path} holds no pictures"
+    where:  file, folder or config key (with its line or value) that the message is about; may be empty
+    mend:   literal template of what to do; may be empty only when `what` says it already
+    code:   exit code of the command line, one of the constants above
+    values: what the placeholders of both templates stand for
+    """
+
+    def __init__(self, what: str, *, where: str = "", mend: str = "", code: int = EXIT_USE, **values: object) -> None:
+        self.what_template, self.mend_template, self.where, self.code, self.values = what, mend, where, code, values
+        super().__init__(self.render(what, mend))
+
+    @property
+    def what(self) -> str:
+        return self.what_template.format(**self.values)
+
+    @property
+    def mend(self) -> str:
+        return self.mend_template.format(**self.values)
+
+    def render(self, what: str, mend: str) -> str:
+        """The whole message from two templates (the originals or their translations)."""
+        text = what.format(**self.values)
+        if self.where:
+            text = f"{self.where}: {text}"
+        return f"{text}\n  -> {mend.format(**self.values)}" if mend else text
+
+
+class UserErrors(UserError):
+    """Several mistakes found in one look, told together so that they are mended together."""
+
+    def __init__(self, errors: list[UserError], code: int = EXIT_USE) -> None:
+        assert errors, "an empty list of errors is not an error"
+        self.errors = errors
+        text = "\n".join(str(error) for error in errors)
+        super().__init__("{text}", code=max([code, *(error.code for error in errors)]), text=text)

@@ -1,0 +1,43 @@
+"""Which families there are: one line each. Facts are read without torch; a model's code is imported when it is used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from whitetuner.errors import UserError
+from whitetuner.family import Family, FamilySpec, KeyMap, ModelPaths, Options
+
+FAMILIES: dict[str, str] = {
+    "flux2-klein": "whitetuner.families.flux2_klein",
+}
+
+
+def spec(name: str) -> FamilySpec:
+    """Facts of a family. Raises UserError with the known names."""
+    if name not in FAMILIES:
+        raise UserError(
+            "there is no model family '{name}'",
+            where="model.family",
+            mend="use one of: {known}",
+            name=name,
+            known=", ".join(FAMILIES),
+        )
+    return import_module(f"{FAMILIES[name]}.spec").SPEC
+
+
+def load(name: str, options: Options, paths: ModelPaths) -> Family:
+    """The family's model class with options and paths; nothing is read from disk yet. Imports torch."""
+    spec(name)
+    return import_module(f"{FAMILIES[name]}.model").Model(options, paths)
+
+
+def keys(name: str) -> KeyMap:
+    """The family's key map alone."""
+    spec(name)
+    return import_module(f"{FAMILIES[name]}.keys").KEYS
+
+
+def make_tiny(name: str, folder: str, variant: str | None = None, seed: int = 0) -> None:
+    """Writes a random tiny model of the family as a diffusers folder. Imports torch."""
+    spec(name)
+    import_module(f"{FAMILIES[name]}.tiny").make(folder, variant, seed)

@@ -1,0 +1,238 @@
+"""The contract of a model family: everything the trainer wants to know of a model, and nothing about memory or method.
+
+A family is a folder under families/: `spec.py` (facts, no torch: a FamilySpec named SPEC), `model.py` (a class named Model:
+the verbs of the Family protocol), `keys.py` (a KeyMap named KEYS). One line in families/registry.py makes it known.
+
+Conventions that hold for every family, whatever its own are (they hide inside `predict`, `generate` and the encoders):
+    x_t = (1 - sigma) x0 + sigma noise,   velocity = noise - x0,   sigma in [0, 1], 1 = pure noise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+from whitetuner.errors import UserError
+from whitetuner.records import Batch, EncodeInput, Size
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+Layout = Literal["stack", "ragged"]
+Naming = Literal["comfyui", "diffusers", "lycoris"]
+Reads = Literal["caption", "target", "conditions"]
+
+
+class Options(BaseModel):
+    """Base of a family's own settings ([model.options])."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A default that a family proposes for a config key, and where it comes from."""
+
+    value: Any
+    source: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """One denoiser of a family (WAN 2.2 has two; most have one).
+
+    name:        component folder and key of `Family.load`'s result
+    block_lists: attributes holding the blocks, in the order they run
+    sigma_range: [low, high) of the sigmas it is trained and used at
+    """
+
+    name: str
+    block_lists: tuple[str, ...]
+    sigma_range: tuple[float, float] = (0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class FamilySpec:
+    """The facts of a family; read without torch by the command line, the page and the plan.
+
+    tasks:      of "t2i", "edit", "i2v", "t2v"
+    variants:   name -> one line of what it is; the first is the default
+    stride_px:  width and height of a training picture are multiples of this
+    frames:     0: pictures only; n: videos of n k + 1 frames
+    components: folders of the diffusers layout a model must have -> where to get them when missing
+    keep_precise: fnmatch patterns of parameter names that are never quantised
+    adapter_targets: fnmatch patterns of module paths that adapters attach to by default
+    settings:   config key ("optimizer.lr") -> proposed default with its source
+    """
+
+    name: str
+    title: str
+    title_zh: str
+    tasks: tuple[str, ...]
+    variants: Mapping[str, str]
+    options: type[Options]
+    parts: Callable[[Options], tuple[Part, ...]]
+    stride_px: int
+    components: Mapping[str, str]
+    keep_precise: tuple[str, ...]
+    adapter_targets: tuple[str, ...]
+    settings: Mapping[str, Setting]
+    default_size: Size
+    frames: int = 0
+    min_size_px: int = 64
+    tokens: Callable[[Size], int] = lambda size: size.width * size.height // 256
+    auto_shift: Callable[[Size], float] | None = None
+    sample_steps: int = 28
+    sample_cfg: float = 4.0
+    licence: Mapping[str, str] = field(default_factory=dict)
+    sources: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelPaths:
+    """Where the parts of a model lie: one diffusers folder, single parts beside it winning over it."""
+
+    folder: Path | None
+    single: Mapping[str, Path] = field(default_factory=dict)
+
+    def component(self, name: str) -> Path:
+        """Folder (or file) of a component. Raises UserError, naming what is there, when it is missing."""
+        if name in self.single:
+            return self.single[name]
+        if self.folder is None:
+            raise UserError(
+                "no path is given for the part '{part}'",
+                where="[model]",
+                mend='set model.path to the model folder, or model.{part} = "..."',
+                part=name,
+            )
+        path = self.folder / name
+        if not path.exists():
+            have = ", ".join(sorted(p.name for p in self.folder.iterdir() if p.is_dir())) or "no folders"
+            raise UserError(
+                "the model folder has no part '{part}' (it has: {have})",
+                where=str(self.folder),
+                mend="download the whole model folder again, or point model.{part} at this part",
+                part=name,
+                have=have,
+            )
+        return path
+
+
+class BuildFn(Protocol):
+    """Makes a module from a component folder: meta device, filled from safetensors, quantised and placed on the way.
+
+    The recipe hands it in, so that a family knows nothing about memory. Result: eval mode, requires_grad False.
+    """
+
+    def __call__(self, cls: type, folder: Path, *, keep_precise: Sequence[str] = ()) -> Any: ...
+
+
+class Encoder(Protocol):
+    """Turns part of an item into tensors that training needs; run once, cached, then freed.
+
+    fields: name -> layout, of everything `encode` returns. "stack": equal shapes within a shape key; "ragged": not so
+    reads:  what of the item the result depends on (the cache key holds only that)
+    """
+
+    name: str
+    fields: Mapping[str, Layout]
+    reads: frozenset[Reads]
+
+    def fingerprint(self) -> str:
+        """Changes when the encoder would say something else: its files, options and code version. No weights loaded."""
+        ...
+
+    def load(self, build: BuildFn) -> None: ...
+
+    def encode(self, given: EncodeInput) -> dict[str, torch.Tensor]:
+        """One item at a time, no batch dimension, deterministic (`mode()` of a VAE), on the CPU."""
+        ...
+
+    def free(self) -> None: ...
+
+
+class KeyMap(Protocol):
+    """Module paths of diffusers <-> names in files of other programs (ComfyUI / original layout / LyCORIS)."""
+
+    def adapter_prefix(self, module_path: str, naming: Naming) -> str:
+        """What stands before ".lokr_w1" or ".lora_A.weight" in an adapter file."""
+        ...
+
+    def module_path(self, prefix: str) -> str | None:
+        """Inverse over all namings; None for a name that is not of this family."""
+        ...
+
+    def to_original(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]: ...
+
+    def from_original(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]: ...
+
+
+class Family(Protocol):
+    """A family's model with its options and paths: encoders, denoisers, decoder, prediction, generation."""
+
+    spec: FamilySpec
+    options: Options
+    paths: ModelPaths
+    keys: KeyMap
+
+    def encoders(self, task: str) -> list[Encoder]: ...
+
+    def load(self, build: BuildFn) -> dict[str, torch.nn.Module]:
+        """{part name: denoiser}."""
+        ...
+
+    def load_decoder(self, build: BuildFn) -> torch.nn.Module: ...
+
+    def predict(
+        self,
+        modules: Mapping[str, torch.nn.Module],
+        part: str,
+        batch: Batch,
+        x_t: torch.Tensor,
+        sigma: torch.Tensor,
+    ) -> torch.Tensor:
+        """Velocity like x_t, float32. x_t: (B, C, [T,] H, W) float32; sigma: (B,) float32 in [0, 1], 1 = noise."""
+        ...
+
+    def generate(
+        self,
+        modules: Mapping[str, torch.nn.Module],
+        decoder: torch.nn.Module,
+        prompt: Mapping[str, torch.Tensor],
+        negative: Mapping[str, torch.Tensor] | None,
+        *,
+        size: Size,
+        steps: int,
+        cfg: float,
+        seed: int,
+        on_step: Callable[[int], bool] | None = None,
+    ) -> list[Image.Image]:
+        """Frames drawn by the diffusers pipeline around our modules. prompt, negative: the encoders' fields for the text.
+
+        on_step(i) is called after each denoising step; returning False ends the drawing early with what is there.
+        """
+        ...
+
+
+def fingerprint_files(paths: Sequence[Path], *, extra: str = "") -> str:
+    """Hex digest that changes when one of the files does: name, size, mtime, first, last and a few middle bytes.
+
+    Hashing 10 GB takes minutes; header, size, mtime and samples tell every change that really happens.
+    """
+    digest = hashlib.blake2b(extra.encode("utf-8"), digest_size=16)
+    for path in sorted(paths):
+        stat = path.stat()
+        digest.update(f"{path.name}|{stat.st_size}|{stat.st_mtime_ns}".encode("utf-8", "surrogateescape"))
+        with path.open("rb") as file:
+            digest.update(file.read(65536))
+            for part in range(1, 9):
+                file.seek(max(0, stat.st_size * part // 8 - 4096))
+                digest.update(file.read(4096))
+    return digest.hexdigest()

@@ -1,0 +1,98 @@
+"""What flows through a run: Item (what the disk says), Sample (what the encoders said), Batch (samples of one shape).
+
+No torch at import: data sets are scanned and shown without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+
+class Size(NamedTuple):
+    """Pixels and frames; a still picture has one frame."""
+
+    width: int
+    height: int
+    frames: int = 1
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to learn from, as found on disk and cut to its bucket.
+
+    id:         content hash of the target (hex) + "-" + ordinal among files of equal content, counted in scan order.
+                Noise, timestep and dropout are functions of it, so renaming a file changes nothing.
+    caption:    the final text (trigger word and default caption applied)
+    source:     size on disk after EXIF rotation
+    size:       size it is trained at: scaled to cover, then centre-cropped
+    condition_sizes: sizes the conditions are encoded at, one each
+    """
+
+    id: str
+    target: Path
+    digest: str
+    caption: str
+    source: Size
+    size: Size
+    conditions: tuple[Path, ...] = ()
+    condition_digests: tuple[str, ...] = ()
+    condition_sizes: tuple[Size, ...] = ()
+    set_index: int = 0
+
+
+@dataclass(frozen=True)
+class EncodeInput:
+    """What an encoder may read: decoded RGB frames (PIL), already cut to `Item.size` and `Item.condition_sizes`.
+
+    target: frames of the target (one for a picture; empty for a prompt that has none, as a preview's)
+    conditions: one picture each, own aspect kept
+    originals: the conditions as on disk (rotated, RGB, uncut), for encoders that look at them at a size of their own
+    """
+
+    caption: str
+    target: tuple[Image.Image, ...] = ()
+    conditions: tuple[Image.Image, ...] = ()
+    originals: tuple[Image.Image, ...] = ()
+    size: Size | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The encoders' words about one item: field name -> tensor without a batch dimension.
+
+    `latent` is the clean target x0, (C, H, W) or (C, T, H, W), dense and normalised as the model sees it.
+    """
+
+    item: Item
+    visit: int
+    fields: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one shape key. Stacked fields are (B, ...) tensors, ragged ones lists of B tensors."""
+
+    items: tuple[Item, ...]
+    visits: tuple[int, ...]
+    fields: Mapping[str, torch.Tensor | list[torch.Tensor]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, name: str) -> torch.Tensor | list[torch.Tensor]:
+        return self.fields[name]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device; dtypes stay as encoded."""
+        moved = {
+            name: [one.to(device) for one in value] if isinstance(value, list) else value.to(device)
+            for name, value in self.fields.items()
+        }
+        return Batch(self.items, self.visits, moved)
