@@ -1,0 +1,227 @@
+"""Checkpoints: written beside, hashed, then renamed; rotated; never loaded when torn.
+
+Layout of one (docs/run-folder.md):
+    checkpoint-500/{lokr/lokr.safetensors, accelerate_state/..., training_state.json}
+training_state.json holds the step, the run's id and the sha256 of every other file. It is part of the folder that is renamed
+into place, so a checkpoint that can be seen under its final name was written whole; the hashes tell later damage.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from whitetuner.errors import EXIT_FAILED, UserError
+
+STATE_FILE = "training_state.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was saved: tensors and JSON documents by their path inside the folder, and the state document."""
+
+    path: Path
+    step: int
+    state: Mapping[str, Any]
+    tensors: Mapping[str, Mapping[str, torch.Tensor]]
+    documents: Mapping[str, Any]
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that cannot be trusted; the message says why."""
+
+
+class Store:
+    """The checkpoints of one run.
+
+    folder: OUTPUT/NAME/checkpoints; run_id: only checkpoints of this run are counted and rotated; keep: how many stay (0: all)
+    """
+
+    def __init__(self, folder: Path, run_id: str, keep: int) -> None:
+        self.folder, self.run_id, self.keep = folder, run_id, keep
+
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Mapping[str, torch.Tensor]],
+        documents: Mapping[str, Any],
+        state: Mapping[str, Any],
+        metadata: Mapping[str, str] | None = None,
+    ) -> Path:
+        """Writes checkpoint-STEP atomically, then removes the oldest beyond `keep`.
+
+        Raises UserError (exit code 1) when the disk is full or not writable; what was saved before stays as it was.
+        """
+        final, temporary = self.folder / f"checkpoint-{step}", self.folder / f".checkpoint-{step}.writing"
+        needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()) + 65536
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+            free = shutil.disk_usage(self.folder).free
+            if free < needed:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            for name, group in tensors.items():
+                target = temporary / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                kept = {key: tensor.detach().to("cpu").contiguous() for key, tensor in group.items()}
+                save_file(kept, target, metadata={"format": "pt", **(metadata or {})})
+            for name, document in documents.items():
+                target = temporary / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_text(json.dumps(document, indent=1, sort_keys=True), encoding="utf-8")
+            files = {
+                path.relative_to(temporary).as_posix(): {"sha256": _sha256(path), "bytes": path.stat().st_size}
+                for path in sorted(temporary.rglob("*"))
+                if path.is_file()
+            }
+            whole = {**state, "format": FORMAT, "step": step, "run_id": self.run_id, "files": files}
+            (temporary / STATE_FILE).write_text(json.dumps(whole, indent=1, sort_keys=True), encoding="utf-8")
+            for path in temporary.rglob("*"):
+                _sync(path)
+            _sync(temporary)
+            replaced = self.folder / f".checkpoint-{step}.replaced"
+            if final.exists():  # a damaged one of the same step, or a restart on another branch of time
+                final.rename(replaced)
+            temporary.rename(final)
+            _sync(self.folder)
+            shutil.rmtree(replaced, ignore_errors=True)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if _is_disk_full(error):
+                raise UserError(
+                    "the disk is full: the checkpoint of step {step} needs {needed} MB; earlier checkpoints are intact",
+                    where=str(self.folder),
+                    mend="free some space, then go on with --resume latest (or lower save.keep)",
+                    code=EXIT_FAILED,
+                    step=step,
+                    needed=max(1, needed >> 20),
+                ) from error
+            raise UserError(
+                "the checkpoint of step {step} could not be written ({reason}); earlier checkpoints are intact",
+                where=str(self.folder),
+                mend="make the folder writable, then go on with --resume latest",
+                code=EXIT_FAILED,
+                step=step,
+                reason=error,
+            ) from error
+        self._rotate(final)
+        return final
+
+    def list(self) -> list[Path]:
+        """Checkpoint folders, oldest step first, whole or not."""
+        found = []
+        if self.folder.is_dir():
+            for path in self.folder.iterdir():
+                match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+                if match and path.is_dir():
+                    found.append((int(match[1]), path))
+        return [path for _, path in sorted(found)]
+
+    def latest(self, warn: Callable[[UserError], None]) -> Checkpoint | None:
+        """The newest whole checkpoint of this run; damaged ones are told to `warn` and passed over. None if there is none."""
+        for path in reversed(self.list()):
+            try:
+                return read(path, self.run_id)
+            except DamagedCheckpoint as error:
+                warn(error)
+        return None
+
+    def _rotate(self, newest: Path) -> None:
+        if self.keep <= 0:
+            return
+        own = [path for path in self.list() if path != newest and _run_id(path) == self.run_id]
+        for path in own[: max(0, len(own) - (self.keep - 1))]:
+            gone = path.with_name(f".{path.name}.removing")
+            path.rename(gone)  # first out of sight: a kill in the middle of rmtree must not leave half a checkpoint
+            shutil.rmtree(gone, ignore_errors=True)
+
+    def _sweep(self) -> None:
+        """Removes what an interrupted save or rotation left."""
+        for path in self.folder.glob(".checkpoint-*"):
+            if path.suffix in (".writing", ".replaced", ".removing"):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def read(path: Path, run_id: str | None = None) -> Checkpoint:
+    """A checkpoint after every hash was checked. Raises DamagedCheckpoint with the reason."""
+
+    def damaged(what: str, **values: object) -> DamagedCheckpoint:
+        return DamagedCheckpoint(
+            what, where=str(path), mend="the last whole checkpoint can be used instead", code=EXIT_FAILED, **values
+        )
+
+    state_file = path / STATE_FILE
+    if not state_file.is_file():
+        raise damaged("this is no whole checkpoint: training_state.json is missing")
+    try:
+        state = json.loads(state_file.read_text(encoding="utf-8"))
+        files, step = dict(state["files"]), int(state["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise damaged("training_state.json is damaged ({reason})", reason=error) from error
+    if run_id is not None and state.get("run_id") != run_id:
+        raise damaged("this checkpoint belongs to another run ({other})", other=state.get("run_id"))
+    tensors: dict[str, dict[str, torch.Tensor]] = {}
+    documents: dict[str, Any] = {}
+    for name, facts in files.items():
+        file = path / name
+        if not file.resolve().is_relative_to(path.resolve()):
+            raise damaged("it names a file outside of itself ({name})", name=name)
+        if not file.is_file():
+            raise damaged("{name} is missing", name=name)
+        if file.stat().st_size != facts["bytes"]:
+            raise damaged("{name} is torn: {have} of {want} bytes", name=name, have=file.stat().st_size, want=facts["bytes"])
+        if _sha256(file) != facts["sha256"]:
+            raise damaged("{name} was changed after it was saved (its hash differs)", name=name)
+        if file.suffix == ".safetensors":
+            tensors[name] = load_file(file)
+        elif file.suffix == ".json":
+            documents[name] = json.loads(file.read_text(encoding="utf-8"))
+    return Checkpoint(path, step, state, tensors, documents)
+
+
+def _run_id(path: Path) -> str | None:
+    try:
+        return json.loads((path / STATE_FILE).read_text(encoding="utf-8")).get("run_id")
+    except (OSError, ValueError, AttributeError):
+        return None  # not one of ours to count or remove
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Bytes (or, on POSIX, directory entries) onto the disk: a power cut after the rename must find them."""
+    if path.is_dir():
+        if os.name == "nt":
+            return
+        handle = os.open(path, os.O_RDONLY)
+    else:
+        handle = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _is_disk_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+    return "No space left" in str(error) or "os error 28" in str(error)  # safetensors reports the errno as text

@@ -1,0 +1,59 @@
+"""When a number stops being finite: nothing is applied, and the first module that made it is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from whitetuner.errors import EXIT_FAILED, UserError
+
+
+class NotFinite(UserError):
+    """The loss or a gradient is NaN or infinite; the weights are still those of the last good step."""
+
+
+def first_bad_module(modules: Iterable[tuple[str, torch.nn.Module]], forward: Callable[[], object]) -> str | None:
+    """Runs `forward` again and returns the path of the first module, in running order, whose output is not finite.
+
+    A module that got bad input is not blamed: the one that made it is reported. None when all outputs are finite.
+    """
+    found: list[str] = []
+
+    def tensors(value: object) -> Iterable[torch.Tensor]:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            for one in value:
+                yield from tensors(one)
+
+    def watch(path: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, inputs: object, output: object) -> None:
+            if not found and any(t.is_floating_point() and not torch.isfinite(t).all() for t in tensors(output)):
+                found.append(path)
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(path)) for path, module in modules if path and not list(module.children())]
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
+def not_finite(step: int, what: str, culprit: str, items: str) -> NotFinite:
+    return NotFinite(
+        "the {quantity} of step {step} is not a finite number; first bad: {culprit}; pictures: {items}. "
+        "The state of step {last} was saved",
+        where="training",
+        mend="look at these pictures, lower optimizer.lr, or set memory.dtype = 'fp32'; then --resume latest",
+        code=EXIT_FAILED,
+        quantity=what,
+        step=step,
+        culprit=culprit,
+        items=items,
+        last=step - 1,
+    )

@@ -1,0 +1,92 @@
+"""What learns: one denoiser with its adapter, optimizer and average. WAN 2.2 has two, most families one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from whitetuner.adapters.attach import Adapter
+from whitetuner.errors import EXIT_FAILED, UserError
+from whitetuner.family import Part
+from whitetuner.train.ema import Ema
+from whitetuner.train.optim import optimizer_tensors, restore_optimizer
+
+STATE = "accelerate_state"
+
+
+class Learner:
+    """A frozen denoiser, the adapter on it, its optimizer and (optionally) the running average of the adapter.
+
+    kind: "lokr" or "lora", also the name of the checkpoint's folder and file
+    """
+
+    def __init__(
+        self,
+        part: Part,
+        module: torch.nn.Module,
+        adapter: Adapter,
+        kind: str,
+        optimizer: torch.optim.Optimizer,
+        ema: Ema | None,
+    ) -> None:
+        self.part, self.module, self.adapter, self.kind = part, module, adapter, kind
+        self.optimizer, self.ema = optimizer, ema
+        self.parameters = list(adapter.parameters())
+        self._start = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
+
+    @torch.no_grad()
+    def weight_change(self) -> float:
+        """Root mean square distance of the trained numbers from where the run began (step 0, also after a resume)."""
+        total = sum(float((p.detach().cpu() - s).square().sum()) for p, s in zip(self.parameters, self._start))
+        return (total / sum(s.numel() for s in self._start)) ** 0.5
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the adapter holds its running average (if there is one): what previews, validation and files show."""
+        if self.ema is None:
+            yield
+            return
+        with self.ema.swapped_in():
+            yield
+
+    def adapter_tensors(self) -> dict[str, torch.Tensor]:
+        """The adapter in diffusers names, float32, on the CPU; a copy."""
+        return {name: tensor.detach().float().to("cpu", copy=True) for name, tensor in self.adapter.state_dict().items()}
+
+    def save(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+        """(tensors by file, documents by file) of a checkpoint."""
+        tensors, scalars = optimizer_tensors(self.optimizer)
+        files: dict[str, dict[str, torch.Tensor]] = {f"{self.kind}/{self.kind}.safetensors": self.adapter_tensors()}
+        if tensors:
+            files[f"{STATE}/optimizer.safetensors"] = tensors
+        documents = {f"{STATE}/optimizer.json": scalars}
+        if self.ema is not None:
+            files[f"{STATE}/ema.safetensors"] = self.ema.state_tensors()
+            documents[f"{STATE}/ema.json"] = {"updates": self.ema.updates}
+        return files, documents
+
+    def load(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], documents: Mapping[str, Any]) -> None:
+        """Back to a checkpoint, to the bit. Raises UserError when it does not fit this run's settings."""
+        name = f"{self.kind}/{self.kind}.safetensors"
+        if name not in tensors:
+            raise UserError(
+                "the checkpoint holds no {name}",
+                where="--resume",
+                mend="resume with the method.kind the run began with",
+                code=EXIT_FAILED,
+                name=name,
+            )
+        self.adapter.load_state_dict(tensors[name])
+        restore_optimizer(self.optimizer, tensors.get(f"{STATE}/optimizer.safetensors", {}), documents[f"{STATE}/optimizer.json"])
+        if self.ema is not None:
+            ema = tensors.get(f"{STATE}/ema.safetensors")
+            if ema is None:
+                raise UserError(
+                    "the checkpoint holds no running average, but optimizer.ema is set now",
+                    where="optimizer.ema",
+                    mend="set optimizer.ema = 0 as when the run began, or start a new run",
+                )
+            self.ema.load_state_tensors(ema, int(documents[f"{STATE}/ema.json"]["updates"]))

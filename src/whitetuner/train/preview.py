@@ -1,0 +1,73 @@
+"""Pictures drawn during training, always with the same seeds, so that two of them differ only by what was learned."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from whitetuner.family import Family
+from whitetuner.records import Size
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One preview: encoded prompt and negative (None: no guidance) and how to draw it."""
+
+    text: str
+    prompt: Mapping[str, torch.Tensor]
+    negative: Mapping[str, torch.Tensor] | None
+    size: Size
+    seed: int
+    steps: int
+    cfg: float
+
+
+@dataclass(frozen=True)
+class Drawn:
+    files: list[Path]
+    seconds: float
+    skipped: int
+
+
+def draw_previews(
+    family: Family,
+    modules: Mapping[str, torch.nn.Module],
+    decoder: torch.nn.Module,
+    scenes: Sequence[Scene],
+    folder: Path,
+    step: int,
+    max_seconds: float,
+) -> Drawn:
+    """Writes folder/step-000250/00.png ...; scenes that do not fit into max_seconds are left out and counted.
+
+    A scene that has begun is finished: half-denoised pictures would look like a training fault.
+    """
+    began = time.perf_counter()
+    target = folder / f"step-{step:06d}"
+    target.mkdir(parents=True, exist_ok=True)
+    files: list[Path] = []
+    longest = 0.0
+    for index, scene in enumerate(scenes):
+        spent = time.perf_counter() - began
+        if index and spent + longest > max_seconds:
+            return Drawn(files, spent, len(scenes) - index)
+        with torch.no_grad():
+            frames = family.generate(
+                modules,
+                decoder,
+                scene.prompt,
+                scene.negative,
+                size=scene.size,
+                steps=scene.steps,
+                cfg=scene.cfg,
+                seed=scene.seed,
+            )
+        longest = max(longest, time.perf_counter() - began - spent)
+        path = target / f"{index:02d}.png"
+        frames[0].save(path)
+        files.append(path)
+    return Drawn(files, time.perf_counter() - began, 0)
