@@ -68,6 +68,7 @@ class FamilySpec:
     components: folders of the diffusers layout a model must have -> where to get them when missing
     keep_precise: fnmatch patterns of parameter names that are never quantised
     adapter_targets: fnmatch patterns of module paths that adapters attach to by default
+    transformer_class: `_class_name` in the denoiser's config.json, by which a model folder is recognised
     settings:   config key ("optimizer.lr") -> proposed default with its source
     """
 
@@ -84,6 +85,7 @@ class FamilySpec:
     adapter_targets: tuple[str, ...]
     settings: Mapping[str, Setting]
     default_size: Size
+    transformer_class: str = ""
     frames: int = 0
     min_size_px: int = 64
     tokens: Callable[[Size], int] = lambda size: size.width * size.height // 256

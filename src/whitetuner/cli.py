@@ -1,0 +1,283 @@
+"""The command line. Torch is imported by the words that need it, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from whitetuner.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USE, UserError
+from whitetuner.version import __version__
+
+Word = Callable[[argparse.Namespace], int]
+
+#: Words of the contract whose feature is not there yet: they say so and exit with 2.
+NOT_LANDED = {
+    "gui": "the page",
+    "plan": "the memory plan",
+    "merge": "merging an adapter into a model",
+    "caption": "writing captions",
+    "jobs": "the list of runs",
+    "fork": "forking a run",
+    "doctor": "the check of this machine",
+}
+
+GROUPS = {
+    "Try": ("demo", "selftest", "tiny", "testdata"),
+    "Train": ("init", "check", "plan", "cache", "train", "stop", "fork", "gui"),
+    "Look": ("sample", "watch", "jobs", "families", "doctor"),
+    "Files": ("export", "merge", "inspect", "caption"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one word; returns the exit code: 0 ok, 1 the run failed, 2 wrong use, 3 environment, 130 stopped and saved."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a Windows console in a legacy code page must not fail on a caption
+            stream.reconfigure(errors="replace")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    parser = make_parser()
+    given = parser.parse_args(arguments)
+    if given.word is None:
+        parser.print_help()
+        return EXIT_USE
+    try:
+        return given.run(given)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return EXIT_STOPPED
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`); say nothing more, also not at interpreter exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+
+
+class _Parser(argparse.ArgumentParser):
+    def format_help(self) -> str:
+        """The top help lists the words in four groups; each word's own help is argparse's."""
+        words = getattr(self, "word_help", None)
+        if words is None:
+            return super().format_help()
+        lines = ["usage: whitetuner WORD ...      (whitetuner WORD --help tells more)", ""]
+        for group, names in GROUPS.items():
+            lines.append(f"{group}:")
+            lines += [f"  {name:<10} {words[name]}" for name in names if name in words]
+            lines.append("")
+        return "\n".join([*lines, f"White Tuner {__version__}", ""])
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All words with their arguments; also read by the tests that hold the docs against it."""
+    parser = _Parser(prog="whitetuner", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"White Tuner {__version__}")
+    parser.word_help = {}  # type: ignore[attr-defined]
+    words = parser.add_subparsers(dest="word", parser_class=argparse.ArgumentParser, metavar="WORD")
+
+    def add(name: str, run: Word, text: str) -> argparse.ArgumentParser:
+        parser.word_help[name] = text  # type: ignore[attr-defined]
+        one = words.add_parser(name, help=text, description=text, allow_abbrev=False)
+        one.set_defaults(run=run)
+        return one
+
+    demo = add("demo", _demo, "teach the embedded model a new word and prove it (3 minutes, no GPU)")
+    demo.add_argument("family", nargs="?", metavar="FAMILY[:VARIANT]", help="a random tiny model of that family instead")
+    demo.add_argument("--task", help="t2i, edit, ... (default: the family's first)")
+    demo.add_argument("--method", default="lokr", choices=("lokr", "lora", "full"))
+    demo.add_argument("--out", type=Path, default=Path("output/demo"), help="folder of the results (default: %(default)s)")
+
+    selftest = add("selftest", _selftest, "prove the equalities on this machine (3 minutes)")
+    selftest.add_argument("family", nargs="?", help="only this family")
+    selftest.add_argument("--json", action="store_true", help="print the table as JSON")
+
+    tiny = add("tiny", _tiny, "write a random tiny model of a family as a diffusers folder")
+    tiny.add_argument("family")
+    tiny.add_argument("dir", type=Path)
+    tiny.add_argument("--variant")
+    tiny.add_argument("--seed", type=int, default=0)
+
+    testdata = add("testdata", _testdata, "write a small data set to try things with")
+    testdata.add_argument("kind", choices=("t2i", "edit", "video"))
+    testdata.add_argument("dir", type=Path)
+    testdata.add_argument("--count", type=int, default=8)
+    testdata.add_argument("--seed", type=int, default=0)
+
+    init = add("init", _init, "write a commented config from a preset")
+    init.add_argument("preset", nargs="?", help="preset name (none: list them)")
+    init.add_argument("--tiny", type=Path, metavar="DIR", help="a config that trains the tiny or embedded model on this folder")
+    init.add_argument("-o", "--out", type=Path, help="file to write (none: to the screen)")
+
+    check = add("check", _check, "look a config or a picture folder over: every problem at once")
+    check.add_argument("what", type=Path, metavar="CONFIG|DATA_DIR")
+    check.add_argument("--json", action="store_true", help="print the findings as JSON")
+    check.add_argument("--deep", action="store_true", help="decode every picture")
+    check.add_argument("--no-model", action="store_true", help="do not look at the model folder")
+    check.add_argument("--convert-captions", action="store_true", help="rewrite captions that are not UTF-8 (keeps NAME.txt.bak)")
+    _settings(check)
+
+    train = add("train", _train, "train")
+    train.add_argument("config", type=Path)
+    train.add_argument("--resume", metavar="latest|DIR", help="go on from the newest checkpoint, or from this one")
+    train.add_argument("--gpus", help="which devices, e.g. 0 or cpu (several: not yet)")
+    _settings(train)
+
+    cache = add("cache", _cache, "encode pictures and captions only")
+    cache.add_argument("config", type=Path)
+    _settings(cache)
+
+    stop = add("stop", _stop, "ask a run to save and stop")
+    stop.add_argument("run_folder", type=Path, metavar="RUN")
+    stop.add_argument("--now", action="store_true", help="leave without saving")
+
+    watch = add("watch", _watch, "follow a run")
+    watch.add_argument("run_folder", type=Path, metavar="RUN")
+    watch.add_argument("--once", action="store_true", help="print where it is and return")
+
+    sample = add("sample", _sample, "draw with a model, a model and an adapter file, or a run")
+    sample.add_argument("model", metavar="RUN_OR_MODEL", help="run folder, model folder or builtin:nano")
+    sample.add_argument("--adapter", type=Path)
+    sample.add_argument("--strength", type=float, default=1.0)
+    sample.add_argument("--prompt", default="")
+    sample.add_argument("--negative", default="")
+    sample.add_argument("--image", type=Path, action="append", default=[], help="reference picture (edit tasks; may be repeated)")
+    sample.add_argument("--out", type=Path, default=Path("sample.png"))
+    sample.add_argument("--family", help="needed only when the model folder does not tell")
+    sample.add_argument("--size", help="WIDTHxHEIGHT")
+    sample.add_argument("--steps", type=int)
+    sample.add_argument("--cfg", type=float)
+    sample.add_argument("--seed", type=int, default=0)
+
+    families = add("families", _families, "list the model families")
+    families.add_argument("--json", action="store_true")
+
+    export = add("export", _export, "rename an adapter file for another program")
+    export.add_argument("source", type=Path, metavar="IN")
+    export.add_argument("target", type=Path, metavar="OUT")
+    export.add_argument("--to", required=True, choices=("comfyui", "diffusers", "lycoris"))
+    export.add_argument("--family", help="needed only when the file does not tell")
+
+    inspect = add("inspect", _inspect, "say what a safetensors file is")
+    inspect.add_argument("file", type=Path)
+    inspect.add_argument("--json", action="store_true")
+
+    for name, feature in NOT_LANDED.items():
+        one = add(name, _not_landed, f"{feature} (not yet)")
+        one.add_argument("rest", nargs=argparse.REMAINDER)
+    return parser
+
+
+def _settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="a.b=value", help="change a setting (may be repeated)"
+    )
+
+
+def _not_landed(given: argparse.Namespace) -> int:
+    raise UserError(
+        "'{word}' is not there yet ({feature})",
+        where="whitetuner",
+        mend="see the support table in README.md for what works today",
+        word=given.word,
+        feature=NOT_LANDED[given.word],
+    )
+
+
+def _demo(given: argparse.Namespace) -> int:
+    from whitetuner import demo
+
+    if given.family is None:
+        return demo.nano(given.out)
+    return demo.family(given.family, given.task, given.method, given.out)
+
+
+def _selftest(given: argparse.Namespace) -> int:
+    from whitetuner import selftest
+
+    return selftest.run(given.family, as_json=given.json)
+
+
+def _tiny(given: argparse.Namespace) -> int:
+    from whitetuner.families import registry
+
+    registry.make_tiny(given.family, str(given.dir), given.variant, given.seed)
+    print(f"wrote a random tiny {given.family} to {given.dir} (it draws noise: its weights are random)")
+    return 0
+
+
+def _testdata(given: argparse.Namespace) -> int:
+    from whitetuner.data.samples import make_testdata
+
+    made = make_testdata(given.kind, given.dir, given.count, given.seed)
+    print(f"wrote {len(made)} files to {given.dir}")
+    return 0
+
+
+def _init(given: argparse.Namespace) -> int:
+    from whitetuner import commands
+
+    return commands.init(given.preset, given.tiny, given.out)
+
+
+def _check(given: argparse.Namespace) -> int:
+    from whitetuner import commands
+
+    return commands.check(
+        given.what, given.overrides, as_json=given.json, deep=given.deep, model=not given.no_model, convert=given.convert_captions
+    )
+
+
+def _train(given: argparse.Namespace) -> int:
+    from whitetuner import commands
+
+    return commands.train(given.config, given.overrides, given.resume, given.gpus)
+
+
+def _cache(given: argparse.Namespace) -> int:
+    from whitetuner import commands
+
+    return commands.cache(given.config, given.overrides)
+
+
+def _stop(given: argparse.Namespace) -> int:
+    from whitetuner import commands
+
+    return commands.stop(given.run_folder, now=given.now)
+
+
+def _watch(given: argparse.Namespace) -> int:
+    from whitetuner import commands
+
+    return commands.watch(given.run_folder, once=given.once)
+
+
+def _sample(given: argparse.Namespace) -> int:
+    from whitetuner import commands
+
+    return commands.sample(given)
+
+
+def _families(given: argparse.Namespace) -> int:
+    from whitetuner import commands
+
+    return commands.families(as_json=given.json)
+
+
+def _export(given: argparse.Namespace) -> int:
+    from whitetuner import commands
+
+    return commands.export(given.source, given.target, given.to, given.family)
+
+
+def _inspect(given: argparse.Namespace) -> int:
+    from whitetuner import commands
+
+    return commands.inspect(given.file, as_json=given.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
