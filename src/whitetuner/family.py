@@ -63,7 +63,7 @@ class FamilySpec:
 
     tasks:      of "t2i", "edit", "i2v", "t2v"
     variants:   name -> one line of what it is; the first is the default
-    stride_px:  width and height of a training picture are multiples of this
+    stride_px:  width and height of a training picture are multiples of this (a model's own: `Family.stride`)
     frames:     0: pictures only; n: videos of n k + 1 frames
     components: folders of the diffusers layout a model must have -> where to get them when missing
     keep_precise: fnmatch patterns of parameter names that are never quantised
@@ -183,6 +183,10 @@ class Family(Protocol):
     options: Options
     paths: ModelPaths
     keys: KeyMap
+
+    def stride(self) -> int:
+        """Width and height of a picture are multiples of this many pixels, told from the model's config files."""
+        ...
 
     def encoders(self, task: str) -> list[Encoder]: ...
 
