@@ -1,0 +1,389 @@
+"""Makes a module from a component folder without ever holding it twice: skeleton first, then tensor by
+tensor.
+
+The skeleton has its parameters on the meta device and its computed buffers (rotary tables, masks) for real.
+Each tensor of the safetensors files is then cast, quantised where asked, placed, and only then is the next
+one read: neither host nor device holds the bf16 model whole when a quantised one is wanted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+
+from whitetuner.errors import UserError
+from whitetuner.memory.quantize import Kind, QuantLinear, quantize_linears, quantize_rows
+from whitetuner.memory.weights import TensorFiles, first_five, weight_files
+
+#: How the scale of a ready-made fp8 weight is named beside `X.weight` (ComfyUI scaled files, fp8 exporters).
+_SCALE_NAMES = ("scale_weight", "weight_scale")
+#: Companions of such files that a weight-only layer does not need.
+_FP8_EXTRAS = ("scaled_fp8", "*.scale_input", "*.input_scale", "*.comfy_quant")
+
+
+@dataclass(frozen=True)
+class Build:
+    """A BuildFn (whitetuner.family) with the memory choices of a run: `build(cls, folder, keep_precise=...)`.
+
+    dtype:        of every floating tensor that is not quantised (see build_module for the exceptions)
+    device:       where tensors end up;  host: fnmatch patterns of tensor names that end up on the CPU instead
+    quantize:     None, "int8" or "fp8"
+    """
+
+    dtype: torch.dtype = torch.float32
+    device: torch.device | str = "cpu"
+    quantize: Kind | None = None
+    host: Sequence[str] = field(default=())
+    freeze: bool = True
+
+    def __call__(self, cls: type, folder: Path, *, keep_precise: Sequence[str] = ()) -> Any:
+        return build_module(
+            cls,
+            folder,
+            keep_precise=keep_precise,
+            dtype=self.dtype,
+            device=self.device,
+            quantize=self.quantize,
+            host=self.host,
+            freeze=self.freeze,
+        )
+
+
+def build_module(
+    cls: type,
+    folder: Path,
+    *,
+    keep_precise: Sequence[str] = (),
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    quantize: Kind | None = None,
+    host: Sequence[str] = (),
+    freeze: bool = True,
+    overrides: Mapping[str, Any] | None = None,
+    ignore: Sequence[str] = (),
+    config: Path | None = None,
+) -> Any:
+    """A diffusers ModelMixin or transformers PreTrainedModel from its folder, in eval mode.
+
+    folder:       config.json and *.safetensors (sharded or not), or one safetensors file when `config` is
+                  given
+    keep_precise: fnmatch patterns of parameter names whose linear is never quantised
+    dtype:        of floating tensors; what the class keeps in float32 (`_keep_in_fp32_modules`) stays float32
+    host:         fnmatch patterns of names that end up on the CPU though `device` is another (blocks to be
+                  swapped)
+    freeze:       requires_grad False everywhere (else True for floating parameters)
+    overrides:    values that replace those of config.json;  ignore: patterns of tensors in the file to leave
+                  out
+    config:       folder of config.json when it is not `folder`
+    Equals `cls.from_pretrained(folder, torch_dtype=dtype)` in every tensor when nothing is quantised.
+    Raises UserError naming the file and the tensors when they are missing, unexpected, of the wrong shape or
+    damaged.
+    """
+    module = empty_module(cls, config or folder, overrides)
+    device = torch.device(device)
+    with TensorFiles(weight_files(folder)) as source:
+        scales = _scales(source)
+        names = _target_names(
+            module, [n for n in source if not _matches(n, _FP8_EXTRAS) and n not in scales.values()]
+        )
+        _check(module, source, names, ignore, folder)
+        precise = _float32_names(module, dtype)
+        if quantize is not None:
+            kept = frozenset(
+                n for n, _ in module.named_parameters() if _matches(n, keep_precise) or n in precise
+            )
+            module.requires_grad_(False)
+            quantize_linears(module, quantize, kept)
+        holders = _holders(module)
+        first_value: dict[int, torch.Tensor] = {}
+        for source_name, name in names.items():
+            tensor = source[source_name]
+            home = torch.device("cpu") if _matches(name, host) else device
+            scale = source[scales[source_name]] if source_name in scales else None
+            owner = module.get_submodule(name.rpartition(".")[0])
+            if isinstance(owner, QuantLinear) and name.endswith(".weight"):
+                _fill_quantized(owner, tensor, scale, device, home, name, folder)
+                continue
+            if scale is not None:
+                tensor = _dequantized(tensor, scale)
+            wanted = tensor.dtype
+            if tensor.is_floating_point():
+                wanted = torch.float32 if name in precise else dtype
+            _assign(holders, first_value, owner, name, _own(tensor, wanted, home))
+    for child in module.modules():
+        for key, buffer in child._buffers.items():
+            if buffer is not None and buffer.device != device and key in child._non_persistent_buffers_set:
+                child._buffers[key] = buffer.to(device)
+    left = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta]
+    assert not left, f"not filled: {left[:5]}"
+    for parameter in module.parameters():
+        parameter.requires_grad_(not freeze and parameter.is_floating_point() and quantize is None)
+    return module.eval()
+
+
+def empty_module(cls: Any, folder: Path, overrides: Mapping[str, Any] | None = None) -> Any:
+    """The module with parameters on the meta device and real buffers; only config.json is read.
+
+    Raises UserError when config.json is missing, unreadable, or of another class.
+    """
+    settings = _read_config(folder)
+    if "quantization_config" in settings:
+        raise UserError(
+            "these weights are already quantised by another program ({method})",
+            where=str(folder / "config.json"),
+            mend="use the bf16 version of the model; it is quantised while it loads (memory.base)",
+            method=settings["quantization_config"].get("quant_method", "unknown"),
+        )
+    with init_empty_weights(include_buffers=False):
+        if hasattr(cls, "from_config") and hasattr(cls, "load_config"):
+            named = settings.get("_class_name", cls.__name__)
+            if named != cls.__name__:
+                raise UserError(
+                    "the folder holds a {named}, but a {wanted} is needed here",
+                    where=str(folder / "config.json"),
+                    mend="point this part of the model at the folder that belongs to it",
+                    named=named,
+                    wanted=cls.__name__,
+                )
+            module = cls.from_config({**settings, **(overrides or {})})
+        else:
+            config = cls.config_class.from_pretrained(str(folder), local_files_only=True, **(overrides or {}))
+            module = cls(config)
+            if (folder / "generation_config.json").is_file() and module.can_generate():
+                kind = type(module.generation_config)
+                module.generation_config = kind.from_pretrained(str(folder), local_files_only=True)
+    if hasattr(module, "tie_weights"):  # once more: moving parameters to meta has cut the ties made inside
+        module.tie_weights()
+    return module
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not folder.is_dir() or not path.is_file():
+        raise UserError(
+            "there is no config.json in the model folder",
+            where=str(folder),
+            mend="check the path; a component folder (transformer, vae) holds config.json and *.safetensors",
+        )
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(
+            "config.json cannot be read ({error})",
+            where=str(path),
+            mend="download this file again",
+            error=error,
+        ) from error
+    if not isinstance(settings, dict):
+        raise UserError("config.json holds no settings", where=str(path), mend="download this file again")
+    return settings
+
+
+def _target_names(module: nn.Module, source_names: list[str]) -> dict[str, str]:
+    """Name in the files -> name in the module. transformers renames keys of older checkpoints; so do its own
+    loaders.
+    """
+    if not hasattr(module, "base_model_prefix"):
+        return {name: name for name in source_names}
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    conversions = get_model_conversion_mapping(module)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    others = [c for c in conversions if not isinstance(c, WeightRenaming)]
+    known = module.state_dict()
+    result = {}
+    for name in source_names:
+        renamed, converted = rename_source_key(name, renamings, others, module.base_model_prefix, known)
+        if converted is not None:
+            raise UserError(
+                "{cls} stores tensor {name} in an older layout that is not read here",
+                mend="load it once with transformers' from_pretrained and save it with save_pretrained",
+                cls=type(module).__name__,
+                name=name,
+            )
+        result[name] = renamed
+    return result
+
+
+def _check(
+    module: nn.Module, source: TensorFiles, names: dict[str, str], ignore: Sequence[str], folder: Path
+) -> None:
+    """Removes the ignorable from `names`; raises UserError on what is unexpected, missing or of the wrong
+    shape.
+    """
+    wanted = module.state_dict(keep_vars=True)
+    cls = type(module).__name__
+    unexpected = [s for s, name in names.items() if name not in wanted]
+    for name in unexpected:
+        if _matches(name, ignore) or _belongs_elsewhere(module, names[name], wanted):
+            del names[name]
+    unexpected = [name for name in unexpected if name in names]
+    given = {id(wanted[name]) for name in names.values() if name in wanted}
+    missing = [name for name, tensor in wanted.items() if id(tensor) not in given]
+    if missing:
+        raise UserError(
+            "{count} of the {total} tensors of {cls} are not in the files: {names}",
+            where=str(folder),
+            mend="download the whole folder again; if its config.json is of another model, that is the cause",
+            count=len(missing),
+            total=len(wanted),
+            cls=cls,
+            names=first_five(missing),
+        )
+    if unexpected:
+        raise UserError(
+            "the files hold {count} tensors that {cls} with this config.json does not have: {names}",
+            where=str(folder),
+            mend="the weights belong to another model or size than config.json; download both from one place",
+            count=len(unexpected),
+            cls=cls,
+            names=first_five(unexpected),
+        )
+    wrong = [(s, n) for s, n in names.items() if source.entries[s].shape != wanted[n].shape]
+    if wrong:
+        name, target = wrong[0]
+        raise UserError(
+            "tensor {name} has shape {found}, but config.json asks for {wanted} ({count} tensors differ)",
+            where=str(source.entries[name].file),
+            mend="the weights are of another size of this model than config.json; take both from one place",
+            name=name,
+            found=list(source.entries[name].shape),
+            wanted=list(wanted[target].shape),
+            count=len(wrong),
+        )
+
+
+def _belongs_elsewhere(module: nn.Module, name: str, wanted: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a tensor is part of a larger transformers checkpoint that this class leaves out (lm_head,
+    decoder).
+    """
+    if not hasattr(module, "base_model_prefix"):
+        return False
+    patterns = set(getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ())
+    patterns |= {r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"}
+    if any(re.search(pattern, name) for pattern in patterns):
+        return True
+    first = name.split(".")[0]
+    return not any(other.split(".")[0] == first for other in wanted)
+
+
+def _float32_names(module: nn.Module, dtype: torch.dtype) -> frozenset[str]:
+    """Names that the class keeps in float32 when `dtype` is smaller, by its library's own rule."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return frozenset()
+    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    if hasattr(module, "base_model_prefix"):  # transformers: the plain list guards float16 only
+        kept = kept if dtype == torch.float16 else set()
+        kept |= set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
+    return frozenset(n for n in module.state_dict() if kept.intersection(n.split(".")))
+
+
+def _holders(module: nn.Module) -> dict[str, list[tuple[nn.Module, str, bool]]]:
+    """Name -> every (module, attribute, is a parameter) that holds this tensor; tied tensors have several."""
+    by_tensor: dict[int, list[tuple[nn.Module, str, bool]]] = {}
+    names: dict[str, int] = {}
+    for path, child in module.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        for table, is_parameter in ((child._parameters, True), (child._buffers, False)):
+            for attribute, tensor in table.items():
+                if tensor is None:
+                    continue
+                names[prefix + attribute] = id(tensor)
+                holders = by_tensor.setdefault(id(tensor), [])
+                if (child, attribute, is_parameter) not in holders:
+                    holders.append((child, attribute, is_parameter))
+    return {name: by_tensor[key] for name, key in names.items()}
+
+
+def _assign(
+    holders: dict[str, list[tuple[nn.Module, str, bool]]],
+    first_value: dict[int, torch.Tensor],
+    owner: nn.Module,
+    name: str,
+    tensor: torch.Tensor,
+) -> None:
+    """Puts the tensor into all its holders; a second, different value under another name of a tie unties
+    it.
+    """
+    places = holders[name]
+    before = first_value.setdefault(id(places), tensor)
+    if before is not tensor:
+        if torch.equal(before, tensor):
+            return
+        places = [place for place in places if place[0] is owner and place[1] == name.rpartition(".")[2]]
+    parameter = nn.Parameter(tensor, requires_grad=False) if places[0][2] else None
+    for child, attribute, is_parameter in places:
+        if is_parameter:
+            child._parameters[attribute] = parameter
+        else:
+            child._buffers[attribute] = tensor
+
+
+def _fill_quantized(
+    layer: QuantLinear,
+    tensor: torch.Tensor,
+    scale: torch.Tensor | None,
+    device: torch.device,
+    home: torch.device,
+    name: str,
+    folder: Path,
+) -> None:
+    ready = tensor.dtype == torch.float8_e4m3fn and layer.kind == "fp8"
+    if ready and (scale is None or scale.numel() in (1, tensor.shape[0])):
+        codes = tensor.view(torch.int8).to(home, copy=True)
+        rows = torch.ones(1) if scale is None else scale.float().flatten()
+        row_scale = rows.expand(tensor.shape[0]).to(home, copy=True).contiguous()
+    else:
+        if scale is not None:
+            tensor = _dequantized(tensor, scale)
+        try:
+            codes, row_scale = quantize_rows(tensor.to(device), layer.kind)
+        except ValueError as error:
+            raise UserError(
+                "tensor {name} cannot be quantised: {error}",
+                where=str(folder),
+                mend="the file is damaged; download it again",
+                name=name,
+                error=error,
+            ) from error
+        codes, row_scale = codes.to(home), row_scale.to(home)
+    layer.weight = nn.Parameter(codes, requires_grad=False)
+    layer.scale = nn.Parameter(row_scale, requires_grad=False)
+
+
+def _scales(source: TensorFiles) -> dict[str, str]:
+    """`X.weight` -> name of its scale, for fp8 weights that have one."""
+    found = {}
+    for name, entry in source.entries.items():
+        if entry.dtype == torch.float8_e4m3fn and name.endswith(".weight"):
+            stem = name.removesuffix("weight")
+            for scale in _SCALE_NAMES:
+                if stem + scale in source:
+                    found[name] = stem + scale
+    return found
+
+
+def _dequantized(tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    factor = scale.float()
+    if factor.ndim == 1 and factor.numel() == tensor.shape[0]:
+        factor = factor[:, None]
+    return tensor.float() * factor
+
+
+def _own(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A copy that does not lie in the mapped file."""
+    return tensor.to(device=device, dtype=dtype, copy=True).contiguous()
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,231 @@
+"""Tensors of a model as they lie in its safetensors files: found, checked and read one at a time.
+
+A file is checked against its own header before anything is read, so that a broken download is told in one
+sentence instead of failing, or worse not failing, in the middle of a load. Pickle files are never opened:
+they can run code.
+Format: https://github.com/huggingface/safetensors (8 bytes little-endian header length, JSON header, raw
+        tensors).
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from safetensors import safe_open
+
+from whitetuner.errors import UserError
+
+#: Stems under which diffusers and transformers store the weights of a component folder.
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """What the header says of one tensor: its file, shape, dtype and size in bytes."""
+
+    file: Path
+    shape: torch.Size
+    dtype: torch.dtype
+    num_bytes: int
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a component folder (all shards), or the file itself.
+
+    Raises UserError when there are none, when a shard of the index is missing, or when there are only
+    pickles.
+    """
+    if folder.is_file():
+        if folder.suffix in _PICKLES:
+            raise _pickle_error(folder)
+        return [folder]
+    if not folder.is_dir():
+        raise UserError(
+            "there is no model folder here",
+            where=str(folder),
+            mend="check the path; a component folder holds config.json and *.safetensors",
+        )
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if indices:
+        return _indexed(_preferred(indices))
+    files = sorted(folder.glob("*.safetensors"))
+    if files:
+        return [_preferred(files)]
+    pickles = sorted(p for p in folder.iterdir() if p.suffix in _PICKLES)
+    if pickles:
+        raise _pickle_error(pickles[0])
+    raise UserError(
+        "the folder holds no weights (*.safetensors)",
+        where=str(folder),
+        mend="download the whole component folder again",
+    )
+
+
+def _preferred(paths: list[Path]) -> Path:
+    """The plain name (model.safetensors) before variants (model.fp16.safetensors)."""
+    names = {path.name.removesuffix(".index.json").removesuffix(".safetensors"): path for path in paths}
+    for stem in STEMS:
+        if stem in names:
+            return names[stem]
+    return paths[0]
+
+
+def _indexed(index: Path) -> list[Path]:
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError, AttributeError) as error:
+        raise UserError(
+            "the index of the weights cannot be read ({error})",
+            where=str(index),
+            mend="download this file again",
+            error=error,
+        ) from error
+    missing = [name for name in shards if not (index.parent / name).is_file()]
+    if missing:
+        raise UserError(
+            "{count} of {total} weight files named in the index are missing: {names}",
+            where=str(index),
+            mend="download the missing files into the same folder",
+            count=len(missing),
+            total=len(shards),
+            names=first_five(missing),
+        )
+    return [index.parent / name for name in shards]
+
+
+def _pickle_error(path: Path) -> UserError:
+    return UserError(
+        "the weights are a pickle file, which can run any code when it is opened; it is not read",
+        where=str(path),
+        mend="get the safetensors version, or convert it where you trust the file: python -c "
+        '"import torch; from safetensors.torch import save_file; '
+        " save_file(torch.load('{name}', weights_only=True), "
+        "'{stem}.safetensors')\"",
+        name=path.name,
+        stem=path.stem,
+    )
+
+
+def first_five(names: list[str]) -> str:
+    """'a, b, c, d, e and 7 more'."""
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """The tensors of one safetensors file, from its header alone.
+
+    Raises UserError when the file is shorter or longer than its header promises, or is no safetensors file.
+    """
+    actual = path.stat().st_size
+    with path.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= 100_000_000 or 8 + length > actual:
+            raise UserError(
+                "not a whole safetensors file: {actual} bytes, and no header that fits into them",
+                where=str(path),
+                mend="download it again (an interrupted download, or a web page saved under this name)",
+                actual=actual,
+            )
+        try:
+            header = json.loads(stream.read(length))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(
+                "not a safetensors file: its header is not JSON", where=str(path), mend="download it again"
+            ) from error
+    entries: dict[str, TensorEntry] = {}
+    end = 0
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in _DTYPES:
+            raise UserError(
+                "tensor {name} has the number format {dtype}, which is not known here",
+                where=str(path),
+                mend="use a bf16, fp16, fp32 or fp8 version of the model",
+                name=name,
+                dtype=entry["dtype"],
+            )
+        begin, stop = entry["data_offsets"]
+        dtype, shape = _DTYPES[entry["dtype"]], torch.Size(entry["shape"])
+        end = max(end, stop)
+        entries[name] = TensorEntry(path, shape, dtype, prod(shape) * dtype.itemsize)
+        if stop - begin != entries[name].num_bytes:
+            raise UserError(
+                "tensor {name} does not have the size that its shape asks for",
+                where=str(path),
+                mend="download it again",
+                name=name,
+            )
+    if actual != 8 + length + end:
+        raise UserError(
+            "the file is cut off or damaged: it has {actual} bytes, its header promises {expected}",
+            where=str(path),
+            mend="download it again",
+            actual=actual,
+            expected=8 + length + end,
+        )
+    return entries
+
+
+class TensorFiles(Mapping[str, torch.Tensor]):
+    """The tensors of one or more safetensors files by name, each read when it is asked for.
+
+    A tensor given out may lie in the mapped file: copy what is to live on. Use as a context manager.
+    """
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files = files
+        self.entries: dict[str, TensorEntry] = {}
+        for path in files:
+            self.entries.update(read_header(path))
+        self._stack = ExitStack()
+        self._open: dict[Path, safe_open] = {}
+
+    def __enter__(self) -> TensorFiles:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.clear()
+        self._stack.close()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        file = self.entries[name].file
+        if file not in self._open:
+            self._open[file] = self._stack.enter_context(safe_open(str(file), framework="pt", device="cpu"))
+        return self._open[file].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
