@@ -1,0 +1,159 @@
+"""Checkpoints: whole or not there, checked before use, rotated without losing the newest or another run's."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from whitetuner.checkpoint import store as store_module
+from whitetuner.checkpoint.store import DamagedCheckpoint, Store, read
+from whitetuner.errors import UserError
+
+
+def tensors(step: int) -> dict[str, dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "lokr/lokr.safetensors": {"a.lokr_w1": torch.randn(4, 4, generator=generator)},
+        "accelerate_state/optimizer.safetensors": {"0.exp_avg": torch.randn(4, 4, generator=generator)},
+    }
+
+
+def save(store: Store, step: int) -> Path:
+    return store.save(step, tensors(step), {"accelerate_state/optimizer.json": {"step": step}}, {"config": {"a": 1}})
+
+
+def test_what_is_saved_is_read_back_to_the_bit(tmp_path: Path) -> None:
+    store = Store(tmp_path / "checkpoints", "run", keep=3)
+    found = read(save(store, 7), "run")
+    assert found.step == 7 and found.state["config"] == {"a": 1}
+    assert found.documents["accelerate_state/optimizer.json"] == {"step": 7}
+    for file, group in tensors(7).items():
+        for name, tensor in group.items():
+            assert torch.equal(found.tensors[file][name], tensor)
+
+
+def test_the_oldest_own_go_and_the_newest_and_foreign_stay(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    save(Store(folder, "other", keep=0), 1)
+    (folder / "checkpoint-2").mkdir()  # something of the user's
+    store = Store(folder, "run", keep=2)
+    for step in (10, 20, 30, 100):
+        save(store, step)
+    assert [path.name for path in store.list()] == ["checkpoint-1", "checkpoint-2", "checkpoint-30", "checkpoint-100"]
+
+
+def test_keep_one_keeps_the_newest(tmp_path: Path) -> None:
+    store = Store(tmp_path, "run", keep=1)
+    for step in (1, 2, 3):
+        save(store, step)
+        assert [path.name for path in store.list()] == [f"checkpoint-{step}"]
+
+
+@pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "no_state", "torn_state", "not_json_object"])
+def test_a_damaged_checkpoint_is_named_and_the_last_whole_one_used(tmp_path: Path, harm: str) -> None:
+    store = Store(tmp_path, "run", keep=5)
+    save(store, 1)
+    newest = save(store, 2)
+    file = newest / "lokr" / "lokr.safetensors"
+    state = newest / "training_state.json"
+    if harm == "truncate":
+        os.truncate(file, file.stat().st_size - 3)
+    elif harm == "flip":
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    elif harm == "remove":
+        file.unlink()
+    elif harm == "no_state":
+        state.unlink()
+    elif harm == "torn_state":
+        os.truncate(state, 20)
+    else:
+        state.write_text("[1, 2]", encoding="utf-8")
+    told: list[UserError] = []
+    found = store.latest(told.append)
+    assert found is not None and found.step == 1
+    assert len(told) == 1 and "checkpoint-2" in str(told[0])
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    path = save(Store(tmp_path, "other", keep=5), 1)
+    with pytest.raises(DamagedCheckpoint, match="another run"):
+        read(path, "run")
+
+
+def test_names_that_lead_outside_are_refused(tmp_path: Path) -> None:
+    path = save(Store(tmp_path / "c", "run", keep=5), 1)
+    state = json.loads((path / "training_state.json").read_text(encoding="utf-8"))
+    (tmp_path / "secret.json").write_text("{}", encoding="utf-8")
+    state["files"]["../../secret.json"] = {"sha256": "", "bytes": 2}
+    (path / "training_state.json").write_text(json.dumps(state), encoding="utf-8")
+    with pytest.raises(DamagedCheckpoint, match="outside"):
+        read(path, "run")
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoints_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path, "run", keep=1)
+    save(store, 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 100, 0))
+    with pytest.raises(UserError, match="disk is full") as caught:
+        save(store, 2)
+    assert caught.value.code == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert read(tmp_path / "checkpoint-1", "run").step == 1
+
+
+def test_left_overs_of_an_interrupted_save_are_swept_and_never_read(tmp_path: Path) -> None:
+    store = Store(tmp_path, "run", keep=5)
+    save(store, 1)
+    shutil.copytree(tmp_path / "checkpoint-1", tmp_path / ".checkpoint-2.writing")
+    assert store.latest(lambda error: pytest.fail(str(error))).step == 1
+    save(store, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3"]
+
+
+def test_every_way_to_be_killed_while_saving_leaves_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each call that touches the disk raises in turn, as a kill would end it; the newest whole one is always found."""
+
+    class Killed(BaseException):
+        pass
+
+    calls = {"n": 0, "at": 0}
+
+    def counted(function):  # noqa: ANN001, ANN202
+        def call(*args, **kwargs):  # noqa: ANN002, ANN003, ANN202
+            calls["n"] += 1
+            if calls["n"] == calls["at"]:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(store_module, "save_file", counted(store_module.save_file))
+    monkeypatch.setattr(store_module, "_sync", counted(store_module._sync))
+    monkeypatch.setattr(Path, "rename", counted(Path.rename))
+    monkeypatch.setattr(Path, "write_text", counted(Path.write_text))
+    at = 0
+    while True:
+        at += 1
+        folder = tmp_path / str(at)
+        store = Store(folder, "run", keep=1)
+        calls.update(n=0, at=0)
+        save(store, 1)
+        calls.update(n=0, at=at)
+        try:
+            save(store, 2)
+        except Killed:
+            calls.update(n=0, at=0)
+            found = Store(folder, "run", keep=1).latest(lambda error: pytest.fail(str(error)))
+            assert found is not None and found.step in (1, 2)
+            continue
+        break
+    assert at > 8  # the kill really came at many places
