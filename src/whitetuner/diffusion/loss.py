@@ -1,6 +1,7 @@
 """How far a prediction is from the velocity: mean squared error per sample, weighted by the noise level.
 
-A sample is a mean over its own numbers before it enters the mean over samples, so it counts the same in every batch.
+A sample is a mean over its own numbers before it enters the mean over samples, so it counts the same in every
+batch.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ def sample_losses(
 ) -> torch.Tensor:
     """Mean squared error of each sample, (B,), float32. prediction, target: (B, C, ...).
 
-    mask: broadcastable to them, what counts (1) and what not (0); the mean is over what counts. A sample in which nothing
-    counts has loss 0.
+    mask: broadcastable to them, what counts (1) and what not (0); the mean is over what counts. A sample in
+    which nothing counts has loss 0.
     """
     error = (prediction.float() - target.float()).square()
     if mask is None:
@@ -35,7 +36,8 @@ def weighting(kind: LossWeighting, sigma: torch.Tensor) -> torch.Tensor:
     """Factor of each sample's loss, (B,), float32. sigma: (B,) in [0, 1], 1 = noise.
 
     none: 1. sigma_sqrt: sigma^-2, clamped at SIGMA_SQRT_FLOOR. cosmap: 2 / (pi (1 - 2 sigma + 2 sigma^2)).
-    Source: Esser et al. 2024 (arXiv 2403.03206), section 3.1 and appendix B.2, and the names in diffusers' `training_utils`.
+    Source: Esser et al. 2024 (arXiv 2403.03206), section 3.1 and appendix B.2, and the names in diffusers'
+    `training_utils`.
     """
     sigma = sigma.float()
     if kind == "none":

@@ -1,8 +1,8 @@
 """The straight path from a picture to noise, and the velocity along it (rectified flow).
 
-x_t = (1 - sigma) x0 + sigma noise for sigma in [0, 1], 1 = pure noise; d x_t / d sigma = noise - x0 everywhere on it.
-Source: Liu et al. 2022 (arXiv 2209.03003), Lipman et al. 2022 (arXiv 2210.02747). Every family's own clock and sign hide in
-its `predict`.
+x_t = (1 - sigma) x0 + sigma noise for sigma in [0, 1], 1 = pure noise; d x_t / d sigma = noise - x0
+everywhere on it. Source: Liu et al. 2022 (arXiv 2209.03003), Lipman et al. 2022 (arXiv 2210.02747). Every
+family's own clock and sign hide in its `predict`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 
 
 def noisy(x0: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """The point at `sigma`. x0, noise: (B, C, ...); sigma: (B,) in [0, 1], 1 = noise. Computed and returned in float32.
+    """The point at `sigma`. x0, noise: (B, C, ...); sigma: (B,) in [0, 1], 1 = noise. Always in float32:
 
     bfloat16 has only 501 different sigmas between 0 and 1, so nothing here is ever rounded to it.
     """

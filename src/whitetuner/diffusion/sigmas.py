@@ -1,11 +1,11 @@
 """Which noise level a sample is shown at, and its noise: pure functions of a generator of their own.
 
-Nothing is drawn from a global generator and nothing for a whole batch: what a sample gets depends on (seed, item id, visit,
-purpose) alone, so resuming, another batch size, world size or worker count changes nothing.
+Nothing is drawn from a global generator and nothing for a whole batch: what a sample gets depends on (seed,
+item id, visit, purpose) alone, so resuming, another batch size, world size or worker count changes nothing.
 
 Five ways to draw sigma, in [0, 1], 1 = noise (shown to users as a timestep, 1000 sigma):
     linear         uniform
-    sigmoid        logit-normal: sigmoid(bias + scale z), z normal (Esser et al. 2024, arXiv 2403.03206, section 3.1)
+    sigmoid        logit-normal: sigmoid(bias + scale z), z normal (arXiv 2403.03206, section 3.1)
     weighted       uniform, and the loss is weighted by a bell around the middle: `loss_weight`
     shift          s u / (1 + (s - 1) u), u uniform: more noise for s > 1 (same paper, section 5.3.2)
     lognorm_blend  with probability alpha 1 - X, X log-normal(0, 1/3) redrawn until X < 1; else uniform
@@ -26,7 +26,8 @@ from whitetuner.errors import UserError
 Timesteps = Literal["linear", "sigmoid", "weighted", "shift", "lognorm_blend"]
 
 LOGNORM_DEVIATION = 0.333
-#: A range that fewer draws than this share fall into is refused: nobody means it, and redrawing would take for ever.
+#: A range that fewer draws than this share fall into is refused: nobody means it, and redrawing would take
+#: for ever.
 LEAST_SHARE = 1e-4
 
 
@@ -56,15 +57,15 @@ class SigmaSettings:
                 raise UserError(
                     "{value} is not above 0",
                     where=f"noise.{name}",
-                    mend="give a number above 0; 1 changes nothing",
+                    mend="give a number above 0 (1 is the usual one)",
                     value=getattr(self, name),
                 )
         low, high = self.bounds
         share = cumulative(self, high) - cumulative(self, low) if low < high else 0.0
         if share < LEAST_SHARE:
             raise UserError(
-                "no noise level is left: timesteps {minimum:g} to {maximum:g}, of them {part_low:g} to {part_high:g} belong to"
-                " this part, and '{timesteps}' draws {share:.4%} of its levels there",
+                "no noise level is left: the timesteps run from {minimum:g} to {maximum:g}, this part's from"
+                " {part_low:g} to {part_high:g}, and '{timesteps}' draws {share:.4%} of its levels in both",
                 where="noise.min_timestep, noise.max_timestep",
                 mend="widen the range (0 to 1000 is all), or draw timesteps another way",
                 minimum=self.min_timestep,
@@ -83,13 +84,18 @@ class SigmaSettings:
 
     def allows(self, sigma: float) -> bool:
         low, high = self.part_range
-        return self.min_timestep <= 1000 * sigma <= self.max_timestep and low <= sigma and (sigma < high or high == 1.0)
+        return (
+            self.min_timestep <= 1000 * sigma <= self.max_timestep
+            and low <= sigma
+            and (sigma < high or high == 1.0)
+        )
 
 
 def generator_for(seed: int, item_id: str, visit: int, purpose: str) -> torch.Generator:
     """The CPU generator of one draw: equal arguments give equal numbers, on every machine and in every order.
 
-    visit: how often the item has been seen before; purpose: "sigma", "noise", ... so that draws don't depend on each other.
+    visit: how often the item has been seen before; purpose: "sigma", "noise", ..., so that one draw does not
+    depend on another.
     """
     key = "\0".join((str(seed), item_id, str(visit), purpose))
     digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
@@ -107,8 +113,9 @@ def draw_sigma(settings: SigmaSettings, generator: torch.Generator) -> float:
 def draw_noise(shape: tuple[int, ...], generator: torch.Generator, offset: float = 0.0) -> torch.Tensor:
     """Normal noise of one sample, float32 on the CPU. shape: (C, ...).
 
-    offset: deviation of a constant added to each channel, by which the model learns to move the mean brightness; the target
-    velocity uses the same noise, so the path stays straight. Source: N. Guttenberg, crosslabs.org/blog/diffusion-with-offset-noise.
+    offset: deviation of a constant added to each channel, by which the model learns to move the mean
+    brightness; the target velocity uses the same noise, so the path stays straight. Source: N. Guttenberg,
+    crosslabs.org/blog/diffusion-with-offset-noise.
     """
     noise = torch.randn(shape, generator=generator)
     if offset:
@@ -117,8 +124,9 @@ def draw_noise(shape: tuple[int, ...], generator: torch.Generator, offset: float
 
 
 def loss_weight(settings: SigmaSettings, sigma: torch.Tensor) -> torch.Tensor:
-    """Factor of each sample's loss that belongs to the way of drawing, (B,), float32, mean 1 over what is drawn.
+    """Factor of each sample's loss that belongs to the way of drawing; mean 1 over what is drawn.
 
+    sigma: (B,) in [0, 1]. Returns (B,), float32.
     weighted: exp(-2 (sigma - 1/2)^2) - exp(-1/2), divided by its mean over the range; everything else: 1.
     """
     if settings.timesteps != "weighted":
@@ -130,7 +138,7 @@ def loss_weight(settings: SigmaSettings, sigma: torch.Tensor) -> torch.Tensor:
 
 
 def cumulative(settings: SigmaSettings, sigma: float) -> float:
-    """Share of draws at or below sigma, before any range is applied; what the curves on the page are made of."""
+    """Share of draws at or below sigma, before any range is applied; the curve to show to people."""
     if sigma <= 0 or sigma >= 1:
         return float(sigma >= 1)
     if settings.timesteps == "sigmoid":
