@@ -1,8 +1,9 @@
-"""Two ways of doing one thing, timed side by side: the ratio of a pair shakes off what the machine does meanwhile.
+"""Two ways of doing one thing, timed side by side: the ratio of a pair shakes off what else the machine does.
 
-Each pair runs both, in alternating order (ab, ba, ab, ...), so that a slow drift and "the second one finds a warm cache"
-cancel. The interval of the median comes from order statistics: for n independent ratios the number below the true median
-is Binomial(n, 1/2), whatever their distribution (David and Nagaraja, Order Statistics, 7.1).
+Each pair runs both, in alternating order (ab, ba, ab, ...), so that a slow drift and "the second one finds a
+warm cache" cancel. The interval of the median comes from order statistics: for n independent ratios the
+number below the true median is Binomial(n, 1/2), whatever their distribution (David and Nagaraja, Order
+Statistics, 7.1).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from statistics import median
 
 
@@ -23,7 +25,8 @@ def paired(
     """Time of `a` over time of `b`.
 
     pairs:  how often both are timed, at least 6 (below that no 95 % interval exists)
-    Returns median_ratio with its 95 % interval low..high, the median seconds of either (a_seconds, b_seconds), pairs.
+    Returns median_ratio with its 95 % interval low..high, the median seconds of either (a_seconds,
+    b_seconds), pairs.
     """
     for _ in range(warmup):
         a()
@@ -49,7 +52,10 @@ def paired(
 
 
 def median_interval(values: list[float], coverage: float = 0.95) -> tuple[float, float]:
-    """Distribution-free interval of the median, of at least the given coverage. Raises ValueError for too few values."""
+    """Distribution-free interval of the median, of at least the given coverage.
+
+    Raises ValueError for too few values.
+    """
     n = len(values)
     below = 0.0  # chance that at most `cut` values lie below the median
     cut = -1
@@ -63,12 +69,13 @@ def median_interval(values: list[float], coverage: float = 0.95) -> tuple[float,
 
 
 def environment(*packages: str) -> dict[str, object]:
-    """What a figure depends on: command (benchmarks are started as `python -m benchmarks.cpu.NAME`),
-    Python, package versions, CPU, cores, threads, load when the timing ended.
+    """What a figure depends on: command, Python, package versions, CPU, cores, threads, load at the end.
+
+    Benchmarks are started from the repository's root as `python -m benchmarks.cpu.NAME`.
     """
     cpu = platform.processor() or platform.machine()
     if sys.platform == "linux":
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as file:
             cpu = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), cpu)
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     started = ["-m", spec.name] if spec else sys.argv[:1]
