@@ -1,0 +1,99 @@
+"""A TOML text -> its values and the line of each key; errors in the user's words."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from whitetuner.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def read_text(path: Path) -> str:
+    """The text of a config file, BOM and CRLF taken away. Raises UserError when it cannot be had."""
+    if path.is_dir():
+        raise UserError(
+            "this is a folder, not a config file", where=str(path), mend="give the .toml file, e.g. {example}", example=path / "config.toml"
+        )
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        near = sorted(one.name for one in path.parent.glob("*.toml")) if path.parent.is_dir() else []
+        raise UserError(
+            "there is no such file",
+            where=str(path),
+            mend="the folder has: {near}" if near else "`whitetuner init` writes one",
+            near=", ".join(near[:5]),
+        ) from error
+    except OSError as error:
+        raise UserError("it cannot be read ({reason})", where=str(path), mend="make it readable", reason=error) from error
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            "the file is not UTF-8 (byte {position})",
+            where=str(path),
+            mend="save it as UTF-8 in your editor",
+            position=error.start,
+        ) from error
+
+
+def parse(text: str, where: str) -> dict[str, Any]:
+    """The values. Raises UserError with the line; a backslash in a "..." string is explained."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        found = re.search(r"line (\d+)", str(error))
+        number = int(found[1]) if found else 0
+        lines = text.split("\n")
+        line = lines[number - 1].strip() if 0 < number <= len(lines) else ""
+        paths = re.search(r'=\s*"([^"]*\\[^"]*)"', line)
+        if paths:
+            raise UserError(
+                'in "..." a backslash begins an escape: {line}',
+                where=f"{where} line {number}",
+                mend="write the path in single quotes: '{path}'",
+                line=line,
+                path=paths[1],
+            ) from error
+        raise UserError(
+            "this is not TOML: {reason}{line}",
+            where=f"{where} line {number}" if number else where,
+            mend="texts stand in quotes, tables in [brackets], one `key = value` a line",
+            reason=str(error),
+            line=f" ({line})" if line else "",
+        ) from error
+
+
+def key_lines(text: str) -> dict[str, int]:
+    """Dotted key -> line number; entries of [[data.sets]] are data.sets[0], data.sets[1], ..."""
+    found: dict[str, int] = {}
+    table, counts = "", {}
+    for number, line in enumerate(text.split("\n"), 1):
+        several = re.match(r"\s*\[\[\s*([^\]]+?)\s*\]\]", line)
+        single = re.match(r"\s*\[\s*([^\[\]]+?)\s*\]\s*(#.*)?$", line)
+        key = re.match(r'\s*([A-Za-z0-9_."-]+)\s*=', line)
+        if several:
+            counts[several[1]] = counts.get(several[1], -1) + 1
+            table = f"{several[1]}[{counts[several[1]]}]"
+            found.setdefault(table, number)
+        elif single:
+            table = single[1]
+            found.setdefault(table, number)
+        elif key:
+            found.setdefault(f"{table}.{key[1]}" if table else key[1], number)
+    return found
+
+
+def value_of(text: str) -> Any:
+    """A value given on the command line: TOML first, plain text else."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
