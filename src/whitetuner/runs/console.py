@@ -1,0 +1,107 @@
+"""A run's events as a person reads them in a terminal: one live line where there is a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from statistics import fmean
+
+from rich.console import Console as Screen
+from rich.live import Live
+from rich.text import Text
+
+from whitetuner.runs import events
+
+PHASES = {
+    "scan": "looking at the pictures",
+    "cache": "encoding pictures and captions",
+    "load": "loading the model",
+    "train": "training",
+    "export": "writing the final files",
+}
+#: Seconds between plain lines: a log file should stay readable.
+PLAIN_EVERY_S = 2.0
+
+
+def duration(seconds: float) -> str:
+    """75 -> "1:15", 3700 -> "1:01:40"."""
+    total = round(seconds)
+    hours, minutes, rest = total // 3600, total % 3600 // 60, total % 60
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Console:
+    """Listener of a run. steps: how many there will be, for the ETA; previews and saving are not counted in it."""
+
+    def __init__(self, steps: int | None = None, every: int = 1, plain: bool | None = None) -> None:
+        self.steps, self.every = steps, every
+        self.plain = not sys.stdout.isatty() if plain is None else plain
+        self.screen = Screen(highlight=False, soft_wrap=True)
+        self.live: Live | None = None
+        self.seconds: deque[float] = deque(maxlen=50)
+        self.losses: deque[float] = deque(maxlen=50)
+        self.samples: deque[int] = deque(maxlen=50)
+        self.last_line = 0.0
+
+    def __call__(self, event: events.Event) -> None:
+        if isinstance(event, events.RunStarted):
+            self.steps = event.steps or self.steps
+            self._say(f"{event.name}: " + (f"goes on from step {event.resumed_from}" if event.resumed_from else "starts"))
+        elif isinstance(event, events.Phase):
+            self.steps = event.total if event.name == "train" and event.total else self.steps
+            self._say(PHASES.get(event.name, event.name))
+        elif isinstance(event, events.Progress):
+            self._status(f"{PHASES.get(event.phase, event.phase)} {event.done}/{event.total}", event.done == event.total)
+        elif isinstance(event, events.StepDone):
+            self._step(event)
+        elif isinstance(event, events.Validation):
+            self._say(f"step {event.step}: validation loss {event.loss:.4f}")
+        elif isinstance(event, events.Preview):
+            self._say(f"step {event.step}: {len(event.files)} previews ({event.seconds:.1f} s)")
+        elif isinstance(event, events.Saved):
+            self._say(f"step {event.step}: saved {event.path}")
+        elif isinstance(event, events.Message):
+            self._say(f"{event.level}: {event.text}")
+        elif isinstance(event, events.Failed):
+            self._end(f"failed: {event.reason}")
+        elif isinstance(event, events.Ended):
+            self._end(f"{event.status} at step {event.step}")
+
+    def _step(self, event: events.StepDone) -> None:
+        self.seconds.append(event.seconds)
+        self.losses.append(event.loss)
+        self.samples.append(event.samples)
+        pace = fmean(self.seconds)
+        of = f"/{self.steps}" if self.steps else ""
+        left = f"  ETA {duration(pace * (self.steps - event.step))}" if self.steps else ""
+        line = (
+            f"step {event.step}{of}  loss {event.loss:.4f} (mean {fmean(self.losses):.4f})  lr {event.lr:.2e}  "
+            f"{pace:.2f} s/step  {sum(self.samples) / max(1e-9, sum(self.seconds)):.1f} samples/s{left}"
+        )
+        if not self.plain or event.step % self.every == 0:
+            self._status(line, event.step in (1, self.steps))
+
+    def _status(self, line: str, must: bool) -> None:
+        if not self.plain:
+            if self.live is None:
+                self.live = Live(console=self.screen, refresh_per_second=4, transient=True)
+                self.live.start()
+            self.live.update(Text(line))
+            return
+        now = time.monotonic()
+        if must or now - self.last_line >= PLAIN_EVERY_S:
+            self.last_line = now
+            print(line, flush=True)
+
+    def _say(self, line: str) -> None:
+        if self.plain:
+            print(line, flush=True)
+        else:
+            self.screen.print(Text(line))
+
+    def _end(self, line: str) -> None:
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+        self._say(line)

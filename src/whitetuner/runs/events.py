@@ -1,0 +1,207 @@
+"""What happened in a run: one JSON line each, appended to events.jsonl. Console, TensorBoard, report and page only read it.
+
+The fields are written down in docs/run-folder.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from whitetuner.runs.files import write_atomically
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """time: seconds since 1970 by this machine's clock, for people; nothing is computed from it."""
+
+    kind: ClassVar[str] = "event"
+    time: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStarted(Event):
+    kind: ClassVar[str] = "run_started"
+    name: str
+    resumed_from: int | None = None
+    steps: int | None = None
+    pid: int = field(default_factory=os.getpid)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase(Event):
+    """name: scan, cache, load, train, export."""
+
+    kind: ClassVar[str] = "phase"
+    name: str
+    total: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress(Event):
+    kind: ClassVar[str] = "progress"
+    phase: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepDone(Event):
+    """loss: mean of losses (unweighted); seconds: of the step alone; samples: pictures in it; weight_change: root mean square
+    distance of the trained numbers from the start; memory_mb: peak device memory, on a CPU the resident memory."""
+
+    kind: ClassVar[str] = "step"
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    seconds: float
+    samples: int
+    sigmas: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    weight_change: float = 0.0
+    memory_mb: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview(Event):
+    """files: relative to the run's folder, one per prompt."""
+
+    kind: ClassVar[str] = "preview"
+    step: int
+    files: list[str]
+    prompts: list[str]
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved(Event):
+    kind: ClassVar[str] = "saved"
+    step: int
+    path: str
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation(Event):
+    """by_sigma: noise level as text -> loss; held_out: the pictures are not trained on."""
+
+    kind: ClassVar[str] = "validation"
+    step: int
+    loss: float
+    by_sigma: dict[str, float]
+    seconds: float
+    held_out: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message(Event):
+    """level: info or warning."""
+
+    kind: ClassVar[str] = "message"
+    level: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed(Event):
+    kind: ClassVar[str] = "failed"
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended(Event):
+    """status: finished or stopped."""
+
+    kind: ClassVar[str] = "ended"
+    status: str
+    step: int
+
+
+KINDS: dict[str, type[Event]] = {
+    one.kind: one
+    for one in (RunStarted, Phase, Progress, StepDone, Preview, Saved, Validation, Message, Failed, Ended)
+}
+
+
+def as_line(event: Event) -> str:
+    """One line of JSON; numbers that JSON does not know (NaN, infinity) become null."""
+    return json.dumps({"kind": event.kind, **_finite(dataclasses.asdict(event))}, ensure_ascii=False) + "\n"
+
+
+def from_line(line: str) -> Event | None:
+    """The event of a line; None for a torn line, an unknown kind or one of another version."""
+    try:
+        values = json.loads(line)
+        cls = KINDS[values.pop("kind")]
+        known = {one.name for one in dataclasses.fields(cls)}
+        return cls(**{key: value for key, value in values.items() if key in known})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+class EventLog:
+    """Appends events; each is one write, so a kill leaves at most one torn line, which the next start cuts off."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, event: Event) -> None:
+        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
+        try:
+            os.write(handle, as_line(event).encode("utf-8", "surrogatepass"))
+        finally:
+            os.close(handle)
+
+    def mend(self) -> None:
+        """Cuts a torn last line off."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb+") as file:
+            size = file.seek(0, os.SEEK_END)
+            back = min(size, 1 << 20)
+            file.seek(size - back)
+            tail = file.read(back)
+            if tail and not tail.endswith(b"\n"):
+                file.truncate(size - back + tail.rfind(b"\n") + 1)
+
+    def cut_after(self, step: int) -> None:
+        """Leaves what happened up to the checkpoint of this step (0: nothing): the rest will happen again."""
+        if not self.path.exists():
+            return
+        lines = self.path.read_bytes().split(b"\n")[:-1]
+        end = 0
+        for index, line in enumerate(lines):
+            if b'"saved"' in line and step > 0:
+                event = from_line(line.decode("utf-8", "replace"))
+                if isinstance(event, Saved) and event.step == step:
+                    end = index + 1
+        write_atomically(self.path, b"".join(line + b"\n" for line in lines[:end]))
+
+
+def read(path: Path, offset: int = 0) -> tuple[list[Event], int]:
+    """(events from this byte on, the byte after the last whole line)."""
+    if not path.exists():
+        return [], 0
+    with path.open("rb") as file:
+        file.seek(offset)
+        data = file.read()
+    end = data.rfind(b"\n") + 1
+    found = (from_line(line.decode("utf-8", "replace")) for line in data[:end].split(b"\n") if line)
+    return [event for event in found if event is not None], offset + end
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return [_finite(one) for one in value]
+    return value

@@ -1,0 +1,34 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+
+def write_atomically(path: Path, data: str | bytes) -> None:
+    """Writes beside, syncs, renames. Text is written as UTF-8 with "\\n"."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data.encode("utf-8") if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def replace(source: Path, target: Path) -> None:
+    """os.replace; on Windows tried again for a second, since a virus scanner or an indexer may hold the target open."""
+    for attempt in range(10):
+        with contextlib.suppress(PermissionError):
+            source.replace(target)
+            return
+        if os.name != "nt" or attempt == 9:
+            break
+        time.sleep(0.1)
+    source.replace(target)
