@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from whitetuner.adapters.attach import Adapter, attach, attach_weights, base_state_dict, layer_sizes
+from whitetuner.adapters.attach import Adapter, attach, attach_state, base_state_dict, layer_sizes
 from whitetuner.adapters.choose import choose
 from whitetuner.adapters.deltas import Attached
 from whitetuner.adapters.shapes import AdapterSettings, count_parameters, reading_limits
@@ -282,40 +282,40 @@ def test_strength_scales_the_delta_and_is_not_saved(model: Model) -> None:
 def test_starting_from_a_file_takes_its_values_whatever_its_scale(model: Model, x: torch.Tensor) -> None:
     first = attach(model, ALL, LOKR, seed=0)
     move(first)
-    expected, weights = model(x), first.weights()
+    expected, state = model(x), first.state_dict()
     first.detach()
     same = attach(model, ALL, LOKR, seed=1)
-    same.start_from(weights)
+    same.start_from(state)
     assert torch.equal(model(x), expected)
     same.detach()
     other = attach(model, ALL, AdapterSettings("lokr", rank=2, alpha=4.0, factor=2), seed=1)
-    other.start_from(weights)
+    other.start_from(state)
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_starting_from_another_shape_names_the_settings_of_the_file(model: Model) -> None:
-    weights = attach(model, ALL, LOKR, seed=0).weights()
+    state = attach(model, ALL, LOKR, seed=0).state_dict()
     other = Model()
     with pytest.raises(UserError, match="rank = 2, alpha = 1"):
-        attach(other, ALL, FULL, seed=0).start_from(weights)
+        attach(other, ALL, FULL, seed=0).start_from(state)
     with pytest.raises(UserError, match="changes other layers: it lacks 1 of 11"):
-        attach(Model(), [*ALL, "proj_out"], LOKR, seed=0).start_from(weights)
+        attach(Model(), [*ALL, "proj_out"], LOKR, seed=0).start_from(state)
 
 
 def test_a_file_is_put_on_the_model_in_its_own_shapes(model: Model, x: torch.Tensor) -> None:
     first = attach(model, ALL, LOKR, seed=0)
     move(first)
-    expected, weights = model(x), first.weights()
+    expected, state = model(x), first.state_dict()
     first.detach()
-    attach_weights(model, weights)
+    attach_state(model, LOKR, state)
     assert torch.equal(model(x), expected)
     small = Model()
     small.blocks[1].to_q = nn.Linear(8, 8)
     with pytest.raises(UserError, match=r"blocks.1.to_q of 16x16, this model's is 8x8"):
-        attach_weights(small, weights)
+        attach_state(small, LOKR, state)
     del small.blocks[1].to_k
     with pytest.raises(UserError, match="which this model does not have"):
-        attach_weights(Model().blocks[0], weights)
+        attach_state(Model().blocks[0], LOKR, state)
 
 
 def test_a_plan_is_made_on_the_meta_device() -> None:

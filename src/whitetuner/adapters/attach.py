@@ -12,15 +12,35 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from whitetuner.adapters.choose import is_linear, linear_at
+from whitetuner.adapters.choose import choose, is_linear, linear_at
 from whitetuner.adapters.deltas import Attached, Delta, delta_from, initial_delta
+from whitetuner.adapters.files import Names, load_adapter
 from whitetuner.adapters.shapes import AdapterSettings
-from whitetuner.adapters.weights import SCALE_CARRIERS, AdapterWeights, file_suffix, rank_of
+from whitetuner.adapters.state import (
+    SCALE_CARRIERS,
+    by_module,
+    describe,
+    file_suffix,
+    infer_settings,
+    rank_of,
+)
 from whitetuner.errors import UserError
+
+__all__ = [
+    "Adapter",
+    "AdapterSettings",
+    "attach",
+    "attach_state",
+    "base_state_dict",
+    "choose",
+    "layer_sizes",
+    "merged",
+]
 
 MERGEABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -101,42 +121,50 @@ class Adapter:
             for name, parameter in self.named_parameters():
                 parameter.copy_(state[name])
 
-    def weights(self) -> AdapterWeights:
-        """What is saved and exported: the tensors (memory shared) and the scale of each module."""
-        return AdapterWeights(
-            settings=self.settings,
-            tensors={path: delta.tensors() for path, delta in self.deltas.items()},
-            scales={path: delta.scale for path, delta in self.deltas.items()},
-        )
+    def load_file(self, path: Path, keymap: Names) -> None:
+        """Starts from an adapter file of any known naming. Raises UserError as `load_adapter` and
+        `start_from`."""
+        self.start_from(load_adapter(path, keymap)[1])
 
-    def start_from(self, weights: AdapterWeights) -> None:
-        """Takes the values of a file as the starting point; the scale of the file is folded in where it is
-        another.
+    def start_from(self, state: Mapping[str, Tensor]) -> None:
+        """Takes the values of another adapter's state dict; its scale is folded in where it is another.
 
-        Raises UserError unless the file has the same modules and shapes.
+        Raises UserError, changing nothing, unless it has the same modules and shapes.
         """
-        _same_modules(weights, self.deltas)
+        modules = by_module(state)
+        missing, extra = self.deltas.keys() - modules.keys(), modules.keys() - self.deltas.keys()
+        if missing or extra:
+            raise UserError(
+                "the adapter to start from changes other layers: it lacks {missing} of {total} "
+                "({first_missing}) and has {extra} more ({first_extra})",
+                where="method.init_from",
+                mend="set method.targets to the layers it was trained on",
+                missing=len(missing),
+                total=len(self.deltas),
+                first_missing=min(missing, default="-"),
+                extra=len(extra),
+                first_extra=min(extra, default="-"),
+            )
         for path, delta in self.deltas.items():
-            given = weights.tensors[path]
-            have = {name: tuple(p.shape) for name, p in delta.named_parameters()}
-            if have != {name: tuple(tensor.shape) for name, tensor in given.items()}:
+            theirs = {name: tuple(tensor.shape) for name, tensor in modules[path].tensors.items()}
+            ours = {name: tuple(tensor.shape) for name, tensor in delta.tensors().items()}
+            if theirs != ours:
                 raise UserError(
                     "the adapter to start from has another shape: {path} is {theirs} in the file, {ours} "
                     "here",
                     where="method.init_from",
-                    mend="its settings are: {settings}; set [method] to the same",
+                    mend="set [method] as the file has it: {settings}",
                     path=path,
-                    theirs=", ".join(f"{n} {tuple(t.shape)}" for n, t in given.items()),
-                    ours=", ".join(f"{n} {shape}" for n, shape in have.items()),
-                    settings=weights.describe(),
+                    theirs=", ".join(f"{name} {shape}" for name, shape in theirs.items()),
+                    ours=", ".join(f"{name} {shape}" for name, shape in ours.items()),
+                    settings=describe(infer_settings(modules)),
                 )
         with torch.no_grad():
             for path, delta in self.deltas.items():
-                ratio = weights.scales[path] / delta.scale
+                ratio = modules[path].scale / delta.scale
                 for name, parameter in delta.named_parameters():
-                    value = weights.tensors[path][name].to(torch.float32)
-                    carries = name in SCALE_CARRIERS
-                    parameter.copy_(value * ratio if carries and ratio != 1.0 else value)
+                    value = modules[path].tensors[name].to(parameter.device, torch.float32)
+                    parameter.copy_(value * ratio if name in SCALE_CARRIERS and ratio != 1.0 else value)
 
     def enable(self, on: bool = True) -> None:
         """Off: the model computes exactly what it did without an adapter."""
@@ -226,34 +254,37 @@ def attach(
     return _wrap(module, settings, deltas, device)
 
 
-def attach_weights(
-    module: nn.Module, weights: AdapterWeights, device: torch.device | str | None = None
+def attach_state(
+    module: nn.Module,
+    settings: AdapterSettings,
+    state: Mapping[str, Tensor],
+    device: torch.device | str | None = None,
 ) -> Adapter:
-    """Puts the adapter of a file on a model, in whatever shapes the file has.
+    """Puts an adapter as `load_adapter` gives it on a model, in whatever shapes it has: for drawing and
+    merging.
 
-    Raises UserError when the model lacks a layer of the file or has it in another size.
+    Raises UserError when the model lacks a layer of it or has it in another size.
     """
     layers = dict(module.named_modules())
     deltas = {}
-    for path, tensors in weights.tensors.items():
+    for path, given in by_module(state).items():
         if path not in layers or not is_linear(layers[path]):
             raise UserError(
                 "the adapter changes {path}, which this model does not have",
                 mend="use it with the model (and size) it was made for",
                 path=path,
             )
-        delta = delta_from(tensors, weights.scales[path])
         layer = linear_at(module, path)
-        if (delta.out_features, delta.in_features) != (layer.out_features, layer.in_features):
+        if given.size != (layer.out_features, layer.in_features):
             raise UserError(
                 "the adapter is for a layer {path} of {theirs}, this model's is {ours}: another model size",
                 mend="use it with the model (and size) it was made for",
                 path=path,
-                theirs=f"{delta.out_features}x{delta.in_features}",
+                theirs="{}x{}".format(*given.size),
                 ours=f"{layer.out_features}x{layer.in_features}",
             )
-        deltas[path] = delta
-    return _wrap(module, weights.settings, deltas, device)
+        deltas[path] = delta_from(given.tensors, given.scale)
+    return _wrap(module, settings, deltas, device)
 
 
 def layer_sizes(module: nn.Module, paths: Sequence[str]) -> dict[str, tuple[int, int]]:
@@ -302,19 +333,3 @@ def _wrap(
 def _put(module: nn.Module, path: str, part: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(module.get_submodule(parent), name, part)  # registers in place: the order of the children stays
-
-
-def _same_modules(weights: AdapterWeights, deltas: Mapping[str, Delta]) -> None:
-    missing, extra = deltas.keys() - weights.tensors.keys(), weights.tensors.keys() - deltas.keys()
-    if missing or extra:
-        raise UserError(
-            "the adapter to start from changes other layers: it lacks {missing} of {total} "
-            "({first_missing}) and has {extra} more ({first_extra})",
-            where="method.init_from",
-            mend="set method.targets to the layers it was trained on",
-            missing=len(missing),
-            total=len(deltas),
-            first_missing=min(missing, default="-"),
-            extra=len(extra),
-            first_extra=min(extra, default="-"),
-        )

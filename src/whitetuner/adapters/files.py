@@ -18,7 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from whitetuner.adapters.weights import AdapterWeights, infer_settings, rank_of
+from whitetuner.adapters.shapes import AdapterSettings
+from whitetuner.adapters.state import ModuleState, file_suffix, infer_settings, rank_of
 from whitetuner.errors import UserError
 
 NAMINGS: tuple[Literal["comfyui", "diffusers", "lycoris"], ...] = ("comfyui", "diffusers", "lycoris")
@@ -92,15 +93,35 @@ def style_of(prefix: str) -> str:
     return next((style for start, style in STYLES if prefix.startswith(start)), "module paths")
 
 
-def load_adapter(path: Path, keymap: Names) -> AdapterWeights:
-    """Reads an adapter file of any known naming; tensors on the CPU in float32.
+def load_adapter(path: Path, keymap: Names) -> tuple[AdapterSettings, dict[str, Tensor]]:
+    """Reads an adapter file of any known naming: its settings, as far as all modules share them, and its
+    state dict.
 
-    Raises UserError, saying which: missing, pickled, torn or empty file; not an adapter; a kind that is not
+    Tensors are float32 on the CPU, in the names of `adapters.state`, modules in the order of their paths.
+    Raises UserError, saying which: a missing, pickled, torn or empty file; no adapter; a kind that is not
     read; names that are not of this family; two namings in one file; incomplete or impossible tensors; values
     that are not finite.
     """
-    tensors, metadata = read_safetensors(path)
-    by_prefix: dict[str, dict[str, Tensor]] = {}
+    tensors, _ = read_safetensors(path)
+    by_prefix = sort_tensors(path, tensors)
+    paths = resolve(path, list(by_prefix), keymap)
+    modules = {paths[prefix]: module for prefix, module in by_prefix.items()}
+    state: dict[str, Tensor] = {}
+    for module_path in sorted(modules, key=_natural):
+        module = modules[module_path]
+        for name, tensor in module.tensors.items():
+            state[f"{module_path}.{file_suffix(name)}"] = tensor.to(torch.float32)
+        if module.scale != 1.0:
+            state[f"{module_path}.alpha"] = torch.tensor(
+                module.scale * rank_of(module.tensors), dtype=torch.float32
+            )
+    return infer_settings(modules), state
+
+
+def sort_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, ModuleState]:
+    """The modules of a file by their names in it, each whole and possible. Raises UserError as
+    `load_adapter`."""
+    modules: dict[str, ModuleState] = {}
     strange = []
     for name, tensor in tensors.items():
         foreign = next((kind for ending, kind in FOREIGN.items() if name.endswith(ending)), None)
@@ -108,8 +129,7 @@ def load_adapter(path: Path, keymap: Names) -> AdapterWeights:
             raise UserError(
                 "the file holds {kind} ({name}), which is not read here",
                 where=str(path),
-                mend="use a LoKr or LoRA of linear layers; LoHa and others can be merged into the model by "
-                "ComfyUI first",
+                mend="use a LoKr or LoRA of linear layers",
                 kind=foreign,
                 name=name,
             )
@@ -117,31 +137,30 @@ def load_adapter(path: Path, keymap: Names) -> AdapterWeights:
         if entry is None:
             strange.append(name)
             continue
-        slot = by_prefix.setdefault(entry.prefix, {})
-        if entry.role in slot:
-            raise _mixed(path, f"{entry.prefix} ({entry.role})", f"{name}")
-        slot[entry.role] = tensor.to(torch.float32)
-    if strange or not by_prefix:
+        module = modules.setdefault(entry.prefix, ModuleState())
+        if entry.role in module.tensors:
+            raise _mixed(path, f"{entry.prefix}: {entry.role}", name)
+        if entry.role == "alpha":
+            module.alpha = tensor
+        else:
+            module.tensors[entry.role] = tensor
+    if strange or not modules:
         raise UserError(
-            "this is no LoKr or LoRA file: {count} of {total} tensors are something else (such as {name})",
+            "this is no LoKr or LoRA file: {count} of its {total} tensors are something else (such as "
+            "{name})",
             where=str(path),
             mend="`whitetuner inspect` tells what a file is",
             count=len(strange),
             total=len(tensors),
             name=strange[0] if strange else "-",
         )
-    paths = resolve(path, list(by_prefix), keymap)
-    modules: dict[str, dict[str, Tensor]] = {}
-    scales: dict[str, float] = {}
-    for prefix, parts in by_prefix.items():
-        modules[paths[prefix]], scales[paths[prefix]] = _module(path, prefix, parts)
-    kinds = {"lora" if "lora_A" in parts else "lokr" for parts in modules.values()}
-    if len(kinds) > 1:
+    for prefix, module in modules.items():
+        _check(path, prefix, module)
+    if len({"lora_A" in module.tensors for module in modules.values()}) > 1:
         raise UserError(
-            "the file mixes LoKr and LoRA", where=str(path), mend="train from a file that holds one kind"
+            "the file mixes LoKr and LoRA", where=str(path), mend="use a file that holds one kind"
         )
-    style = ", ".join(sorted({style_of(prefix) for prefix in by_prefix}))
-    return AdapterWeights(infer_settings(modules, scales), modules, scales, style, metadata)
+    return modules
 
 
 def resolve(path: Path, prefixes: list[str], keymap: Names) -> dict[str, str]:
@@ -240,45 +259,41 @@ def _mixed(path: Path, first: str, second: str) -> UserError:
     )
 
 
-def _module(path: Path, prefix: str, parts: dict[str, Tensor]) -> tuple[dict[str, Tensor], float]:
-    """One module's tensors, checked, and its scale."""
+def _check(path: Path, prefix: str, module: ModuleState) -> None:
+    """Raises UserError unless the tensors make one delta."""
 
     def wrong(what: str, **values: Any) -> UserError:
-        return UserError(
-            what,
-            where=str(path),
-            mend="download it again, or have its program write it anew",
-            prefix=prefix,
-            **values,
-        )
+        mend = "download it again, or have its program write it anew"
+        return UserError(what, where=str(path), mend=mend, prefix=prefix, **values)
 
-    alpha = parts.pop("alpha", None)
-    names = set(parts)
+    tensors = module.tensors
+    names = set(tensors)
     whole = any(
-        names == set(w1) | set(w2)
+        names == {*w1, *w2}
         for w1 in (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
         for w2 in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))
     )
     if names != {"lora_A", "lora_B"} and not whole:
         raise wrong("{prefix} is incomplete: it has only {names}", names=", ".join(sorted(names)) or "alpha")
-    for name, tensor in parts.items():
+    for name, tensor in tensors.items():
         if tensor.ndim != 2 or 0 in tensor.shape:
+            shape = tuple(tensor.shape)
             raise wrong(
-                "{prefix}.{name} has the shape {shape}: only linear layers are read",
-                name=name,
-                shape=tuple(tensor.shape),
+                "{prefix}.{name} has the shape {shape}; only linear layers are read", name=name, shape=shape
             )
         if not bool(torch.isfinite(tensor).all()):
             raise wrong("{prefix}.{name} holds values that are not finite", name=name)
     for left, right in (("lora_B", "lora_A"), ("lokr_w1_a", "lokr_w1_b"), ("lokr_w2_a", "lokr_w2_b")):
-        if left in parts and parts[left].shape[1] != parts[right].shape[0]:
+        if left in names and tensors[left].shape[1] != tensors[right].shape[0]:
             raise wrong(
-                "{prefix} does not fit together: {left} and {right} have different ranks",
-                left=left,
-                right=right,
+                "{prefix} does not fit together: {left} and {right} differ in rank", left=left, right=right
             )
-    if alpha is None or {"lokr_w1", "lokr_w2"} <= names:
-        return parts, 1.0
-    if alpha.numel() != 1 or not bool(torch.isfinite(alpha).all()):
+    if module.alpha is not None and (
+        module.alpha.numel() != 1 or not bool(torch.isfinite(module.alpha).all())
+    ):
         raise wrong("{prefix}.alpha is no number")
-    return parts, float(alpha) / rank_of(parts)
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    """blocks.2 before blocks.10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.split(".")]
