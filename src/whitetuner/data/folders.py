@@ -1,0 +1,160 @@
+"""Which files of a folder are pictures to learn from, which text belongs to each, and what is passed over."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from whitetuner.data.captions import CAPTION_ENDINGS
+from whitetuner.data.media import OTHER_PICTURES, PICTURES
+from whitetuner.errors import UserError
+
+#: kohya's convention: a sub-folder "10_sks dog" is learned ten times an epoch, "sks dog" where a caption is
+#: missing.
+_KOHYA = re.compile(r"^(\d+)_(.+)$")
+
+#: Written into every cache folder (bford.info/cachedir); a folder with it is nobody's data set.
+CACHE_TAG = "CACHEDIR.TAG"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Pictures of one folder (its sub-folders too, if asked), in an order that no machine changes.
+
+    captions: one text file each, or None; unread: pictures of kinds that are not read
+    """
+
+    folder: Path
+    pictures: tuple[Path, ...]
+    captions: tuple[Path | None, ...]
+    unread: tuple[Path, ...]
+    other_captions: Counter[str]
+
+
+def kohya_folders(folder: Path) -> list[tuple[Path, int, str]]:
+    """Sub-folders named COUNT_WORDS: (folder, count, words); empty when there are none."""
+    found = []
+    for name in sorted(entry.name for entry in _entries(folder) if entry.is_dir()):
+        match = _KOHYA.match(name)
+        if match and int(match[1]) > 0 and not _passed_over(folder / name):
+            found.append((folder / name, int(match[1]), match[2]))
+    return found
+
+
+def list_folder(
+    folder: Path, caption_ext: str, recursive: bool, leave_out: frozenset[Path] = frozenset()
+) -> Listing:
+    """Raises UserError when the folder is missing or a file. Hidden files and what this program wrote are
+    passed over.
+    """
+    if not folder.is_dir():
+        raise not_a_folder(folder)
+    ext = caption_ext if caption_ext.startswith(".") else f".{caption_ext}"
+    pictures, captions, unread, endings = [], [], [], Counter[str]()
+    for place, names in _walk(folder, recursive, leave_out):
+        exact = set(names)
+        folded: dict[str, list[str]] = {}
+        for name in names:
+            folded.setdefault(fold(name), []).append(name)
+        for name in names:
+            stem, ending = Path(name).stem, Path(name).suffix
+            if ending.lower() in OTHER_PICTURES:
+                unread.append(place / name)
+            if ending.lower() not in PICTURES:
+                continue
+            beside = stem + ext if stem + ext in exact else next(iter(folded.get(fold(stem + ext), ())), None)
+            pictures.append(place / name)
+            captions.append(place / beside if beside else None)
+            if beside is None:
+                endings.update(other for other in CAPTION_ENDINGS if stem + other in exact)
+    return Listing(folder, tuple(pictures), tuple(captions), tuple(unread), endings)
+
+
+def fold(name: str) -> str:
+    """Names that differ only in capitals, or in how an accent is stored (macOS takes it apart), fold to the
+    same.
+    """
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def not_a_folder(folder: Path) -> UserError:
+    if folder.exists():
+        return UserError(
+            "a file, not a folder", where=str(folder), mend="name the folder that holds the pictures"
+        )
+    parent = next((one for one in folder.parents if one.is_dir()), None)
+    return UserError(
+        "there is no such folder ({parent} exists)",
+        where=str(folder),
+        mend="mend the path of the data set",
+        parent=parent,
+    )
+
+
+def nothing_found(folder: Path) -> UserError:
+    """What to say of a folder without a single picture: what is there instead, and where pictures might be
+    meant.
+    """
+    names = [entry.name for entry in _entries(folder) if entry.is_file()]
+    names.sort()
+    kinds = Counter(Path(name).suffix.lower() or "without ending" for name in names)
+    have = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4)) or "nothing"
+    inside = [
+        entry.name for entry in _entries(folder) if entry.is_dir() and _holds_pictures(Path(entry.path))
+    ]
+    if inside:
+        return UserError(
+            "no pictures (it holds: {have}), but its sub-folders have some: {inside}",
+            where=str(folder),
+            mend="set recursive = true, or name one of the sub-folders",
+            have=have,
+            inside=", ".join(sorted(inside)[:5]),
+        )
+    return UserError(
+        "no pictures (it holds: {have})",
+        where=str(folder),
+        mend="put .jpg, .png, .webp or .bmp files there, or name another folder",
+        have=have,
+    )
+
+
+def _holds_pictures(folder: Path) -> bool:
+    return any(Path(entry.name).suffix.lower() in PICTURES for entry in _entries(folder))
+
+
+def _walk(folder: Path, recursive: bool, leave_out: frozenset[Path]) -> Iterator[tuple[Path, list[str]]]:
+    entries = _entries(folder)
+    yield (
+        folder,
+        sorted((entry.name for entry in entries if entry.is_file()), key=lambda name: (fold(name), name)),
+    )
+    if recursive:
+        inner = sorted(
+            (entry.name for entry in entries if entry.is_dir()), key=lambda name: (fold(name), name)
+        )
+        for name in inner:
+            if folder / name not in leave_out and not _passed_over(folder / name):
+                yield from _walk(folder / name, True, leave_out)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as found:
+            return [entry for entry in found if not entry.name.startswith(".")]
+    except PermissionError as error:
+        raise UserError(
+            "the folder may not be read",
+            where=str(folder),
+            mend="give yourself the right to read it ({reason})",
+            reason=error,
+        ) from error
+
+
+def _passed_over(folder: Path) -> bool:
+    """Caches (ours and others') and folders of runs."""
+    return (folder / CACHE_TAG).exists() or (folder / "events.jsonl").exists()
