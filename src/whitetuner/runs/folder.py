@@ -89,7 +89,7 @@ class RunFolder:
 
     # -- the owner's side ------------------------------------------------------------------------------------------
 
-    def begin(self, config_text: str, document: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    def begin(self, config_text: str, document: dict[str, Any], **extra: Any) -> dict[str, Any]:
         """Writes config.toml and run.json (or finds the run's earlier one); returns run.json's document.
 
         document: the config as JSON values; extra: more for run.json (origins, resolved, ...)
@@ -98,7 +98,7 @@ class RunFolder:
         if self.is_run():
             found = self.document()
             found.setdefault("history", []).append({"config": found["config"], "versions": found["versions"]})
-            found.update({"config": document, "versions": versions(), **{k: v for k, v in extra.items() if k != "resolved"}})
+            found.update({"config": document, "versions": versions(), **extra})
         else:
             found = {"format": 1, "run_id": uuid.uuid4().hex, "config": document, "versions": versions(), **extra}
             found["hardware"] = {"machine": platform.machine(), "system": platform.system(), "cores": os.cpu_count()}
