@@ -19,7 +19,10 @@ def read_text(path: Path) -> str:
     """The text of a config file, BOM and CRLF taken away. Raises UserError when it cannot be had."""
     if path.is_dir():
         raise UserError(
-            "this is a folder, not a config file", where=str(path), mend="give the .toml file, e.g. {example}", example=path / "config.toml"
+            "this is a folder, not a config file",
+            where=str(path),
+            mend="give the .toml file, e.g. {example}",
+            example=path / "config.toml",
         )
     try:
         data = path.read_bytes()
@@ -32,7 +35,9 @@ def read_text(path: Path) -> str:
             near=", ".join(near[:5]),
         ) from error
     except OSError as error:
-        raise UserError("it cannot be read ({reason})", where=str(path), mend="make it readable", reason=error) from error
+        raise UserError(
+            "it cannot be read ({reason})", where=str(path), mend="make it readable", reason=error
+        ) from error
     try:
         return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:

@@ -35,11 +35,17 @@ class Loaded:
 
     def metadata(self) -> dict[str, str]:
         """What files of this run carry about it: nothing that changes from run to run of the same config."""
-        return {"whitetuner_version": __version__, "whitetuner_config": json.dumps(self.document(), sort_keys=True)}
+        return {
+            "whitetuner_version": __version__,
+            "whitetuner_config": json.dumps(self.document(), sort_keys=True),
+        }
 
 
 def load_config(
-    path: Path | None, overrides: Sequence[str] = (), preset: str | None = None, base: Mapping[str, Any] | None = None
+    path: Path | None,
+    overrides: Sequence[str] = (),
+    preset: str | None = None,
+    base: Mapping[str, Any] | None = None,
 ) -> Loaded:
     """The config of a file (or of the mapping `base`, as a form gives it), preset below, overrides above.
 
@@ -63,7 +69,9 @@ def load_config(
         key, sign, text = override.partition("=")
         key = key.strip()
         if not sign or not key:
-            raise UserError("{given} is no setting", where="--set", mend="write --set section.key=value", given=override)
+            raise UserError(
+                "{given} is no setting", where="--set", mend="write --set section.key=value", given=override
+            )
         values = merge(values, nested({key: value_of(text.strip())}))
         origins[key] = "--set"
     return validate(values, origins)
@@ -71,7 +79,9 @@ def load_config(
 
 def validate(values: Mapping[str, Any], origins: dict[str, str]) -> Loaded:
     """Checks all values; fills in the family's proposals where nothing was said."""
-    errors = list(_unknown(Config, values, "", origins)) + list(_texts_for_numbers(Config, values, "", origins))
+    errors = list(_unknown(Config, values, "", origins)) + list(
+        _texts_for_numbers(Config, values, "", origins)
+    )
     if errors:
         raise UserErrors(errors)
     family = values.get("model", {}).get("family") if isinstance(values.get("model"), Mapping) else None
@@ -113,14 +123,21 @@ def dump_config(config: Config) -> str:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """(key, old, new) of every value that differs between two documents."""
     one, two = flat(old), flat(new)
-    return [(key, one.get(key), two.get(key)) for key in sorted(one.keys() | two.keys()) if one.get(key) != two.get(key)]
+    return [
+        (key, one.get(key), two.get(key))
+        for key in sorted(one.keys() | two.keys())
+        if one.get(key) != two.get(key)
+    ]
 
 
 def presets() -> dict[str, str]:
     """Name -> first line of each preset."""
     folder = resources.files("whitetuner.config") / "presets"
     files = sorted((one for one in folder.iterdir() if one.name.endswith(".toml")), key=lambda one: one.name)
-    return {one.name.removesuffix(".toml"): one.read_text(encoding="utf-8").split("\n")[0].lstrip("# ") for one in files}
+    return {
+        one.name.removesuffix(".toml"): one.read_text(encoding="utf-8").split("\n")[0].lstrip("# ")
+        for one in files
+    }
 
 
 def preset_text(name: str) -> str:
@@ -128,7 +145,11 @@ def preset_text(name: str) -> str:
     known = presets()
     if name not in known:
         raise UserError(
-            "there is no preset '{name}'", where="PRESET", mend="use one of: {known}", name=name, known=", ".join(known)
+            "there is no preset '{name}'",
+            where="PRESET",
+            mend="use one of: {known}",
+            name=name,
+            known=", ".join(known),
         )
     return (resources.files("whitetuner.config") / "presets" / f"{name}.toml").read_text(encoding="utf-8")
 
@@ -185,7 +206,9 @@ def _name(config: Config) -> str:
     source = config.data.images or config.data.target or config.data.videos
     if source is None and config.data.sets:
         source = config.data.sets[0].images or config.data.sets[0].target or config.data.sets[0].videos
-    stem = "".join(c if c not in '<>:"/\\|?*' and c >= " " else "_" for c in Path(source or "run").name).strip(" .")
+    stem = "".join(
+        c if c not in '<>:"/\\|?*' and c >= " " else "_" for c in Path(source or "run").name
+    ).strip(" .")
     return f"{config.model.family}-{stem or 'run'}"
 
 
@@ -209,7 +232,9 @@ def _schema_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _schema_keys(inner, f"{prefix}{name}.")
 
 
-def _unknown(schema: type[BaseModel], values: Any, prefix: str, origins: Mapping[str, str]) -> Iterator[UserError]:
+def _unknown(
+    schema: type[BaseModel], values: Any, prefix: str, origins: Mapping[str, str]
+) -> Iterator[UserError]:
     """Every key that the schema does not have, with the nearest that it does (in any section)."""
     if not isinstance(values, Mapping):
         return
@@ -218,9 +243,15 @@ def _unknown(schema: type[BaseModel], values: Any, prefix: str, origins: Mapping
         if name not in schema.model_fields:
             every = list(_schema_keys(Config))
             same = [one for one in every if one.rpartition(".")[2] == name and "[" not in one]
-            near = same or difflib.get_close_matches(key, every, 1, 0.6) or [
-                one for one in every if difflib.SequenceMatcher(None, one.rpartition(".")[2], name).ratio() > 0.75
-            ]
+            near = (
+                same
+                or difflib.get_close_matches(key, every, 1, 0.6)
+                or [
+                    one
+                    for one in every
+                    if difflib.SequenceMatcher(None, one.rpartition(".")[2], name).ratio() > 0.75
+                ]
+            )
             yield UserError(
                 "there is no option '{key}'",
                 where=_where(key, origins),
@@ -263,7 +294,9 @@ def _texts_for_numbers(
         if inner is not None:
             rows = enumerate(value) if isinstance(value, list) else [(None, value)]
             for index, one in rows:
-                yield from _texts_for_numbers(inner, one, f"{key}." if index is None else f"{key}[{index}].", origins)
+                yield from _texts_for_numbers(
+                    inner, one, f"{key}." if index is None else f"{key}[{index}].", origins
+                )
             continue
         number = isinstance(value, str) and _looks_like_number(value)
         if number and (not _takes_text(info.annotation) or _is_choice(info.annotation)):
@@ -277,7 +310,10 @@ def _texts_for_numbers(
             )
         elif isinstance(value, bool) and not _takes_bool(info.annotation):
             yield UserError(
-                "{key} does not take true or false", where=_where(key, origins), mend="docs/config.md says what it takes", key=key
+                "{key} does not take true or false",
+                where=_where(key, origins),
+                mend="docs/config.md says what it takes",
+                key=key,
             )
 
 
@@ -305,11 +341,16 @@ def _told(error: Mapping[str, Any], origins: Mapping[str, str]) -> UserError:
     for part in error["loc"]:
         if isinstance(part, int):
             key += f"[{part}]"
-        elif not (part.startswith(("literal[", "function-", "list[", "constrained")) or part in ("int", "float", "str", "bool")):
+        elif not (
+            part.startswith(("literal[", "function-", "list[", "constrained"))
+            or part in ("int", "float", "str", "bool")
+        ):
             key += f".{part}" if key else part
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "missing":
-        return UserError("{key} is not given", where=_where(key, origins), mend="add it to the config", key=key)
+        return UserError(
+            "{key} is not given", where=_where(key, origins), mend="add it to the config", key=key
+        )
     return UserError(
         "{value} does not fit: {message}",
         where=_where(key, origins),

@@ -36,7 +36,9 @@ def check_resume(before: Mapping[str, Any], now: Config) -> list[str]:
         if any(key == one or (one.endswith(".") and key.startswith(one)) for one in FREE):
             told.append(f"{key}: {old} -> {new}")
             continue
-        why = next((text for prefix, text in _WHY.items() if key.startswith(prefix)), "it changes what is learned")
+        why = next(
+            (text for prefix, text in _WHY.items() if key.startswith(prefix)), "it changes what is learned"
+        )
         errors.append(
             UserError(
                 "{key} was {old} when the run began and is {new} now: {why}",
