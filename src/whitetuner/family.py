@@ -1,7 +1,8 @@
 """The contract of a model family: everything the trainer wants to know of a model, and nothing about memory or method.
 
 A family is a folder under families/: `spec.py` (facts, no torch: a FamilySpec named SPEC), `model.py` (a class named Model:
-the verbs of the Family protocol), `keys.py` (a KeyMap named KEYS). One line in families/registry.py makes it known.
+the verbs of the Family protocol), `keys.py` (a KeyMap named KEYS), `tiny.py` (a random tiny model), `reference.py` and
+`mutants.py` (what families/contract.py holds it against). One line in families/registry.py makes it known.
 
 Conventions that hold for every family, whatever its own are (they hide inside `predict`, `generate` and the encoders):
     x_t = (1 - sigma) x0 + sigma noise,   velocity = noise - x0,   sigma in [0, 1], 1 = pure noise.
@@ -63,13 +64,19 @@ class FamilySpec:
 
     tasks:      of "t2i", "edit", "i2v", "t2v"
     variants:   name -> one line of what it is; the first is the default
-    stride_px:  width and height of a training picture are multiples of this (a model's own: `Family.stride`)
+    stride_px:  width and height of a training picture are multiples of this for the released models
+    stride_of:  the same for the model at hand, told from its config files; `stride` asks it
     frames:     0: pictures only; n: videos of n k + 1 frames
     components: folders of the diffusers layout a model must have -> where to get them when missing
     keep_precise: fnmatch patterns of parameter names that are never quantised
     adapter_targets: fnmatch patterns of module paths that adapters attach to by default
     transformer_class: `_class_name` in the denoiser's config.json, by which a model folder is recognised
     settings:   config key ("optimizer.lr") -> proposed default with its source
+    advice:     what to warn about before this model is trained (a distilled one, a variant that the folder is not);
+                reads names and config files only
+    tokens:     (size, stride in pixels) -> tokens of the target that the denoiser sees
+    auto_shift: tokens of the target -> the shift s of the model's own sampling schedule; None: it has none
+    tiny_options: options that suit the random tiny model (short texts)
     """
 
     name: str
@@ -88,12 +95,22 @@ class FamilySpec:
     transformer_class: str = ""
     frames: int = 0
     min_size_px: int = 64
-    tokens: Callable[[Size], int] = lambda size: size.width * size.height // 256
-    auto_shift: Callable[[Size], float] | None = None
+    tokens: Callable[[Size, int], int] = lambda size, stride: (size.width // stride) * (size.height // stride)
+    auto_shift: Callable[[int], float] | None = None
+    stride_of: Callable[[ModelPaths], int] | None = None
+    advice: Callable[[Any, ModelPaths], tuple[UserError, ...]] = lambda options, paths: ()
+    tiny_options: Mapping[str, Any] = field(default_factory=dict)
     sample_steps: int = 28
     sample_cfg: float = 4.0
     licence: Mapping[str, str] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
+
+    def stride(self, paths: ModelPaths) -> int:
+        """Pixels that width and height of a picture are multiples of, for this model. Imports no torch.
+
+        Raises UserError when the config file that tells it cannot be read.
+        """
+        return self.stride_px if self.stride_of is None else self.stride_of(paths)
 
 
 @dataclass(frozen=True)
@@ -185,7 +202,7 @@ class Family(Protocol):
     keys: KeyMap
 
     def stride(self) -> int:
-        """Width and height of a picture are multiples of this many pixels, told from the model's config files."""
+        """`spec.stride(paths)`."""
         ...
 
     def encoders(self, task: str) -> list[Encoder]: ...

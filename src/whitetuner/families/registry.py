@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from whitetuner.errors import UserError
 from whitetuner.family import Family, FamilySpec, KeyMap, ModelPaths, Options
+
+if TYPE_CHECKING:
+    from whitetuner.families.contract import Mutant, Reference
 
 FAMILIES: dict[str, str] = {
     "flux2-klein": "whitetuner.families.flux2_klein",
@@ -41,3 +46,17 @@ def make_tiny(name: str, folder: str, variant: str | None = None, seed: int = 0)
     """Writes a random tiny model of the family as a diffusers folder. Imports torch."""
     spec(name)
     import_module(f"{FAMILIES[name]}.tiny").make(folder, variant, seed)
+
+
+def reference(name: str, folder: Path, options: Options) -> Reference:
+    """The family's diffusers pipeline, loaded whole from a model folder: what our code is compared with."""
+    spec(name)
+    return import_module(f"{FAMILIES[name]}.reference").Reference(folder, options)
+
+
+def mutants(name: str) -> dict[str, Mutant]:
+    """The family with one convention wrong at a time: those of every family and its own."""
+    from whitetuner.families import contract
+
+    spec(name)
+    return contract.mutants(import_module(f"{FAMILIES[name]}.mutants").MUTANTS)

@@ -1,7 +1,8 @@
-"""Names of FLUX.2's modules in diffusers <-> in the original layout that ComfyUI reads.
+"""Names of FLUX.2's modules in diffusers <-> in the original layout, which ComfyUI's full checkpoints have.
 
-The original fuses q, k, v (rows one after the other) and swaps the halves of the last modulation (shift and scale). Rules as
-in diffusers loaders/single_file_utils.py `convert_flux2_transformer_checkpoint_to_diffusers`, which the tests run as inverse.
+The original fuses q, k and v (rows one after the other) and keeps shift before scale in the last modulation,
+diffusers scale before shift. Rules as in diffusers loaders/single_file_utils.py
+`convert_flux2_transformer_checkpoint_to_diffusers`, which the tests run as the inverse.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from whitetuner.errors import UserError
 from whitetuner.family import Naming
 
 _TOP = {
@@ -21,121 +23,166 @@ _TOP = {
     "norm_out.linear": "final_layer.adaLN_modulation.1",
     "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
     "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
-    "time_guidance_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
-    "time_guidance_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
     "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
     "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
     "single_stream_modulation.linear": "single_stream_modulation.lin",
 }
+#: Its halves change places, so an adapter for it has no original name that is right without changing tensors.
+_SWAPPED = "norm_out.linear"
+#: What ComfyUI knows by its original name alone (its table of diffusers names stops before these).
+_ORIGINAL_ONLY = tuple(
+    name for name in _TOP if "modulation" in name or name.startswith("time_guidance_embed")
+)
 _DOUBLE = {
-    "attn.to_out.0.weight": "img_attn.proj.weight",
-    "attn.to_add_out.weight": "txt_attn.proj.weight",
-    "ff.linear_in.weight": "img_mlp.0.weight",
-    "ff.linear_out.weight": "img_mlp.2.weight",
-    "ff_context.linear_in.weight": "txt_mlp.0.weight",
-    "ff_context.linear_out.weight": "txt_mlp.2.weight",
-    "attn.norm_q.weight": "img_attn.norm.query_norm.scale",
-    "attn.norm_k.weight": "img_attn.norm.key_norm.scale",
-    "attn.norm_added_q.weight": "txt_attn.norm.query_norm.scale",
-    "attn.norm_added_k.weight": "txt_attn.norm.key_norm.scale",
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff.linear_in": "img_mlp.0",
+    "ff.linear_out": "img_mlp.2",
+    "ff_context.linear_in": "txt_mlp.0",
+    "ff_context.linear_out": "txt_mlp.2",
+    "attn.norm_q": "img_attn.norm.query_norm",
+    "attn.norm_k": "img_attn.norm.key_norm",
+    "attn.norm_added_q": "txt_attn.norm.query_norm",
+    "attn.norm_added_k": "txt_attn.norm.key_norm",
 }
 _FUSED = {
-    "img_attn.qkv.weight": ("attn.to_q.weight", "attn.to_k.weight", "attn.to_v.weight"),
-    "txt_attn.qkv.weight": ("attn.add_q_proj.weight", "attn.add_k_proj.weight", "attn.add_v_proj.weight"),
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
 }
 _SINGLE = {
-    "attn.to_qkv_mlp_proj.weight": "linear1.weight",
-    "attn.to_out.weight": "linear2.weight",
-    "attn.norm_q.weight": "norm.query_norm.scale",
-    "attn.norm_k.weight": "norm.key_norm.scale",
+    "attn.to_qkv_mlp_proj": "linear1",
+    "attn.to_out": "linear2",
+    "attn.norm_q": "norm.query_norm",
+    "attn.norm_k": "norm.key_norm",
 }
-_SWAPPED = "norm_out.linear"
-_DOUBLE_LINEARS = sorted(
-    {name.removesuffix(".weight") for name in (*_DOUBLE, *sum(_FUSED.values(), ())) if "norm" not in name}
+_DOUBLE_LINEARS = (
+    *(name for name in _DOUBLE if "norm" not in name),
+    *_FUSED["img_attn.qkv"],
+    *_FUSED["txt_attn.qkv"],
 )
 _SINGLE_LINEARS = ("attn.to_qkv_mlp_proj", "attn.to_out")
-_LYCORIS = {
-    **{f"transformer_blocks_#_{name.replace('.', '_')}": f"transformer_blocks.#.{name}" for name in _DOUBLE_LINEARS},
-    **{f"single_transformer_blocks_#_{n.replace('.', '_')}": f"single_transformer_blocks.#.{n}" for n in _SINGLE_LINEARS},
-    **{name.replace(".", "_"): name for name in _TOP},
+#: Module path with underscores and # for the block's number -> the path.
+_FLAT = {
+    path.replace(".", "_"): path
+    for path in (
+        *_TOP,
+        *(f"transformer_blocks.#.{name}" for name in _DOUBLE_LINEARS),
+        *(f"single_transformer_blocks.#.{name}" for name in _SINGLE_LINEARS),
+    )
 }
-
-
-def _swap(tensor: Tensor) -> Tensor:
-    first, second = tensor.chunk(2, dim=0)
-    return torch.cat([second, first], dim=0)
+_BLOCK = re.compile(r"(single_)?transformer_blocks\.(\d+)\.(.+)")
+_ORIGINAL_BLOCK = re.compile(r"(double|single)_blocks\.(\d+)\.(.+)")
 
 
 class KleinKeys:
-    """KeyMap of FLUX.2 Klein."""
+    """KeyMap of FLUX.2 Klein. Adapters know linear layers only; full states know every tensor."""
 
     def adapter_prefix(self, module_path: str, naming: Naming) -> str:
+        """comfyui: lycoris_ names (for the blocks they load in diffusers and lycoris-lora too), and the
+        original name for the modulations and the time embedding, which ComfyUI has no other name for."""
         if naming == "diffusers":
             return f"transformer.{module_path}"
-        if naming == "comfyui" and module_path in _TOP and ("modulation" in module_path or "time_guid" in module_path):
-            return f"diffusion_model.{_TOP[module_path]}"  # ComfyUI's diffusers names do not cover these
+        if naming == "comfyui" and module_path in _ORIGINAL_ONLY:
+            return f"diffusion_model.{_TOP[module_path]}"
         return "lycoris_" + module_path.replace(".", "_")
 
     def module_path(self, prefix: str) -> str | None:
-        for lead in ("base_model.model.", "transformer."):
-            prefix = prefix.removeprefix(lead)
-        for lead in ("lycoris_", "lora_transformer_"):
-            if prefix.startswith(lead):
-                flat = prefix.removeprefix(lead)
-                number = re.search(r"(?<=transformer_blocks_)\d+", flat)
-                key = flat if number is None else flat[: number.start()] + "#" + flat[number.end() :]
-                found = _LYCORIS.get(key)
-                return found.replace("#", number[0]) if found and number else found
+        """Also of bare paths. None for fused layers (img_attn.qkv): no single module of ours is that
+        layer.
+        """
+        if prefix.startswith("lycoris_"):
+            flat = prefix.removeprefix("lycoris_")
+            block = re.fullmatch(r"((?:single_)?transformer_blocks_)(\d+)(_.+)", flat)
+            if block is None:
+                return _FLAT.get(flat)
+            path = _FLAT.get(f"{block[1]}#{block[3]}")
+            return path and path.replace("#", block[2])
         if prefix.startswith("diffusion_model."):
-            original = prefix.removeprefix("diffusion_model.")
-            return next((ours for ours, theirs in _TOP.items() if theirs == original), None)
-        block = re.fullmatch(r"(single_)?transformer_blocks\.\d+\.(.+)", prefix)
-        if block:
-            return prefix if block[2] in (_SINGLE_LINEARS if block[1] else _DOUBLE_LINEARS) else None
-        return prefix if prefix in _TOP else None
+            return _from_original_layer(prefix.removeprefix("diffusion_model."))
+        path = prefix.removeprefix("transformer.")
+        number = _BLOCK.fullmatch(path)
+        general = path if number is None else f"{number[1] or ''}transformer_blocks.#.{number[3]}"
+        return path if general in _FLAT.values() else None
 
     def to_original(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """diffusers state dict -> original layout, bare keys. Raises KeyError for a name that is not FLUX.2's."""
+        """Full state of the transformer -> bare original keys. Raises UserError for a name that is not
+        Klein's.
+        """
         found: dict[str, Tensor] = {}
         for name, tensor in state.items():
-            block = re.fullmatch(r"(single_)?transformer_blocks\.(\d+)\.(.+)", name)
+            module, _, parameter = name.rpartition(".")
+            block = _BLOCK.fullmatch(module)
+            if parameter != "weight":
+                raise _foreign(name)
             if block is None:
-                module = name.removesuffix(".weight")
-                found[f"{_TOP[module]}.weight"] = _swap(tensor) if module == _SWAPPED else tensor
+                if module not in _TOP:
+                    raise _foreign(name)
+                found[f"{_TOP[module]}.weight"] = _swap_halves(tensor) if module == _SWAPPED else tensor
                 continue
             single, number, rest = block.groups()
-            if single:
-                found[f"single_blocks.{number}.{_SINGLE[rest]}"] = tensor
-                continue
-            fused = next((theirs for theirs, ours in _FUSED.items() if rest in ours), None)
-            if fused is None:
-                found[f"double_blocks.{number}.{_DOUBLE[rest]}"] = tensor
-            elif rest == _FUSED[fused][0]:
-                rows = [state[f"transformer_blocks.{number}.{one}"] for one in _FUSED[fused]]
-                found[f"double_blocks.{number}.{fused}"] = torch.cat(rows, dim=0)
+            kind, table = ("single", _SINGLE) if single else ("double", _DOUBLE)
+            fused = next((theirs for theirs, ours in _FUSED.items() if not single and rest in ours), None)
+            if fused is not None:
+                rows = [state[f"transformer_blocks.{number}.{one}.weight"] for one in _FUSED[fused]]
+                found[f"double_blocks.{number}.{fused}.weight"] = torch.cat(rows)
+            elif rest in table:
+                last = "scale" if "norm" in rest else "weight"  # BFL's own word; older ComfyUI knows no other
+                found[f"{kind}_blocks.{number}.{table[rest]}.{last}"] = tensor
+            else:
+                raise _foreign(name)
         return found
 
     def from_original(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Inverse of `to_original`; norms may also end in `.weight`. Raises KeyError for a name that is not FLUX.2's."""
+        """Inverse of `to_original`, to the bit. `model.diffusion_model.` before the names and `.weight` for
+        the norms' `.scale` are understood too. Raises UserError for a name that is not Klein's."""
         top = {theirs: ours for ours, theirs in _TOP.items()}
         double, single = ({theirs: ours for ours, theirs in table.items()} for table in (_DOUBLE, _SINGLE))
         found: dict[str, Tensor] = {}
-        for name, tensor in state.items():
-            block = re.fullmatch(r"(double|single)_blocks\.(\d+)\.(.+)", name)
+        for given, tensor in state.items():
+            name = given.removeprefix("model.").removeprefix("diffusion_model.")
+            module, _, parameter = name.rpartition(".")
+            block = _ORIGINAL_BLOCK.fullmatch(module)
+            if parameter not in ("weight", "scale"):
+                raise _foreign(given)
             if block is None:
-                module = top[name.removesuffix(".weight")]
-                found[f"{module}.weight"] = _swap(tensor) if module == _SWAPPED else tensor
+                if module not in top:
+                    raise _foreign(given)
+                ours = top[module]
+                found[f"{ours}.weight"] = _swap_halves(tensor) if ours == _SWAPPED else tensor
                 continue
             kind, number, rest = block.groups()
-            rest = re.sub(r"(query|key)_norm\.weight$", r"\1_norm.scale", rest)
-            if kind == "single":
-                found[f"single_transformer_blocks.{number}.{single[rest]}"] = tensor
-            elif rest in _FUSED:
-                for ours, rows in zip(_FUSED[rest], tensor.chunk(3, dim=0)):
-                    found[f"transformer_blocks.{number}.{ours}"] = rows.contiguous()
-            else:
-                found[f"transformer_blocks.{number}.{double[rest]}"] = tensor
+            if kind == "double" and rest in _FUSED:
+                for ours, rows in zip(_FUSED[rest], tensor.chunk(3)):
+                    found[f"transformer_blocks.{number}.{ours}.weight"] = rows.contiguous()
+                continue
+            table, lead = (double, "") if kind == "double" else (single, "single_")
+            if rest not in table:
+                raise _foreign(given)
+            found[f"{lead}transformer_blocks.{number}.{table[rest]}.weight"] = tensor
         return found
+
+
+def _from_original_layer(name: str) -> str | None:
+    """Path of the linear layer that is exactly this original one."""
+    block = _ORIGINAL_BLOCK.fullmatch(name)
+    if block is None:
+        return next((ours for ours, theirs in _TOP.items() if theirs == name and ours != _SWAPPED), None)
+    kind, number, rest = block.groups()
+    table, lead = (_DOUBLE, "") if kind == "double" else (_SINGLE, "single_")
+    ours = next((ours for ours, theirs in table.items() if theirs == rest and "norm" not in ours), None)
+    return ours and f"{lead}transformer_blocks.{number}.{ours}"
+
+
+def _swap_halves(tensor: Tensor) -> Tensor:
+    return torch.cat(tuple(reversed(tensor.chunk(2))))
+
+
+def _foreign(name: str) -> UserError:
+    return UserError(
+        "'{name}' is no tensor of a FLUX.2 Klein transformer",
+        mend="give the bf16 transformer of FLUX.2 Klein (guidance_in: that is FLUX.2 dev; scale_weight: an fp8 file)",
+        name=name,
+    )
 
 
 KEYS = KleinKeys()
