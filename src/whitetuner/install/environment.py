@@ -330,8 +330,9 @@ def heal(site_packages: Path) -> list[str]:
 
     pip writes RECORD last and parks what it replaces in folders that begin with `~`. Returns the names taken away.
     """
-    torn = [path for path in site_packages.glob("*.dist-info") if not (path / "RECORD").exists()]
-    for path in [*torn, *site_packages.glob("~*")]:
+    parked = set(site_packages.glob("~*"))
+    torn = {path for path in site_packages.glob("*.dist-info") if not (path / "RECORD").exists()} - parked
+    for path in parked | torn:
         if path.is_dir():
             shutil.rmtree(path)
         else:

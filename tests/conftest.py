@@ -1,0 +1,45 @@
+"""What holds for every test: one thread, no network, fixed randomness, and which tests run on this machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+# Before torch is imported by anything. One thread: sums in one order, and no fight over the cores of a CI machine.
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ[name] = "1"
+for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
+    os.environ[name] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+# Reproducible, and no failure by a slow moment of the machine.
+settings.register_profile("project", deadline=None, derandomize=True, database=None)
+settings.load_profile("project")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-slow", action="store_true", help="run the tests marked slow, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Slow tests only with --run-slow or when `-m` speaks of them; gpu and browser tests where there is one."""
+    if not config.getoption("--run-slow") and "slow" not in config.getoption("-m"):
+        slow = [item for item in items if "slow" in item.keywords]
+        items[:] = [item for item in items if "slow" not in item.keywords]
+        config.hook.pytest_deselected(items=slow)
+    if any("gpu" in item.keywords for item in items):
+        import torch
+
+        if not torch.cuda.is_available():
+            _skip(items, "gpu", "needs a CUDA device, and there is none")
+    if not any(shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")):
+        _skip(items, "browser", "needs Chromium, and there is none")
+
+
+def _skip(items: list[pytest.Item], mark: str, reason: str) -> None:
+    for item in items:
+        if mark in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reason))
