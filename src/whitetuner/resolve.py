@@ -32,7 +32,11 @@ class Resolved:
 
     def facts(self) -> dict[str, Any]:
         """What goes into run.json and must be the same on resume."""
-        return {"dtype": str(self.dtype).removeprefix("torch."), "device_type": self.device.type}
+        return {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device_type": self.device.type,
+            "random_weights": is_random(self.family.paths),
+        }
 
 
 def resolve(config: Config) -> Resolved:
@@ -134,6 +138,11 @@ def class_name(component: Path) -> str:
             reason=error,
         ) from error
     return str(document.get("_class_name", "model without _class_name"))
+
+
+def is_random(paths: ModelPaths) -> bool:
+    """True for a model made by `whitetuner tiny`: what it draws is noise, and every output says so."""
+    return paths.folder is not None and (paths.folder / registry.RANDOM_MARK).is_file()
 
 
 def family_of(folder: Path) -> str:

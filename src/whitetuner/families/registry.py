@@ -12,6 +12,9 @@ from whitetuner.family import Family, FamilySpec, KeyMap, ModelPaths, Options
 if TYPE_CHECKING:
     from whitetuner.families.contract import Mutant, Reference
 
+#: File in a model folder whose weights are random; runs over it say so.
+RANDOM_MARK = "RANDOM_WEIGHTS.txt"
+
 FAMILIES: dict[str, str] = {
     "flux2-klein": "whitetuner.families.flux2_klein",
 }
@@ -46,6 +49,7 @@ def make_tiny(name: str, folder: str, variant: str | None = None, seed: int = 0)
     """Writes a random tiny model of the family as a diffusers folder. Imports torch."""
     spec(name)
     import_module(f"{FAMILIES[name]}.tiny").make(folder, variant, seed)
+    (Path(folder) / RANDOM_MARK).write_text("The weights of this model are random: it draws noise.\n", encoding="utf-8")
 
 
 def reference(name: str, folder: Path, options: Options) -> Reference:

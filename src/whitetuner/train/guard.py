@@ -13,7 +13,9 @@ class NotFinite(UserError):
     """The loss or a gradient is NaN or infinite; the weights are still those of the last good step."""
 
 
-def first_bad_module(modules: Iterable[tuple[str, torch.nn.Module]], forward: Callable[[], object]) -> str | None:
+def first_bad_module(
+    modules: Iterable[tuple[str, torch.nn.Module]], forward: Callable[[], object]
+) -> str | None:
     """Runs `forward` again and returns the path of the first module, in running order, whose output is not finite.
 
     A module that got bad input is not blamed: the one that made it is reported. None when all outputs are finite.
@@ -29,12 +31,18 @@ def first_bad_module(modules: Iterable[tuple[str, torch.nn.Module]], forward: Ca
 
     def watch(path: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, inputs: object, output: object) -> None:
-            if not found and any(t.is_floating_point() and not torch.isfinite(t).all() for t in tensors(output)):
+            if not found and any(
+                t.is_floating_point() and not torch.isfinite(t).all() for t in tensors(output)
+            ):
                 found.append(path)
 
         return hook
 
-    handles = [module.register_forward_hook(watch(path)) for path, module in modules if path and not list(module.children())]
+    handles = [
+        module.register_forward_hook(watch(path))
+        for path, module in modules
+        if path and not list(module.children())
+    ]
     try:
         with torch.no_grad():
             forward()

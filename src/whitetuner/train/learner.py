@@ -40,7 +40,9 @@ class Learner:
     @torch.no_grad()
     def weight_change(self) -> float:
         """Root mean square distance of the trained numbers from where the run began (step 0, also after a resume)."""
-        total = sum(float((p.detach().cpu() - s).square().sum()) for p, s in zip(self.parameters, self._start))
+        total = sum(
+            float((p.detach().cpu() - s).square().sum()) for p, s in zip(self.parameters, self._start)
+        )
         return (total / sum(s.numel() for s in self._start)) ** 0.5
 
     @contextmanager
@@ -54,12 +56,17 @@ class Learner:
 
     def adapter_tensors(self) -> dict[str, torch.Tensor]:
         """The adapter in diffusers names, float32, on the CPU; a copy."""
-        return {name: tensor.detach().float().to("cpu", copy=True) for name, tensor in self.adapter.state_dict().items()}
+        return {
+            name: tensor.detach().float().to("cpu", copy=True)
+            for name, tensor in self.adapter.state_dict().items()
+        }
 
     def save(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
         """(tensors by file, documents by file) of a checkpoint."""
         tensors, scalars = optimizer_tensors(self.optimizer)
-        files: dict[str, dict[str, torch.Tensor]] = {f"{self.kind}/{self.kind}.safetensors": self.adapter_tensors()}
+        files: dict[str, dict[str, torch.Tensor]] = {
+            f"{self.kind}/{self.kind}.safetensors": self.adapter_tensors()
+        }
         if tensors:
             files[f"{STATE}/optimizer.safetensors"] = tensors
         documents = {f"{STATE}/optimizer.json": scalars}
@@ -80,7 +87,11 @@ class Learner:
                 name=name,
             )
         self.adapter.load_state_dict(tensors[name])
-        restore_optimizer(self.optimizer, tensors.get(f"{STATE}/optimizer.safetensors", {}), documents[f"{STATE}/optimizer.json"])
+        restore_optimizer(
+            self.optimizer,
+            tensors.get(f"{STATE}/optimizer.safetensors", {}),
+            documents[f"{STATE}/optimizer.json"],
+        )
         if self.ema is not None:
             ema = tensors.get(f"{STATE}/ema.safetensors")
             if ema is None:

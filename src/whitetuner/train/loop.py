@@ -74,7 +74,8 @@ def train(
         done: list[StepLoss] = []
         for batch in micro:
             loss = step_loss(family, modules, learner.part.name, batch, step_settings, device)
-            (loss.weighted.sum() / samples).backward()  # every sample weighs the same, also when the last batch is smaller
+            # Divided by the samples of the step, not of the batch: also in a smaller last batch each weighs the same.
+            (loss.weighted.sum() / samples).backward()
             done.append(StepLoss(loss.weighted.detach(), loss.plain, loss.sigma))
         norm = float(clip_grad_norm(learner.parameters, settings.max_grad_norm))
         plain = torch.cat([loss.plain for loss in done])
@@ -120,9 +121,16 @@ def _refuse(
     hooks: Hooks,
     device: torch.device,
 ) -> None:
-    culprit = next((name for name, p in learner.adapter.named_parameters() if not torch.isfinite(p).all()), None)
+    culprit = next(
+        (name for name, p in learner.adapter.named_parameters() if not torch.isfinite(p).all()), None
+    )
     bad_gradient = next(
-        (n for n, p in learner.adapter.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()), None
+        (
+            n
+            for n, p in learner.adapter.named_parameters()
+            if p.grad is not None and not torch.isfinite(p.grad).all()
+        ),
+        None,
     )
     modules = {learner.part.name: learner.module}
     for batch in micro:
@@ -135,7 +143,9 @@ def _refuse(
     hooks.on_bad(step - 1)
     names = ", ".join(item.target.name for batch in micro for item in batch.items)
     what = "gradient" if _finite(loss) else "loss"
-    where = culprit or (f"the gradient of {bad_gradient}" if bad_gradient else "the loss itself (encoded picture or text)")
+    where = culprit or (
+        f"the gradient of {bad_gradient}" if bad_gradient else "the loss itself (encoded picture or text)"
+    )
     raise not_finite(step, what, where, names)
 
 

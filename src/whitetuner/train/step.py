@@ -38,7 +38,12 @@ class StepLoss:
 
 
 def step_loss(
-    family: Family, modules: Mapping[str, torch.nn.Module], part: str, batch: Batch, settings: StepSettings, device: torch.device
+    family: Family,
+    modules: Mapping[str, torch.nn.Module],
+    part: str,
+    batch: Batch,
+    settings: StepSettings,
+    device: torch.device,
 ) -> StepLoss:
     """Loss of a batch at freshly drawn noise levels."""
     x0 = batch["latent"]

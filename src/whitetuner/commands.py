@@ -1,0 +1,198 @@
+"""The words of the command line that are a few lines each; the long ones have files of their own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from whitetuner.errors import EXIT_STOPPED, EXIT_USE, UserError
+
+
+def init(preset: str | None, tiny: Path | None, out: Path | None) -> int:
+    """Prints or writes a commented config."""
+    from whitetuner.config.load import init_text, presets, tiny_text
+
+    if tiny is not None:
+        text = tiny_text(tiny)
+    elif preset is None:
+        print("presets:\n" + "\n".join(f"  {name:<28} {title}" for name, title in presets().items()))
+        return 0
+    else:
+        text = init_text(preset)
+    if out is None:
+        print(text)
+        return 0
+    if out.exists():
+        raise UserError("{path} is there already", where="-o", mend="give another name, or remove it first", path=out)
+    out.write_text(text, encoding="utf-8")
+    print(f"wrote {out}; next: set the paths in it, then\n  python launch.py check {out}\n  python launch.py train {out}")
+    return 0
+
+
+def check(what: Path, overrides: Sequence[str], *, as_json: bool, deep: bool, model: bool, convert: bool) -> int:
+    """A folder of pictures, or a config with everything it names. Exit code 2 when something stands in the way."""
+    from whitetuner.checks import check_config, check_folder
+
+    report = check_folder(what, deep=deep, convert=convert) if what.is_dir() else check_config(
+        what, overrides, deep=deep, model=model, convert=convert
+    )
+    print(json.dumps(report.as_json(), indent=1, ensure_ascii=False) if as_json else report.as_text())
+    return EXIT_USE if report.errors else 0
+
+
+def train(config: Path, overrides: Sequence[str], resume: str | None, gpus: str | None) -> int:
+    """Trains; exit code 130 when stopped and saved."""
+    from whitetuner.config.load import load_config
+    from whitetuner.runs.console import Console
+
+    overrides = list(overrides)
+    if gpus is not None:
+        if "," in gpus:
+            raise UserError(
+                "training on several devices is not there yet", where="--gpus", mend="give one, e.g. --gpus 0 or --gpus cpu"
+            )
+        overrides.append(f'memory.device="{gpus}"')
+    loaded = load_config(config, overrides)
+    from whitetuner import recipe
+
+    console = Console(every=loaded.config.log.console_every)
+    result = recipe.run(loaded, resume=resume, listeners=(console,))
+    if result.stopped:
+        print(f"stopped and saved at step {result.step}; go on with: whitetuner train {config} --resume latest")
+        return EXIT_STOPPED
+    print("\n".join(["done:", *(f"  {path}" for path in result.final), f"  {result.folder / 'report.html'}"]))
+    return 0
+
+
+def cache(config: Path, overrides: Sequence[str]) -> int:
+    """Encodes what is not encoded yet."""
+    from whitetuner.config.load import load_config
+    from whitetuner.prepared import cache_only
+
+    loaded = load_config(config, overrides)
+    count, seconds = cache_only(loaded.config)
+    print(f"{count} pictures are encoded ({seconds:.1f} s)")
+    return 0
+
+
+def stop(folder: Path, *, now: bool) -> int:
+    """Asks a run to save and stop; with `now` the process is ended without saving."""
+    from whitetuner.runs.folder import RunFolder
+
+    run = RunFolder(folder)
+    run.require()
+    if now:
+        run.end_process()
+        print("ended; what was saved before stays")
+        return 0
+    run.request("stop")
+    print("asked to save and stop; `whitetuner watch` shows when it has")
+    return 0
+
+
+def watch(folder: Path, *, once: bool) -> int:
+    """Prints a run's events as they come, until it ends."""
+    from whitetuner.runs.console import Console
+    from whitetuner.runs.events import read
+    from whitetuner.runs.folder import RunFolder
+
+    run = RunFolder(folder)
+    run.require()
+    console, offset = Console(), 0
+    while True:
+        found, offset = read(run.events, offset)
+        for event in found:
+            console(event)
+        status = run.status()
+        if once or status != "running":
+            print(f"{folder}: {status}")
+            return 0
+        time.sleep(0.5)
+
+
+def families(*, as_json: bool) -> int:
+    """What can be trained, with variants and tasks."""
+    from whitetuner.families import registry
+
+    specs = [registry.spec(name) for name in registry.FAMILIES]
+    if as_json:
+        rows = [{"name": s.name, "title": s.title, "tasks": s.tasks, "variants": dict(s.variants)} for s in specs]
+        print(json.dumps(rows, indent=1))
+        return 0
+    for s in specs:
+        print(f"{s.name}  ({s.title}; tasks: {', '.join(s.tasks)})")
+        for name, text in s.variants.items():
+            print(f"    {name:<12} {text}")
+    return 0
+
+
+def sample(given: argparse.Namespace) -> int:
+    """Draws one picture."""
+    from whitetuner import drawing
+    from whitetuner.records import Size
+
+    size = None
+    if given.size is not None:
+        try:
+            width, height = (int(side) for side in given.size.lower().split("x"))
+        except ValueError as error:
+            raise UserError(
+                "{given} is no size", where="--size", mend="write WIDTHxHEIGHT, e.g. 1024x768", given=given.size
+            ) from error
+        size = Size(width, height)
+    if given.image:
+        raise UserError("reference pictures need an edit task, which is not there yet", where="--image", mend="leave --image out")
+    path = drawing.sample(
+        given.model,
+        adapter=given.adapter,
+        strength=given.strength,
+        prompt=given.prompt,
+        negative=given.negative,
+        out=given.out,
+        family_name=given.family,
+        size=size,
+        steps=given.steps,
+        cfg=given.cfg,
+        seed=given.seed,
+    )
+    print(f"wrote {path}")
+    return 0
+
+
+def export(source: Path, target: Path, naming: str, family_name: str | None) -> int:
+    """Renames an adapter file's keys for another program."""
+    from whitetuner.adapters.files import load_adapter
+    from whitetuner.checkpoint.export import export_adapter
+    from whitetuner.checkpoint.inspect import inspect_file
+    from whitetuner.families import registry
+
+    if family_name is None:
+        family_name = inspect_file(source, {name: registry.keys(name) for name in registry.FAMILIES}).get("family")
+        if family_name is None:
+            raise UserError(
+                "the file does not tell which model it is for",
+                where=str(source),
+                mend="add --family; known: {known}",
+                known=", ".join(registry.FAMILIES),
+            )
+    keys = registry.keys(family_name)
+    settings, tensors = load_adapter(source, keys)
+    export_adapter(tensors, settings, keys, path=target, naming=naming)  # type: ignore[arg-type]
+    print(f"wrote {target} ({naming} names, {len(tensors)} tensors)")
+    return 0
+
+
+def inspect(file: Path, *, as_json: bool) -> int:
+    """Says what a safetensors file is."""
+    from whitetuner.checkpoint.inspect import inspect_file
+    from whitetuner.families import registry
+
+    found = inspect_file(file, {name: registry.keys(name) for name in registry.FAMILIES})
+    if as_json:
+        print(json.dumps(found, indent=1, ensure_ascii=False, default=str))
+    else:
+        print("\n".join(f"{key:<12} {value}" for key, value in found.items()))
+    return 0

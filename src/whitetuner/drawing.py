@@ -1,0 +1,112 @@
+"""`sample`: a picture from a model folder, a model and an adapter file, or a run."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from whitetuner.adapters.attach import attach
+from whitetuner.adapters.files import load_adapter
+from whitetuner.errors import UserError
+from whitetuner.families import registry
+from whitetuner.family import Family, ModelPaths
+from whitetuner.memory.build import build_module
+from whitetuner.records import EncodeInput, Size
+from whitetuner.resolve import check_model, choose_device, choose_dtype, family_of, model_folder
+from whitetuner.runs.folder import RunFolder
+
+
+def sample(
+    model: str,
+    *,
+    adapter: Path | None = None,
+    strength: float = 1.0,
+    prompt: str = "",
+    negative: str = "",
+    out: Path,
+    family_name: str | None = None,
+    size: Size | None = None,
+    steps: int | None = None,
+    cfg: float | None = None,
+    seed: int = 0,
+) -> Path:
+    """Draws one picture and writes it. model: run folder, model folder or builtin:nano; strength: factor of the adapter."""
+    options: dict[str, object] = {}
+    run = RunFolder(Path(model))
+    if run.is_run():
+        config = run.config()
+        model, family_name, options = config.model.path, config.model.family, dict(config.model.options)
+        if adapter is None:
+            adapter = run.final_adapter(config.method.kind)
+    folder = model_folder(model)
+    family_name = family_name or family_of(folder)
+    spec = registry.spec(family_name)
+    if not run.is_run():
+        options = default_options(model)
+    family = registry.load(family_name, spec.options(**options), ModelPaths(folder))
+    check_model(spec, family.paths)
+    size = size or default_size(model, spec.default_size)
+    stride = family.stride()
+    if size.width % stride or size.height % stride:
+        near = Size(max(1, round(size.width / stride)) * stride, max(1, round(size.height / stride)) * stride)
+        raise UserError(
+            "{width}x{height} is not a multiple of {stride} pixels",
+            where="--size",
+            mend="the nearest that is: {near}",
+            width=size.width,
+            height=size.height,
+            stride=stride,
+            near=f"{near.width}x{near.height}",
+        )
+    device = choose_device("auto")
+    build = partial(build_module, dtype=choose_dtype("auto", device), device=device)
+    scenes = encode_prompts(family, build, [prompt, negative])
+    part = spec.parts(family.options)[0].name
+    modules = family.load(build)
+    if adapter is not None:
+        settings, tensors = load_adapter(adapter, family.keys)
+        attached = attach(modules[part], sorted({name.rpartition(".lo")[0] for name in tensors}), settings, seed=0)
+        attached.load_state_dict(tensors)
+        attached.strength = strength
+    guidance = spec.sample_cfg if cfg is None else cfg
+    with torch.no_grad():
+        frames = family.generate(
+            modules,
+            family.load_decoder(build),
+            scenes[0],
+            scenes[1] if guidance > 1 else None,
+            size=size,
+            steps=steps or spec.sample_steps,
+            cfg=guidance,
+            seed=seed,
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    frames[0].save(out)
+    return out
+
+
+def encode_prompts(family: Family, build: object, prompts: list[str], task: str = "t2i") -> list[dict[str, torch.Tensor]]:
+    """The fields of every encoder that reads nothing but the caption, for each prompt."""
+    found: list[dict[str, torch.Tensor]] = [{} for _ in prompts]
+    for encoder in family.encoders(task):
+        if encoder.reads <= {"caption"}:
+            encoder.load(build)  # type: ignore[arg-type]
+            for fields, prompt in zip(found, prompts):
+                fields.update(encoder.encode(EncodeInput(caption=prompt)))
+            encoder.free()
+    return found
+
+
+def default_options(model: str) -> dict[str, object]:
+    """The embedded model was trained on short prompts and must be asked the same way."""
+    if model == "builtin:nano":
+        from whitetuner.nano.builtin import MAX_SEQUENCE_LENGTH
+
+        return {"max_sequence_length": MAX_SEQUENCE_LENGTH}
+    return {}
+
+
+def default_size(model: str, size: Size) -> Size:
+    return Size(64, 64) if model == "builtin:nano" else size

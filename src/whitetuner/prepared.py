@@ -1,0 +1,233 @@
+"""Everything a run needs of its data before the denoiser loads: items, encoded; their order; previews; validation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from whitetuner.config.schema import Config, Prompt
+from whitetuner.data.cache import Cached, Inputs, build_cache
+from whitetuner.data.loader import Loader, stack
+from whitetuner.data.order import Order
+from whitetuner.data.scan import PictureSet, Scan, scan
+from whitetuner.errors import UserError
+from whitetuner.family import BuildFn, Family
+from whitetuner.records import Batch, Item, Size
+from whitetuner.resolve import Resolved, is_random, resolve
+from whitetuner.train.preview import Scene
+
+#: (phase, done, total); it may raise to stop, what is cached stays.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """items: trained on; validation: batches at fixed noise, held_out when they are not trained on; shift: of the noise
+    schedule; steps: optimizer steps of the run."""
+
+    items: tuple[Item, ...]
+    sets: tuple[PictureSet, ...]
+    cached: Cached
+    order: Order
+    steps: int
+    shift: float
+    data_hash: str
+    validation: list[Batch] = field(default_factory=list)
+    held_out: bool = False
+    scenes: list[Scene] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def facts(self) -> dict[str, Any]:
+        """For run.json."""
+        sizes = Counter(f"{item.size.width}x{item.size.height}" for item in self.items)
+        return {
+            "data_hash": self.data_hash,
+            "items": len(self.items),
+            "sizes": dict(sizes.most_common()),
+            "batches_per_epoch": self.order.batches_per_epoch,
+            "steps": self.steps,
+            "shift": self.shift,
+        }
+
+    def loader(self, start: int) -> Loader:
+        """Batches from micro-batch number `start` on."""
+        return Loader(self.cached, self.items, self.order, self.sets, start=start)
+
+
+def find_items(config: Config, family: Family, progress: Progress | None = None) -> Scan:
+    """The pictures of the config's data sets, cut to this model's sizes. Raises UserErrors with everything to mend."""
+    return scan(
+        config.data_sets(),
+        family.stride(),
+        min_size_px=min(family.spec.min_size_px, *_smallest(config)),
+        index_folder=cache_folder(config),
+        progress=None if progress is None else lambda done, total: progress("scan", done, total),
+    )
+
+
+def cache_folder(config: Config) -> Path:
+    return Path(config.data.cache_dir) if config.data.cache_dir else Path(config.run.output_dir) / "cache"
+
+
+def prepare_data(
+    config: Config, resolved: Resolved, build: BuildFn, progress: Progress | None = None
+) -> Prepared:
+    """Scans, encodes and orders. Raises UserError(s); what was encoded stays and is found again."""
+    family = resolved.family
+    found = find_items(config, family, progress)
+    notes = [str(problem) for problem in found.problems]
+    training, held = _split(found.items, config.validation.share, config.run.seed)
+    prompts = config.preview.prompts if config.preview.every else []
+    wanted = sorted({text for prompt in prompts for text in (prompt.text, prompt.negative)})
+    cached = _cache(config, resolved, build, found, wanted, progress)
+    order = Order(training, [cached.shape_key(item) for item in training], found.sets, config.data.batch_size, config.run.seed)
+    if order.small_batches:
+        notes.append(
+            f"{order.small_batches} of {order.batches_per_epoch} batches an epoch are smaller than {config.data.batch_size}: "
+            "the pictures of a size do not divide evenly; every picture counts the same"
+        )
+    chosen = (held or list(training))[: config.validation.items] if config.validation.every else []
+    return Prepared(
+        items=tuple(training),
+        sets=found.sets,
+        cached=cached,
+        order=order,
+        steps=_steps(config, order),
+        shift=_shift(config, family, training),
+        data_hash=_data_hash(found, config),
+        validation=[stack([cached.sample(item, 0)], cached) for item in chosen],
+        held_out=bool(held),
+        scenes=[_scene(prompt, family, cached, training[0].size) for prompt in prompts],
+        notes=notes,
+    )
+
+
+def cache_only(config: Config) -> tuple[int, float]:
+    """(pictures encoded or found so, seconds): the `cache` word."""
+    from functools import partial
+
+    from whitetuner.memory.build import build_module
+
+    began = time.perf_counter()
+    resolved = resolve(config)
+    build = partial(build_module, dtype=resolved.dtype, device=resolved.device)
+    return len(prepare_data(config, resolved, build).items), time.perf_counter() - began
+
+
+def encoded_twice(config: Config, family: Family, build: BuildFn) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(from the cache, encoded just now) for every item: E9."""
+    resolved = Resolved(family, torch.device("cpu"), torch.float32)
+    found = find_items(config, family)
+    cached = _cache(config, resolved, build, found, [], None)
+    before, now = {}, {}
+    for encoder in family.encoders(config.model.task):
+        encoder.load(build)
+        facts = next(one for one in cached._encoders if one.name == encoder.name)
+        for item in found.items:
+            inputs = Inputs.of(item)
+            now.update({f"{item.id}/{name}": tensor for name, tensor in encoder.encode(facts.give(inputs)).items()})
+        encoder.free()
+    for item in found.items:
+        before.update({f"{item.id}/{name}": tensor for name, tensor in cached.sample(item, 0).fields.items()})
+    return before, now
+
+
+def _cache(
+    config: Config, resolved: Resolved, build: BuildFn, found: Scan, prompts: list[str], progress: Progress | None
+) -> Cached:
+    return build_cache(
+        found.items,
+        resolved.family.encoders(config.model.task),
+        build,
+        cache_folder(config),
+        extra=[Inputs(text) for text in prompts],
+        uncond=any(one.caption_dropout > 0 for one in found.sets),
+        precision=str(resolved.dtype),
+        workers=None if config.data.workers == "auto" else config.data.workers,
+        progress=None if progress is None else lambda name, done, total, seconds: progress(f"cache {name}", done, total),
+    )
+
+
+def _split(items: tuple[Item, ...], share: float, seed: int) -> tuple[list[Item], list[Item]]:
+    """(trained on, held out): chosen by content, so that adding a picture moves no other one across."""
+    if share <= 0:
+        return list(items), []
+    count = min(len(items) - 1, max(1, round(share * len(items))))
+    by_lot = sorted(items, key=lambda item: hashlib.blake2b(f"{seed}|{item.digest}".encode()).digest())
+    held = {item.id for item in by_lot[:count]}
+    return [item for item in items if item.id not in held], [item for item in items if item.id in held]
+
+
+def _steps(config: Config, order: Order) -> int:
+    if config.run.epochs is not None:
+        return max(1, math.ceil(order.batches_before(config.run.epochs) / config.optimizer.gradient_accumulation))
+    return 2000 if config.run.steps is None else config.run.steps
+
+
+def _shift(config: Config, family: Family, items: list[Item]) -> float:
+    if config.noise.shift != "auto":
+        return float(config.noise.shift)
+    if family.spec.auto_shift is None:
+        raise UserError(
+            "{title} has no noise schedule of its own to take the shift from",
+            where="noise.shift",
+            mend="give a number, e.g. 3.0",
+            title=family.spec.title,
+        )
+    size = Counter(item.size for item in items).most_common(1)[0][0]
+    return float(family.spec.auto_shift(family.spec.tokens(size, family.stride())))
+
+
+def _data_hash(found: Scan, config: Config) -> str:
+    return hashlib.blake2b(
+        json.dumps([found.digest(), config.validation.share, config.data.batch_size]).encode(), digest_size=16
+    ).hexdigest()
+
+
+def _scene(prompt: Prompt, family: Family, cached: Cached, size: Size) -> Scene:
+    spec = family.spec
+    if prompt.size is not None:
+        size = Size(*prompt.size)
+        stride = family.stride()
+        if size.width % stride or size.height % stride:
+            near = [max(1, round(side / stride)) * stride for side in prompt.size]
+            raise UserError(
+                "a preview of {width}x{height} is not a multiple of {stride} pixels",
+                where="preview.prompts.size",
+                mend="the nearest that is: {near}",
+                width=size.width,
+                height=size.height,
+                stride=stride,
+                near=near,
+            )
+    cfg = spec.sample_cfg if prompt.cfg is None else prompt.cfg
+    fields: Mapping[str, torch.Tensor] = cached.fields(Inputs(prompt.text))
+    return Scene(
+        text=prompt.text,
+        prompt=fields,
+        negative=cached.fields(Inputs(prompt.negative)) if cfg > 1 else None,
+        size=size,
+        seed=prompt.seed,
+        steps=prompt.steps or spec.sample_steps,
+        cfg=cfg,
+    )
+
+
+def _smallest(config: Config) -> list[int]:
+    """Resolutions asked for: a data set for a tiny model may be smaller than the family would like."""
+    found = []
+    for one in config.data_sets():
+        found += one.resolution if isinstance(one.resolution, list) else [one.resolution]
+    return found
+
+
+__all__ = ["Prepared", "cache_folder", "cache_only", "encoded_twice", "find_items", "is_random", "prepare_data"]

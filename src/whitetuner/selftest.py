@@ -1,0 +1,315 @@
+"""`whitetuner selftest`: the equalities of the project, proved on this machine. Two hashes side by side where bits must agree.
+
+Everything runs on a random tiny model of the family: what is proved is the arithmetic, which does not know the size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from whitetuner.adapters.attach import attach
+from whitetuner.adapters.choose import choose
+from whitetuner.adapters.files import load_adapter
+from whitetuner.adapters.shapes import AdapterSettings
+from whitetuner.checkpoint.export import export_adapter
+from whitetuner.checkpoint.store import read
+from whitetuner.config.load import dump_config, load_config
+from whitetuner.data.samples import make_testdata
+from whitetuner.errors import EXIT_FAILED
+from whitetuner.families import contract, registry
+from whitetuner.family import Family, ModelPaths
+from whitetuner.memory.build import build_module
+from whitetuner.records import Size
+from whitetuner.runs import events
+from whitetuner.tiny import TINY_SIZE_PX, tiny_options, tiny_values
+
+#: What is said of each equality (design: README, docs/selftest.md).
+TITLES = {
+    "E1": "one Euler step is the pipeline's",
+    "E2": "text and latents are the pipeline's",
+    "E3": "factored adapters are F.linear(x, W + delta)",
+    "E6": "two accumulated passes are one batch of two; recompute changes no bit",
+    "E8": "killed and resumed is never interrupted",
+    "E9": "cached is live",
+    "E10": "exported and read back is the same delta",
+    "E12": "form, file and command line are one config",
+}
+NOT_YET = {
+    "E4": "gradient through a quantised base",
+    "E5": "block swap on is off",
+    "E7": "ranks are one",
+    "E11": "Z-Image V2 begins as V1",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. left, right: what was compared (hashes, or error and bound)."""
+
+    equality: str
+    family: str
+    ok: bool
+    left: str
+    right: str
+    seconds: float
+
+
+def run(family: str | None, *, as_json: bool = False) -> int:
+    """Prints the table; 0 when every row holds, 1 when one does not."""
+    torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+    names = list(registry.FAMILIES) if family is None else [registry.spec(family).name]
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="whitetuner-selftest-") as folder:
+        for name in names:
+            for row in prove(name, Path(folder) / name):
+                rows.append(row)
+                if not as_json:
+                    mark = "ok  " if row.ok else "FAIL"
+                    print(
+                        f"{mark} {row.equality:<4}{row.family:<13}{TITLES[row.equality]:<70} "
+                        f"{row.left:>20}  {row.right:<20} {row.seconds:5.1f} s",
+                        flush=True,
+                    )
+    failed = [row for row in rows if not row.ok]
+    if as_json:
+        print(json.dumps({"rows": [asdict(row) for row in rows], "not_yet": NOT_YET, "ok": not failed}, indent=1))
+    else:
+        for equality, text in NOT_YET.items():
+            print(f"--   {equality:<4}{'':<13}{text} (not there yet)")
+        print(f"{len(rows) - len(failed)} of {len(rows)} hold" + ("" if not failed else f", {len(failed)} FAIL"))
+    return EXIT_FAILED if failed else 0
+
+
+def prove(name: str, folder: Path) -> Iterator[Row]:
+    """All rows of a family, one after the other."""
+    bench = Bench(name, folder)
+    checks: dict[str, Callable[[], tuple[bool, str, str]]] = {
+        "E12": bench.one_config,
+        "E1": bench.euler_step,
+        "E2": bench.encoders,
+        "E3": bench.adapters,
+        "E10": bench.round_trip,
+        "E6": bench.accumulation,
+        "E9": bench.cached_is_live,
+        "E8": bench.killed_and_resumed,
+    }
+    for equality, check in checks.items():
+        began = time.perf_counter()
+        ok, left, right = check()
+        yield Row(equality, name, ok, left, right, time.perf_counter() - began)
+
+
+class Bench:
+    """A tiny model of a family, a tiny data set and a config over both."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.folder, self.spec = name, folder, registry.spec(name)
+        self.model, self.data = folder / "model", folder / "data"
+        folder.mkdir(parents=True, exist_ok=True)
+        with contract.quiet():
+            registry.make_tiny(name, str(self.model))
+        make_testdata("t2i", self.data, 5, 0)
+        self.options = self.spec.options(**tiny_options(name))
+        self.build = partial(build_module, dtype=torch.float32, device=torch.device("cpu"))
+
+    def family(self) -> Family:
+        return registry.load(self.name, self.options, ModelPaths(self.model))
+
+    def reference(self) -> tuple[Any, Any]:
+        package = registry.FAMILIES[self.name]
+        own = import_module(f"{package}.reference"), import_module(f"{package}.mutants")
+        return own[0].Reference(self.model, self.options), own[1].MUTANTS
+
+    def values(self, **more: Any) -> dict[str, Any]:
+        return {**tiny_values(self.name, self.model, self.data, self.folder), **more}
+
+    # -- the checks ------------------------------------------------------------------------------------------------
+
+    def one_config(self) -> tuple[bool, str, str]:
+        values = self.values(**{"optimizer.lr": 3e-4})
+        form = load_config(None, base=values).config
+        path = self.folder / "form.toml"
+        path.write_text(dump_config(form), encoding="utf-8")
+        file = load_config(path).config
+        line = load_config(None, base=self.values(), overrides=["optimizer.lr=3e-4"]).config
+        hashes = [short(config.model_dump_json().encode()) for config in (form, file, line)]
+        return len(set(hashes)) == 1, hashes[0], "/".join(sorted(set(hashes[1:])))
+
+    def case(self) -> contract.Case:
+        return contract.Case(("a red circle", "two blue birds on a wire"), Size(TINY_SIZE_PX, TINY_SIZE_PX + 32))
+
+    def euler_step(self) -> tuple[bool, str, str]:
+        """The right family passes and every wrong one fails, or the check proves nothing."""
+        with contract.quiet():
+            reference, own = self.reference()
+            error = contract.euler_step_error(contract.Bench(self.family(), self.build, "t2i"), reference, self.case())
+            missed = []
+            for name, mutant in contract.mutants(own).items():
+                bench = contract.Bench(mutant.mutate(self.family()), self.build, "t2i")
+                if mutant.caught_by == "E1":
+                    caught = contract.euler_step_error(bench, reference, self.case()) > contract.E1_TOLERANCE
+                else:
+                    found = contract.encoder_errors(bench, reference, self.case().inputs()[0])
+                    caught = max(found.values()) > contract.E2_TOLERANCE
+                if not caught:
+                    missed.append(name)
+        count = len(contract.mutants(own))
+        told = f"{error:.1e} < {contract.E1_TOLERANCE:.0e}"
+        return error < contract.E1_TOLERANCE and not missed, told, f"{count - len(missed)}/{count} mutants told"
+
+    def encoders(self) -> tuple[bool, str, str]:
+        with contract.quiet():
+            reference, _ = self.reference()
+            bench = contract.Bench(self.family(), self.build, "t2i")
+            ours, theirs = {}, {}
+            worst = 0.0
+            for index, given in enumerate(self.case().inputs()):
+                worst = max(worst, *contract.encoder_errors(bench, reference, given).values())
+                ours.update({f"{index}{name}": tensor for name, tensor in bench.encode(given).items()})
+                theirs.update({f"{index}{name}": tensor for name, tensor in reference.encode(given).items()})
+        return worst <= contract.E2_TOLERANCE, digest(ours), digest(theirs)
+
+    def adapters(self) -> tuple[bool, str, str]:
+        worst = 0.0
+        for settings in (
+            AdapterSettings("lokr", factor=4, full_matrix=True),
+            AdapterSettings("lokr", rank=2, alpha=1.0, factor=4),
+            AdapterSettings("lora", rank=4, alpha=8.0),
+        ):
+            generator = torch.Generator().manual_seed(1)
+            plain = torch.nn.Linear(32, 48, dtype=torch.float64)
+            holder = torch.nn.ModuleDict({"layer": plain})
+            adapter = attach(holder, ["layer"], settings, seed=0)
+            for delta in adapter.deltas.values():
+                delta.double()
+            with torch.no_grad():
+                for parameter in adapter.parameters():
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+            x = torch.randn(7, 32, generator=generator, dtype=torch.float64)
+            weight = plain.weight + adapter.deltas["layer"].weight()
+            expected = torch.nn.functional.linear(x, weight, plain.bias)
+            worst = max(worst, float((holder["layer"](x) - expected).abs().max() / expected.abs().max()))
+        return worst < 1e-12, f"{worst:.1e}", "< 1e-12"
+
+    def round_trip(self) -> tuple[bool, str, str]:
+        family = self.family()
+        part = self.spec.parts(family.options)[0].name
+        module = family.load(self.build)[part]
+        settings = AdapterSettings("lokr", factor=4, full_matrix=True)
+        adapter = attach(module, choose(module, self.spec.adapter_targets), settings, seed=0)
+        with torch.no_grad():
+            for index, parameter in enumerate(adapter.parameters()):
+                parameter.normal_(generator=torch.Generator().manual_seed(index))
+        before = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
+        hashes = []
+        for naming in ("comfyui", "diffusers", "lycoris"):
+            path = self.folder / f"{naming}.safetensors"
+            export_adapter(before, settings, family.keys, path=path, naming=naming)
+            hashes.append(digest(load_adapter(path, family.keys)[1]))
+        return set(hashes) == {digest(before)}, digest(before), "/".join(sorted(set(hashes)))
+
+    def accumulation(self) -> tuple[bool, str, str]:
+        """(largest relative difference, bound); recompute must not change a bit."""
+        from whitetuner import recipe
+
+        found = {}
+        for name, batch, accumulate, recompute in (("a", 2, 1, False), ("b", 1, 2, False), ("c", 2, 1, True)):
+            values = self.values(
+                **{
+                    "run.name": f"e6{name}",
+                    "run.steps": 2,
+                    "data.batch_size": batch,
+                    "optimizer.gradient_accumulation": accumulate,
+                    "memory.gradient_checkpointing": recompute,
+                }
+            )
+            result = recipe.run(load_config(None, base=values))
+            found[name] = checkpoint(result.folder, 2)
+        worst = max(
+            float((found["a"][key] - found["b"][key]).norm() / found["a"][key].norm().clamp(min=1e-12))
+            for key in found["a"]
+            if key.startswith("lokr")
+        )
+        same = digest(found["a"]) == digest(found["c"])
+        return worst < 1e-4 and same, f"{worst:.1e} < 1e-4", "bits equal" if same else "BITS DIFFER"
+
+    def cached_is_live(self) -> tuple[bool, str, str]:
+        from whitetuner.prepared import encoded_twice
+
+        cached, live = encoded_twice(load_config(None, base=self.values()).config, self.family(), self.build)
+        return digest(cached) == digest(live), digest(cached), digest(live)
+
+    def killed_and_resumed(self) -> tuple[bool, str, str]:
+        """A process is killed with -9 in the middle, another goes on; against a run that was left alone."""
+        from whitetuner import recipe
+
+        steps = 12
+        values = self.values(**{"run.steps": steps, "save.every": 3, "validation.every": 4})
+        whole = recipe.run(load_config(None, base={**values, "run.name": "whole"}))
+        config = self.folder / "killed.toml"
+        config.write_text(dump_config(load_config(None, base={**values, "run.name": "killed"}).config), encoding="utf-8")
+        killed = self.folder / "killed"
+        process = start_training(config)
+        while process.poll() is None:
+            found, _ = events.read(killed / "events.jsonl")
+            if any(event.kind == "step" and event.step >= 5 for event in found):  # type: ignore[attr-defined]
+                process.kill()
+                break
+            time.sleep(0.002)
+        process.wait()
+        start_training(config, "--resume", "latest").wait()
+        one, two = digest(checkpoint(whole.folder, steps)), digest(checkpoint(killed, steps))
+        same = losses(whole.folder) == losses(killed)
+        return one == two and same, one, two if same else f"{two} LOSSES DIFFER"
+
+
+def start_training(config: Path, *more: str) -> subprocess.Popen[bytes]:
+    """`whitetuner train` as a process of its own, silent."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "whitetuner", "train", str(config), *more],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL,
+        env=environment,
+    )
+
+
+def checkpoint(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, named by file and key."""
+    found = read(folder / "checkpoints" / f"checkpoint-{step}")
+    return {f"{file}:{key}": tensor for file, group in found.tensors.items() for key, tensor in group.items()}
+
+
+def losses(folder: Path) -> list[tuple[Any, ...]]:
+    """What a run says of every step, times aside."""
+    found, _ = events.read(folder / "events.jsonl")
+    return [(e.step, e.loss, e.sigmas, e.losses) for e in found if isinstance(e, events.StepDone)]
+
+
+def digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Twelve hex digits that change when a bit, a name or a shape does."""
+    found = hashlib.blake2b(digest_size=6)
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        found.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def short(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=6).hexdigest()
