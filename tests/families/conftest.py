@@ -1,0 +1,28 @@
+"""Every family of the registry in every task, as a random tiny model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from subjects import Subject
+
+from whitetuner.families import registry
+from whitetuner.families.contract import quiet
+
+
+@pytest.fixture(
+    scope="session",
+    params=[(name, task) for name in registry.FAMILIES for task in registry.spec(name).tasks],
+    ids=lambda param: "-".join(param),
+)
+def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
+    name, task = request.param
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+    folder = tmp_path_factory.mktemp(name) / "model"
+    with quiet():
+        registry.make_tiny(name, str(folder))
+        yield Subject(name, task, folder)
+    torch.set_num_threads(threads)
