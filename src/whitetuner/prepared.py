@@ -84,7 +84,7 @@ def prepare_data(
     """Scans, encodes and orders. Raises UserError(s); what was encoded stays and is found again."""
     family = resolved.family
     found = find_items(config, family, progress)
-    notes = [str(problem) for problem in found.problems]
+    notes = found.notes()
     training, held = _split(found.items, config.validation.share, config.run.seed)
     prompts = config.preview.prompts if config.preview.every else []
     wanted = sorted({text for prompt in prompts for text in (prompt.text, prompt.negative)})
@@ -131,7 +131,7 @@ def encoded_twice(config: Config, family: Family, build: BuildFn) -> tuple[dict[
     before, now = {}, {}
     for encoder in family.encoders(config.model.task):
         encoder.load(build)
-        facts = next(one for one in cached._encoders if one.name == encoder.name)
+        facts = next(one for one in cached.encoders if one.name == encoder.name)
         for item in found.items:
             inputs = Inputs.of(item)
             now.update({f"{item.id}/{name}": tensor for name, tensor in encoder.encode(facts.give(inputs)).items()})

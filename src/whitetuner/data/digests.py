@@ -28,6 +28,11 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def digest_of(content: bytes) -> str:
+    """The digest of a file with this content."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
 def digests(
     paths: Sequence[Path],
     index_folder: Path | None = None,
@@ -64,7 +69,10 @@ def _workers() -> int:
 
 
 class _Index:
-    """What was hashed of one folder: file name -> size in bytes, time of change in ns, digest.
+    """What was hashed of one folder: file name -> size in bytes, times of change in ns, digest.
+
+    The second time is the system's own (on Windows: of creation), which a copy that keeps the first does not
+    keep.
 
     Several processes may write it at once; the last one wins and what it lacks is hashed again.
     """
@@ -85,17 +93,17 @@ class _Index:
 
     def get(self, path: Path) -> str | None:
         row = self.rows.get(path.name)
-        if not (isinstance(row, list) and len(row) == 3):
+        if not (isinstance(row, list) and len(row) == 4):
             return None
         with naming(path):
             stat = path.stat()
-        return str(row[2]) if row[:2] == [stat.st_size, stat.st_mtime_ns] else None
+        return str(row[3]) if row[:3] == [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] else None
 
     def put(self, path: Path, digest: str, began: float) -> None:
         with naming(path):
             stat = path.stat()
-        if stat.st_mtime < began - SETTLED_S:
-            self.rows[path.name] = [stat.st_size, stat.st_mtime_ns, digest]
+        if max(stat.st_mtime, stat.st_ctime) < began - SETTLED_S:
+            self.rows[path.name] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, digest]
             self.changed = True
 
     def save(self) -> None:

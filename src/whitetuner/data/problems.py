@@ -28,6 +28,9 @@ class Problem:
     path: Path
     error: UserError
 
+    def __str__(self) -> str:
+        return str(self.error)
+
 
 def merged(problems: Iterable[Problem], folder: Path | None = None) -> list[UserError]:
     """Findings that read the same become one message that names the first five files and counts the rest.

@@ -20,7 +20,7 @@ from whitetuner.data.captions import read_caption, tidy, with_trigger
 from whitetuner.data.digests import digests
 from whitetuner.data.folders import Listing, kohya_folders, list_folder, not_a_folder, nothing_found
 from whitetuner.data.probe import Probe, probe
-from whitetuner.data.problems import Problem, refuse
+from whitetuner.data.problems import Problem, merged, refuse
 from whitetuner.errors import UserError
 from whitetuner.records import Item, Size
 
@@ -111,6 +111,10 @@ class Scan:
     items: tuple[Item, ...]
     sets: tuple[PictureSet, ...]
     problems: tuple[Problem, ...]
+
+    def notes(self) -> list[str]:
+        """The problems as few messages: those that read alike name their first files and count the rest."""
+        return [str(error) for error in merged(self.problems)]
 
     def digest(self) -> str:
         """Changes when a picture, a caption, a size or the make-up of the sets does; not when files are

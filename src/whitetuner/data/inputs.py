@@ -1,0 +1,118 @@
+"""What encoders can be asked, and the name under which the answer is kept: a hash of the encoder and of what
+it reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from whitetuner.data.digests import digest_of
+from whitetuner.data.media import CUT_VERSION, cut, naming, picture, read
+from whitetuner.errors import UserError
+from whitetuner.family import Encoder, Layout, Reads
+from whitetuner.records import EncodeInput, Item, Size
+
+#: Part of every key: raised when entries written before must not be used any more.
+CODE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What encoders can be asked about: an item, or a prompt that has no target (a preview's, a negative)."""
+
+    caption: str
+    target: Path | None = None
+    digest: str = ""
+    size: Size | None = None
+    conditions: tuple[Path, ...] = ()
+    condition_digests: tuple[str, ...] = ()
+    condition_sizes: tuple[Size, ...] = ()
+
+    @classmethod
+    def of(cls, item: Item, *, uncond: bool = False) -> Inputs:
+        """uncond: the same with an empty caption, for visits whose text is dropped."""
+        return cls(
+            "" if uncond else item.caption,
+            item.target,
+            item.digest,
+            item.size,
+            item.conditions,
+            item.condition_digests,
+            item.condition_sizes,
+        )
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a key needs of an encoder; the encoder itself, with its weights, is gone by then."""
+
+    name: str
+    fields: Mapping[str, Layout]
+    reads: frozenset[Reads]
+    fingerprint: str
+    precision: str
+
+    @classmethod
+    def of(cls, encoder: Encoder, precision: str) -> Facts:
+        """precision: how its weights are made (dtype)."""
+        return cls(encoder.name, dict(encoder.fields), encoder.reads, encoder.fingerprint(), precision)
+
+    def applies(self, inputs: Inputs) -> bool:
+        """A prompt without target has nothing for an encoder that reads targets only."""
+        return (
+            "caption" in self.reads
+            or ("target" in self.reads and inputs.target is not None)
+            or ("conditions" in self.reads and bool(inputs.conditions))
+        )
+
+    def key(self, inputs: Inputs) -> str:
+        parts: list[object] = [CODE_VERSION, self.name, self.fingerprint, self.precision]
+        if "caption" in self.reads:
+            parts.append(["caption", inputs.caption])
+        if "target" in self.reads:
+            parts.append(["target", inputs.digest, inputs.size, CUT_VERSION])
+        if "conditions" in self.reads:
+            parts.append(["conditions", inputs.condition_digests, inputs.condition_sizes, CUT_VERSION])
+        return hashlib.blake2b(json.dumps(parts).encode("utf-8"), digest_size=20).hexdigest()
+
+    def give(self, inputs: Inputs) -> EncodeInput:
+        """Decodes what this encoder says it reads, and hands it nothing else: a result cannot hang on more
+        than its key.
+        """
+        size: Size | None = None
+        target: tuple[Image.Image, ...] = ()
+        conditions: tuple[Image.Image, ...] = ()
+        originals: tuple[Image.Image, ...] = ()
+        if "target" in self.reads:
+            size = inputs.size
+            if inputs.target is not None and size is not None:
+                target = (picture(inputs.target, size, _content(inputs.target, inputs.digest)),)
+        if "conditions" in self.reads:
+            originals = tuple(
+                read(path, data=_content(path, digest))
+                for path, digest in zip(inputs.conditions, inputs.condition_digests, strict=True)
+            )
+            conditions = tuple(map(cut, originals, inputs.condition_sizes))
+        caption = inputs.caption if "caption" in self.reads else ""
+        return EncodeInput(caption, target, conditions, originals, size)
+
+
+def _content(path: Path, digest: str) -> bytes:
+    """The file's bytes. Raises UserError when they are not those that were scanned: the entry's name would
+    lie.
+    """
+    with naming(path):
+        data = path.read_bytes()
+    if digest_of(data) != digest:
+        raise UserError(
+            "the file was changed after the run had looked at it",
+            where=str(path),
+            mend="start again when it is finished",
+        )
+    return data

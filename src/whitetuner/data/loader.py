@@ -1,0 +1,103 @@
+"""Batches for one rank, read from the cache by a thread that stays a little ahead."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+
+from whitetuner.data.cache import Cached
+from whitetuner.data.order import MicroBatch, Order
+from whitetuner.diffusion.sigmas import generator_for
+from whitetuner.records import Batch, Item, Sample
+
+__all__ = ["Loader", "Order", "stack"]
+
+
+class Dropping(Protocol):
+    """caption_dropout: chance, 0..1, that a visit is made with an empty caption."""
+
+    @property
+    def caption_dropout(self) -> float: ...
+
+
+class Loader(Iterator[Batch]):
+    """Endless: micro-batches start W + r, (start + 1) W + r, ... of the order, for rank r of W.
+
+    start: micro-batches that this rank has used before: with accumulation k, k times the optimizer steps done
+    ahead: batches that are read while others are learned from, at least 1
+    """
+
+    def __init__(
+        self,
+        cached: Cached,
+        items: Sequence[Item],
+        order: Order,
+        sets: Sequence[Dropping],
+        *,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        ahead: int = 3,
+    ) -> None:
+        self._cached, self._items, self._order, self._sets = cached, items, order, sets
+        self._next, self._world = start * world + rank, world
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._ahead: deque[Future[Batch]] = deque()
+        for _ in range(ahead):
+            self._read_next()
+
+    def __next__(self) -> Batch:
+        """Raises what the reading thread met (UserError for a damaged cache entry); StopIteration after
+        `close`.
+        """
+        if not self._ahead:
+            raise StopIteration
+        batch = self._ahead.popleft().result()
+        self._read_next()
+        return batch
+
+    def close(self) -> None:
+        """Ends the reading thread; no batch comes after it."""
+        self._ahead.clear()
+        self._reader.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read_next(self) -> None:
+        number, self._next = self._next, self._next + self._world
+        self._ahead.append(self._reader.submit(lambda: self.read(self._order.batch(number))))
+
+    def read(self, draws: MicroBatch) -> Batch:
+        """One micro-batch, its dropped captions decided by (seed, item, visit)."""
+        samples = []
+        for number, visit in draws:
+            item = self._items[number]
+            chance = self._sets[item.set_index].caption_dropout
+            samples.append(
+                self._cached.sample(item, visit, uncond=drops(self._order.seed, item, visit, chance))
+            )
+        return stack(samples, self._cached)
+
+
+def drops(seed: int, item: Item, visit: int, chance: float) -> bool:
+    """Whether this visit is made without text."""
+    if chance <= 0:
+        return False
+    return torch.rand((), generator=generator_for(seed, item.id, visit, "caption_dropout")).item() < chance
+
+
+def stack(samples: Sequence[Sample], cached: Cached) -> Batch:
+    """Samples of one shape key side by side: stacked fields (B, ...), ragged ones as lists."""
+    fields: dict[str, torch.Tensor | list[torch.Tensor]] = {}
+    for name in samples[0].fields:
+        values = [sample.fields[name] for sample in samples]
+        fields[name] = torch.stack(values) if cached.layouts[name] == "stack" else values
+    return Batch(tuple(sample.item for sample in samples), tuple(sample.visit for sample in samples), fields)
