@@ -94,9 +94,13 @@ class _Run:
         before = folder.document().get("resolved", {}) if folder.is_run() else {}
         document = folder.begin(dump_config(config), self.loaded.document(), origins=dict(self.loaded.origins))
         self.store = Store(folder.checkpoints, document["run_id"], config.save.keep)
-        checkpoint = self._checkpoint(resume, document)
+        checkpoint, told = self._checkpoint(resume, document)
         began = checkpoint.step if checkpoint else None
         self.tell(events.RunStarted(name=config.run.name, resumed_from=began, steps=config.run.steps))
+        for event in told:
+            self.tell(event)
+        for advice in self.family.spec.advice(self.family.options, self.family.paths):
+            self.tell(events.Message(level="warning", text=str(advice)))
         if self.resolved.facts()["random_weights"]:
             self.tell(events.Message(level="info", text="the weights of this model are random: it draws noise"))
         try:
@@ -132,13 +136,15 @@ class _Run:
         write_report(folder.path, "finished")
         return Result(folder.path, outcome.step, False, files)
 
-    def _checkpoint(self, resume: str | None, document: dict[str, Any]) -> Checkpoint | None:
+    def _checkpoint(self, resume: str | None, document: dict[str, Any]) -> tuple[Checkpoint | None, list[events.Event]]:
+        """What the run goes on from, and what is to be said of it (after the events that will happen again are cut)."""
+        told: list[events.Event] = []
         if resume is None:
-            return None
+            return None, told
         if resume == "latest":
-            found = self.store.latest(lambda error: self.tell(events.Message(level="warning", text=str(error))))
+            found = self.store.latest(lambda error: told.append(events.Message(level="warning", text=str(error))))
             if found is None:
-                self.tell(events.Message(level="info", text="nothing was saved in this folder yet: the run starts anew"))
+                told.append(events.Message(level="info", text="nothing is saved in this folder yet: the run starts anew"))
         else:
             found = read(Path(resume))
             if found.state.get("run_id") != document["run_id"]:
@@ -148,10 +154,9 @@ class _Run:
                     mend="resume it inside its own run folder, or set method.init_from to begin a new run from its adapter",
                 )
         if found is not None:
-            for text in check_resume(found.state["config"], self.config):
-                self.tell(events.Message(level="info", text=text))
+            told += [events.Message(level="info", text=text) for text in check_resume(found.state["config"], self.config)]
         self.folder.cut_events_after(found.step if found else 0)
-        return found
+        return found, told
 
     def _same(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         """What `auto` came to, and the data, must be what the run began with: otherwise other numbers would come out."""

@@ -7,15 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +22,14 @@ from whitetuner.adapters.choose import choose
 from whitetuner.adapters.files import load_adapter
 from whitetuner.adapters.shapes import AdapterSettings
 from whitetuner.checkpoint.export import export_adapter
-from whitetuner.checkpoint.store import read
 from whitetuner.config.load import dump_config, load_config
 from whitetuner.data.samples import make_testdata
 from whitetuner.errors import EXIT_FAILED
+from whitetuner.evidence import checkpoint, digest, gradients, losses, start_training
 from whitetuner.families import contract, registry
 from whitetuner.family import Family, ModelPaths
 from whitetuner.memory.build import build_module
-from whitetuner.records import Size
+from whitetuner.records import Batch, Size
 from whitetuner.runs import events
 from whitetuner.tiny import TINY_SIZE_PX, tiny_options, tiny_values
 
@@ -130,9 +126,7 @@ class Bench:
         return registry.load(self.name, self.options, ModelPaths(self.model))
 
     def reference(self) -> tuple[Any, Any]:
-        package = registry.FAMILIES[self.name]
-        own = import_module(f"{package}.reference"), import_module(f"{package}.mutants")
-        return own[0].Reference(self.model, self.options), own[1].MUTANTS
+        return registry.reference(self.name, self.model, self.options), registry.mutants(self.name)
 
     def values(self, **more: Any) -> dict[str, Any]:
         return {**tiny_values(self.name, self.model, self.data, self.folder), **more}
@@ -158,7 +152,7 @@ class Bench:
             reference, own = self.reference()
             error = contract.euler_step_error(contract.Bench(self.family(), self.build, "t2i"), reference, self.case())
             missed = []
-            for name, mutant in contract.mutants(own).items():
+            for name, mutant in own.items():
                 bench = contract.Bench(mutant.mutate(self.family()), self.build, "t2i")
                 if mutant.caught_by == "E1":
                     caught = contract.euler_step_error(bench, reference, self.case()) > contract.E1_TOLERANCE
@@ -167,7 +161,7 @@ class Bench:
                     caught = max(found.values()) > contract.E2_TOLERANCE
                 if not caught:
                     missed.append(name)
-        count = len(contract.mutants(own))
+        count = len(own)
         told = f"{error:.1e} < {contract.E1_TOLERANCE:.0e}"
         return error < contract.E1_TOLERANCE and not missed, told, f"{count - len(missed)}/{count} mutants told"
 
@@ -223,29 +217,24 @@ class Bench:
         return set(hashes) == {digest(before)}, digest(before), "/".join(sorted(set(hashes)))
 
     def accumulation(self) -> tuple[bool, str, str]:
-        """(largest relative difference, bound); recompute must not change a bit."""
-        from whitetuner import recipe
-
-        found = {}
-        for name, batch, accumulate, recompute in (("a", 2, 1, False), ("b", 1, 2, False), ("c", 2, 1, True)):
-            values = self.values(
-                **{
-                    "run.name": f"e6{name}",
-                    "run.steps": 2,
-                    "data.batch_size": batch,
-                    "optimizer.gradient_accumulation": accumulate,
-                    "memory.gradient_checkpointing": recompute,
-                }
-            )
-            result = recipe.run(load_config(None, base=values))
-            found[name] = checkpoint(result.folder, 2)
-        worst = max(
-            float((found["a"][key] - found["b"][key]).norm() / found["a"][key].norm().clamp(min=1e-12))
-            for key in found["a"]
-            if key.startswith("lokr")
-        )
-        same = digest(found["a"]) == digest(found["c"])
-        return worst < 1e-4 and same, f"{worst:.1e} < 1e-4", "bits equal" if same else "BITS DIFFER"
+        """A batch of two is the mean of its two singles within rounding; recompute must not change a bit."""
+        family = self.family()
+        part = self.spec.parts(family.options)[0].name
+        module = family.load(self.build)[part]
+        adapter = attach(module, choose(module, self.spec.adapter_targets), AdapterSettings("lora", rank=2), seed=0)
+        with torch.no_grad():
+            for index, parameter in enumerate(adapter.parameters()):
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(index))
+        bench = contract.Bench(family, self.build, "t2i")
+        inputs = self.case().inputs()
+        both, singles = bench.batch(inputs), [bench.batch([one]) for one in inputs]
+        singles = [Batch((item,), (0,), one.fields) for item, one in zip(both.items, singles)]
+        ask = partial(gradients, family, part, module, adapter, seed=1)
+        one, two = ask(batches=[both]), ask(batches=singles)
+        error = max(float((one[k] - two[k]).norm() / one[k].norm().clamp(min=1e-12)) for k in one)
+        module.enable_gradient_checkpointing()
+        again = digest(ask(batches=[both])) == digest(one)
+        return error < 1e-5 and again, f"{error:.1e} < 1e-05", "recompute: " + ("bits equal" if again else "BITS DIFFER")
 
     def cached_is_live(self) -> tuple[bool, str, str]:
         from whitetuner.prepared import encoded_twice
@@ -275,40 +264,6 @@ class Bench:
         one, two = digest(checkpoint(whole.folder, steps)), digest(checkpoint(killed, steps))
         same = losses(whole.folder) == losses(killed)
         return one == two and same, one, two if same else f"{two} LOSSES DIFFER"
-
-
-def start_training(config: Path, *more: str) -> subprocess.Popen[bytes]:
-    """`whitetuner train` as a process of its own, silent."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "whitetuner", "train", str(config), *more],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        stdin=subprocess.DEVNULL,
-        env=environment,
-    )
-
-
-def checkpoint(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, named by file and key."""
-    found = read(folder / "checkpoints" / f"checkpoint-{step}")
-    return {f"{file}:{key}": tensor for file, group in found.tensors.items() for key, tensor in group.items()}
-
-
-def losses(folder: Path) -> list[tuple[Any, ...]]:
-    """What a run says of every step, times aside."""
-    found, _ = events.read(folder / "events.jsonl")
-    return [(e.step, e.loss, e.sigmas, e.losses) for e in found if isinstance(e, events.StepDone)]
-
-
-def digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Twelve hex digits that change when a bit, a name or a shape does."""
-    found = hashlib.blake2b(digest_size=6)
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        found.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
 
 
 def short(data: bytes) -> str:

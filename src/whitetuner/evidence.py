@@ -1,0 +1,69 @@
+"""What two runs are compared by: every tensor of a checkpoint, every loss, as one hash. For selftest and the tests."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from whitetuner.adapters.attach import Adapter
+from whitetuner.checkpoint.store import read
+from whitetuner.diffusion.sigmas import SigmaSettings
+from whitetuner.family import Family
+from whitetuner.records import Batch
+from whitetuner.runs import events
+from whitetuner.train.step import StepSettings, step_loss
+
+
+def gradients(
+    family: Family, part: str, module: torch.nn.Module, adapter: Adapter, batches: Sequence[Batch], seed: int
+) -> dict[str, torch.Tensor]:
+    """Gradient of every trained tensor after these micro-batches, as a step of the loop accumulates them."""
+    settings, device = StepSettings(seed, SigmaSettings()), torch.device("cpu")
+    samples = sum(len(batch) for batch in batches)
+    for batch in batches:
+        (step_loss(family, {part: module}, part, batch, settings, device).weighted.sum() / samples).backward()
+    found = {name: p.grad.clone() for name, p in adapter.named_parameters() if p.grad is not None}
+    for parameter in adapter.parameters():
+        parameter.grad = None
+    return found
+
+
+def start_training(config: Path, *more: str) -> subprocess.Popen[bytes]:
+    """`whitetuner train` as a process of its own, silent."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "whitetuner", "train", str(config), *more],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL,
+        env=environment,
+    )
+
+
+def checkpoint(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, named by file and key."""
+    found = read(folder / "checkpoints" / f"checkpoint-{step}")
+    return {f"{file}:{key}": tensor for file, group in found.tensors.items() for key, tensor in group.items()}
+
+
+def losses(folder: Path) -> list[tuple[Any, ...]]:
+    """What a run says of every step, times aside."""
+    found, _ = events.read(folder / "events.jsonl")
+    return [(e.step, e.loss, e.sigmas, e.losses) for e in found if isinstance(e, events.StepDone)]
+
+
+def digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Twelve hex digits that change when a bit, a name or a shape does."""
+    found = hashlib.blake2b(digest_size=6)
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        found.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
