@@ -230,12 +230,21 @@ def _create(folder: Path) -> None:
         else:
             if _runs(Environment(folder).python, "import pip"):
                 return
+    if said:
+        raise UserError(
+            "making the environment {folder} failed: {said}",
+            where=here,
+            mend="mend that, or set WHITETUNER_VENV to another folder. Where the venv module is incomplete: {command}",
+            code=EXIT_ENVIRONMENT,
+            folder=folder,
+            said=said.splitlines()[-1],
+            command=machine.venv_package(),
+        )
     raise UserError(
-        "this Python cannot make a virtual environment (its venv or ensurepip module is missing){said}",
+        "this Python cannot make an environment: its venv or ensurepip module is missing, and virtualenv and uv too",
         where=here,
         mend="{command}, then start again. Or use an environment of your own with --here",
         code=EXIT_ENVIRONMENT,
-        said=f": {said.splitlines()[-1]}" if said else "",
         command=machine.venv_package(),
     )
 
