@@ -21,7 +21,7 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from whitetuner.errors import UserError
-from whitetuner.memory.quantize import Kind, QuantLinear, quantize_linears, quantize_rows
+from whitetuner.memory.quantize import Kind, QuantLinear, quantize_linears, quantize_weight
 from whitetuner.memory.weights import TensorFiles, first_five, weight_files
 
 #: How the scale of a ready-made fp8 weight is named beside `X.weight` (ComfyUI scaled files, fp8 exporters).
@@ -36,7 +36,7 @@ class Build:
 
     dtype:        of every floating tensor that is not quantised (see build_module for the exceptions)
     device:       where tensors end up;  host: fnmatch patterns of tensor names that end up on the CPU instead
-    quantize:     None, "int8" or "fp8"
+    quantize:     None, "int8", "fp8" or "nf4"
     """
 
     dtype: torch.dtype = torch.float32
@@ -347,7 +347,7 @@ def _fill_quantized(
         if scale is not None:
             tensor = _dequantized(tensor, scale)
         try:
-            codes, row_scale = quantize_rows(tensor.to(device), layer.kind)
+            codes, row_scale = quantize_weight(tensor.to(device), layer.kind)
         except ValueError as error:
             raise UserError(
                 "tensor {name} cannot be quantised: {error}",
