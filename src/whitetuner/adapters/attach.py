@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from whitetuner.adapters.choose import choose, is_linear, linear_at
 from whitetuner.adapters.deltas import Attached, Delta, delta_from, initial_delta
-from whitetuner.adapters.files import Names, load_adapter
+from whitetuner.adapters.files import load_adapter
+from whitetuner.adapters.names import Names
 from whitetuner.adapters.shapes import AdapterSettings
 from whitetuner.adapters.state import (
     SCALE_CARRIERS,

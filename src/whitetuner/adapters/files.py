@@ -1,111 +1,53 @@
-"""Adapter files, our own and those of other programs, read into tensors by module path.
+"""Adapter files, our own and those of other programs, read into a state dict; nothing is ever unpickled.
 
-Read are LoKr and LoRA of this project, LyCORIS, diffusers/PEFT, kohya's scripts, musubi-tuner, ai-toolkit and
-ComfyUI: they differ in the names only. The family's key map turns the names into module paths. What these
-programs compute differently from each other (DoRA, Tucker, convolutions, LoHa and its kin) is refused rather
-than read half. Files are never unpickled.
+What programs compute differently from each other (DoRA, Tucker decomposition, convolutions), and LoHa and its kin, are
+refused rather than read half.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from whitetuner.adapters.names import FOREIGN, Names, Target, mixed, parse, resolve
 from whitetuner.adapters.shapes import AdapterSettings
 from whitetuner.adapters.state import ModuleState, file_suffix, infer_settings, rank_of
 from whitetuner.errors import UserError
 
-NAMINGS: tuple[Literal["comfyui", "diffusers", "lycoris"], ...] = ("comfyui", "diffusers", "lycoris")
-
-#: How a tensor's name ends in files -> what it is here. Longer endings stand before those they contain.
-ROLES: Mapping[str, str] = {
-    **{
-        f".{name}": name
-        for name in ("lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_w1", "lokr_w2")
-    },
-    **{f".lora_{end}": "lora_A" for end in ("A.weight", "A.default.weight", "down.weight", "A")},
-    **{f".lora_{end}": "lora_B" for end in ("B.weight", "B.default.weight", "up.weight", "B")},
-    **{
-        f"{join}lora.{end}.weight": role
-        for join in "._"
-        for end, role in (("down", "lora_A"), ("up", "lora_B"))
-    },
-    ".alpha": "alpha",
+#: safetensors' names of dtypes -> torch's.
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
-#: Endings of what is not read, and its name.
-FOREIGN: Mapping[str, str] = {
-    ".dora_scale": "DoRA",
-    ".lora_magnitude_vector": "DoRA",
-    ".lora_magnitude_vector.weight": "DoRA",
-    ".lokr_t1": "Tucker decomposition of a convolution",
-    ".lokr_t2": "Tucker decomposition of a convolution",
-    ".lora_mid.weight": "Tucker decomposition of a convolution",
-    ".hada_w1_a": "LoHa",
-    ".oft_blocks": "OFT",
-    ".boft_blocks": "OFT",
-    ".a1.weight": "GLoRA",
-    ".diff": "full differences",
-    ".diff_b": "full differences of biases",
-}
-STYLES = (
-    ("lycoris_", "LyCORIS"),
-    ("lora_unet_", "kohya"),
-    ("lora_transformer_", "kohya"),
-    ("lora_te", "kohya"),
-    ("diffusion_model.", "ComfyUI"),
-    ("transformer.", "diffusers"),
-    ("base_model.model.", "PEFT"),
-)
-
-
-class Names(Protocol):
-    """The part of a family's KeyMap (whitetuner.family) that adapters need."""
-
-    def adapter_prefix(self, module_path: str, naming: Literal["comfyui", "diffusers", "lycoris"]) -> str: ...
-
-    def module_path(self, prefix: str) -> str | None: ...
-
-
-class Entry(NamedTuple):
-    """One tensor of an adapter file: the name of its module in the file, and what it is of it."""
-
-    prefix: str
-    role: str
-
-
-def parse(name: str) -> Entry | None:
-    """What a tensor of an adapter file is; None if it is none of LoKr or LoRA."""
-    for ending, role in ROLES.items():
-        if name.endswith(ending):
-            return Entry(name.removesuffix(ending), role)
-    return None
-
-
-def style_of(prefix: str) -> str:
-    """Whose way of naming modules this is."""
-    return next((style for start, style in STYLES if prefix.startswith(start)), "module paths")
 
 
 def load_adapter(path: Path, keymap: Names) -> tuple[AdapterSettings, dict[str, Tensor]]:
-    """Reads an adapter file of any known naming: its settings, as far as all modules share them, and its
-    state dict.
+    """Reads an adapter file of any known naming: its settings, as far as all modules share them, and its state dict.
 
     Tensors are float32 on the CPU, in the names of `adapters.state`, modules in the order of their paths.
-    Raises UserError, saying which: a missing, pickled, torn or empty file; no adapter; a kind that is not
-    read; names that are not of this family; two namings in one file; incomplete or impossible tensors; values
-    that are not finite.
+    Raises UserError, saying which: a missing, pickled, torn or empty file; no adapter; a kind that is not read; names
+    that are not of this family; two namings in one file; incomplete or impossible tensors; values that are not finite.
     """
     tensors, _ = read_safetensors(path)
     by_prefix = sort_tensors(path, tensors)
-    paths = resolve(path, list(by_prefix), keymap)
-    modules = {paths[prefix]: module for prefix, module in by_prefix.items()}
+    meant = resolve(path, {prefix: module.size for prefix, module in by_prefix.items()}, keymap)
+    modules = {t.path: _rows(path, prefix, by_prefix[prefix], t) for prefix, ts in meant.items() for t in ts}
     state: dict[str, Tensor] = {}
     for module_path in sorted(modules, key=_natural):
         module = modules[module_path]
@@ -119,8 +61,7 @@ def load_adapter(path: Path, keymap: Names) -> tuple[AdapterSettings, dict[str, 
 
 
 def sort_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, ModuleState]:
-    """The modules of a file by their names in it, each whole and possible. Raises UserError as
-    `load_adapter`."""
+    """The modules of a file by their names in it, each whole and possible. Raises UserError as `load_adapter`."""
     modules: dict[str, ModuleState] = {}
     strange = []
     for name, tensor in tensors.items():
@@ -139,7 +80,7 @@ def sort_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, ModuleS
             continue
         module = modules.setdefault(entry.prefix, ModuleState())
         if entry.role in module.tensors:
-            raise _mixed(path, f"{entry.prefix}: {entry.role}", name)
+            raise mixed(path, f"{entry.prefix}, {entry.role}", name)
         if entry.role == "alpha":
             module.alpha = tensor
         else:
@@ -163,35 +104,8 @@ def sort_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, ModuleS
     return modules
 
 
-def resolve(path: Path, prefixes: list[str], keymap: Names) -> dict[str, str]:
-    """The module path of each name. Raises UserError for names of another family and for two namings in one
-    file."""
-    found = {prefix: _module_path(prefix, keymap) for prefix in prefixes}
-    unknown = [prefix for prefix, module in found.items() if module is None]
-    if unknown:
-        raise UserError(
-            "{count} of {total} names are not of this model family (such as {name})",
-            where=str(path),
-            mend="use an adapter made for this family; `whitetuner inspect` tells which that is. A layer "
-            "that this family keeps apart (query, key, value) must not be trained as one",
-            count=len(unknown),
-            total=len(prefixes),
-            name=unknown[0],
-        )
-    paths = {prefix: module for prefix, module in found.items() if module is not None}
-    styles = {style_of(prefix): prefix for prefix in prefixes}
-    one_naming = any(
-        all(keymap.adapter_prefix(m, naming) == p for p, m in paths.items()) for naming in NAMINGS
-    )
-    if len(set(paths.values())) < len(paths) or (len(styles) > 1 and not one_naming):
-        first, *rest = styles.values() if len(styles) > 1 else prefixes
-        raise _mixed(path, first, rest[0])
-    return paths
-
-
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file. Raises UserError for a file that is missing, pickled, torn or something
-    else."""
+    """Tensors and metadata of a file. Raises UserError for a file that is missing, pickled, torn or something else."""
     check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -201,11 +115,27 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise torn(path, error) from error
 
 
+def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """As `read_safetensors`, but shapes and dtypes only (tensors on "meta"): nothing of the size of the file is read."""
+    check_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in list(file.keys())}
+            shapes = {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
+            metadata = dict(file.metadata() or {})
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise torn(path, error) from error
+    return {
+        name: torch.empty(shape, dtype=DTYPES.get(dtype, torch.uint8), device="meta")
+        for name, (shape, dtype) in shapes.items()
+    }, metadata
+
+
 def check_file(path: Path) -> None:
     """Raises UserError unless this looks like a safetensors file from outside."""
     if not path.is_file():
         raise UserError(
-            "there is no such file" if not path.exists() else "this is a folder, not a file",
+            "this is a folder, not a file" if path.exists() else "there is no such file",
             where=str(path),
             mend="give the path of a .safetensors file",
         )
@@ -222,9 +152,8 @@ def check_file(path: Path) -> None:
         raise UserError(
             "this is a pickle file, which can run any program when it is opened; such files are not read",
             where=str(path),
-            mend="convert it where you trust it: safetensors.torch.save_file(torch.load(FILE, "
-            "weights_only=True), "
-            '"NEW.safetensors")',
+            mend="convert it: safetensors.torch.save_file(torch.load(FILE, weights_only=True), "
+            "'NEW.safetensors')",
         )
 
 
@@ -235,27 +164,6 @@ def torn(path: Path, reason: Exception) -> UserError:
         mend="download or copy it again",
         reason=reason,
         size=path.stat().st_size,
-    )
-
-
-def _module_path(prefix: str, keymap: Names) -> str | None:
-    candidates = [prefix, f"transformer.{prefix}"]
-    bare = prefix.removeprefix("base_model.model.")
-    if bare != prefix:
-        candidates += [bare, f"transformer.{bare}"]
-    joined = re.sub(r"^lora_(unet|transformer)_", "lycoris_", prefix)
-    if joined != prefix:
-        candidates.append(joined)
-    return next((module for name in candidates if (module := keymap.module_path(name)) is not None), None)
-
-
-def _mixed(path: Path, first: str, second: str) -> UserError:
-    return UserError(
-        "two ways of naming are mixed in one file (such as {first} and {second})",
-        where=str(path),
-        mend="`whitetuner export` writes each naming into a file of its own",
-        first=first,
-        second=second,
     )
 
 
@@ -292,6 +200,23 @@ def _check(path: Path, prefix: str, module: ModuleState) -> None:
         module.alpha.numel() != 1 or not bool(torch.isfinite(module.alpha).all())
     ):
         raise wrong("{prefix}.alpha is no number")
+
+
+def _rows(path: Path, prefix: str, module: ModuleState, target: Target) -> ModuleState:
+    """The part of a module that belongs to one layer: rows of the delta, which for a LoRA are rows of B."""
+    if target.rows is None:
+        return module
+    if "lora_B" not in module.tensors:
+        raise UserError(
+            "{prefix} is one LoKr over layers that this family keeps apart (such as {layer}); it cannot be "
+            "taken apart",
+            where=str(path),
+            mend="merge it into the model in ComfyUI, or train anew",
+            prefix=prefix,
+            layer=target.path,
+        )
+    up = module.tensors["lora_B"][target.rows].contiguous()
+    return ModuleState({"lora_A": module.tensors["lora_A"], "lora_B": up}, module.alpha)
 
 
 def _natural(path: str) -> list[tuple[int, str]]:
