@@ -86,6 +86,9 @@ def test_resume_cuts_what_will_happen_again(tmp_path: Path) -> None:
     log.cut_after(4)
     found = events.read(log.path)[0]
     assert [event.step for event in found if event.kind == "step"] == [1, 2, 3, 4] and found[-1].kind == "saved"
+    log.append(events.Ended(status="stopped", step=4))
+    log.cut_after(3)  # saved, but killed before it was written down
+    assert [event.step for event in events.read(log.path)[0] if event.kind == "step"] == [1, 2, 3]
     log.cut_after(0)
     assert events.read(log.path) == ([], 0)
 

@@ -172,16 +172,21 @@ class EventLog:
                 file.truncate(size - back + tail.rfind(b"\n") + 1)
 
     def cut_after(self, step: int) -> None:
-        """Leaves what happened up to the checkpoint of this step (0: nothing): the rest will happen again."""
+        """Leaves what happened up to and with this step (0: nothing): the rest will happen again.
+
+        A kill may come after a checkpoint was renamed into place and before its `saved` line was written, so it is the
+        steps that count, not that line.
+        """
         if not self.path.exists():
             return
         lines = self.path.read_bytes().split(b"\n")[:-1]
         end = 0
-        for index, line in enumerate(lines):
-            if b'"saved"' in line and step > 0:
-                event = from_line(line.decode("utf-8", "replace"))
-                if isinstance(event, Saved) and event.step == step:
-                    end = index + 1
+        for index, line in enumerate(lines if step > 0 else []):
+            event = from_line(line.decode("utf-8", "replace"))
+            if isinstance(event, StepDone) and event.step > step:
+                break
+            if isinstance(event, (StepDone, Preview, Validation, Saved)):
+                end = index + 1
         write_atomically(self.path, b"".join(line + b"\n" for line in lines[:end]))
 
 
