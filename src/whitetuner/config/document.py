@@ -12,7 +12,7 @@ from whitetuner.errors import UserError
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
 
 def read_text(path: Path) -> str:
@@ -42,10 +42,10 @@ def read_text(path: Path) -> str:
         return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise UserError(
-            "the file is not UTF-8 (byte {position})",
+            "the file is not UTF-8 (line {line})",
             where=str(path),
             mend="save it as UTF-8 in your editor",
-            position=error.start,
+            line=data[: error.start].count(b"\n") + 1,
         ) from error
 
 
@@ -58,29 +58,36 @@ def parse(text: str, where: str) -> dict[str, Any]:
         number = int(found[1]) if found else 0
         lines = text.split("\n")
         line = lines[number - 1].strip() if 0 < number <= len(lines) else ""
-        paths = re.search(r'=\s*"([^"]*\\[^"]*)"', line)
-        if paths:
+        path = re.search(r'"([^"]*\\[^"]*)"', line)
+        if path:
             raise UserError(
                 'in "..." a backslash begins an escape: {line}',
                 where=f"{where} line {number}",
                 mend="write the path in single quotes: '{path}'",
                 line=line,
-                path=paths[1],
+                path=path[1],
             ) from error
         raise UserError(
             "this is not TOML: {reason}{line}",
             where=f"{where} line {number}" if number else where,
             mend="texts stand in quotes, tables in [brackets], one `key = value` a line",
-            reason=str(error),
-            line=f" ({line})" if line else "",
+            reason=re.sub(r" \(at .*\)$", "", str(error)),
+            line=f": {line}" if line else "",
         ) from error
 
 
 def key_lines(text: str) -> dict[str, int]:
-    """Dotted key -> line number; entries of [[data.sets]] are data.sets[0], data.sets[1], ..."""
+    """Dotted key -> line number; entries of [[data.sets]] are data.sets[0], data.sets[1], ...
+
+    For messages only: keys in inline tables are not found, their table is.
+    """
     found: dict[str, int] = {}
-    table, counts = "", {}
+    counts: dict[str, int] = {}
+    table, inside = "", ""
     for number, line in enumerate(text.split("\n"), 1):
+        if inside:  # of a text over several lines
+            inside = "" if inside in line else inside
+            continue
         several = re.match(r"\s*\[\[\s*([^\]]+?)\s*\]\]", line)
         single = re.match(r"\s*\[\s*([^\[\]]+?)\s*\]\s*(#.*)?$", line)
         key = re.match(r'\s*([A-Za-z0-9_."-]+)\s*=', line)
@@ -93,6 +100,9 @@ def key_lines(text: str) -> dict[str, int]:
             found.setdefault(table, number)
         elif key:
             found.setdefault(f"{table}.{key[1]}" if table else key[1], number)
+            opened = re.search(r"('''|\"\"\")", line)
+            if opened and line.count(opened[1]) == 1:
+                inside = opened[1]
     return found
 
 

@@ -1,61 +1,76 @@
-"""Options whose feature is not there yet are refused, by name, instead of being read and ignored."""
+"""Options whose feature is not there yet are refused, by name, instead of being read and ignored.
+
+A feature that lands takes its line out of the tables below, nothing else.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 from whitetuner.config.schema import Config
+from whitetuner.config.told import field_of
 from whitetuner.errors import UserError, UserErrors
 
-_SET: dict[str, str] = {
-    "target": "edit data sets",
-    "conditions": "edit data sets",
-    "condition_resolution": "edit data sets",
-    "videos": "video data sets",
-    "num_frames": "video data sets",
-    "fps": "video data sets",
-}
-
-#: dotted key -> (is it asked for?, what it would need)
-_REFUSED: dict[str, tuple[Callable[[Config], bool], str]] = {
-    "model.task": (lambda c: c.model.task != "t2i", "tasks other than t2i"),
-    "model.transformer_2": (lambda c: c.model.transformer_2 is not None, "models with two denoisers"),
-    "model.image_encoder": (lambda c: c.model.image_encoder is not None, "models with an image encoder"),
-    "method.kind": (lambda c: c.method.kind == "full", "full fine-tuning"),
-    "memory.vram_gb": (lambda c: c.memory.vram_gb != "auto", "the memory plan"),
-    "memory.base": (lambda c: c.memory.base not in ("auto", "bf16"), "a quantised base"),
-    "memory.blocks_to_swap": (lambda c: c.memory.blocks_to_swap not in ("auto", 0), "block swap"),
-    "memory.activation_offload": (lambda c: c.memory.activation_offload, "activation offload"),
-    "memory.compile": (lambda c: c.memory.compile, "torch.compile"),
-    "memory.attention": (lambda c: c.memory.attention != "auto", "a choice of attention kernels"),
-    "preview.prompts": (lambda c: any(p.images for p in c.preview.prompts), "previews with given pictures"),
-    **{
-        f"data.{name}": (
-            lambda c, name=name: any(getattr(one, name) not in (None, []) for one in (c.data, *c.data.sets)),
-            feature,
-        )
-        for name, feature in _SET.items()
-    },
+#: Option -> (values that work today besides its default, the feature that other values ask for).
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "model.task": ((), "a task other than t2i"),
+    "model.transformer_2": ((), "a model with two denoisers"),
+    "model.image_encoder": ((), "a model with an image encoder"),
+    "data.target": ((), "an edit data set"),
+    "data.conditions": ((), "an edit data set"),
+    "data.condition_resolution": ((), "an edit data set"),
+    "data.videos": ((), "a video data set"),
+    "data.num_frames": ((), "a video data set"),
+    "data.fps": ((), "a video data set"),
+    "method.kind": (("lora",), "full fine-tuning"),
+    "memory.vram_gb": ((), "the memory plan"),
+    "memory.base": (("bf16",), "a quantised base"),
+    "memory.blocks_to_swap": ((0,), "block swap"),
+    "memory.activation_offload": ((), "activation offload"),
+    "memory.compile": ((), "torch.compile"),
+    "memory.attention": ((), "a choice of attention kernels"),
+    "preview.prompts.images": ((), "a preview with given pictures"),
 }
 
 
-def not_landed() -> dict[str, str]:
-    """Key -> feature, of everything that is refused today."""
-    return {key: feature for key, (_, feature) in _REFUSED.items()}
+def not_landed() -> dict[str, tuple[Any, ...]]:
+    """Every option that is refused today -> the values besides its default that work."""
+    return {key: works for key, (works, _) in _REFUSED.items()}
 
 
 def refuse_not_landed(config: Config) -> None:
-    """Raises UserErrors naming every option asked for whose feature is not there yet."""
-    errors = [
-        UserError(
-            "{feature}: not there yet",
-            where=key,
-            mend="leave {key} out; the support table in README.md says what works",
-            feature=feature,
-            key=key,
-        )
-        for key, (asked, feature) in _REFUSED.items()
-        if asked(config)
-    ]
+    """Raises UserError(s) naming every option asked for whose feature is not there yet."""
+    errors = []
+    for key, (works, feature) in _REFUSED.items():
+        field = field_of(key)
+        assert field is not None, f"{key} left the schema"
+        default = field.get_default(call_default_factory=True)
+        for place, value in _values(config, key):
+            if value != default and value not in works:
+                errors.append(
+                    UserError(
+                        "{value} asks for {feature}, which is not there yet",
+                        where=place,
+                        mend="leave it out; the support table in README.md says what works",
+                        value=value,
+                        feature=feature,
+                    )
+                )
     if errors:
-        raise UserErrors(errors)
+        raise UserErrors(errors) if len(errors) > 1 else errors[0]
+
+
+def _values(config: Config, key: str) -> list[tuple[str, Any]]:
+    """(dotted key, value) of an option, in every place where it may stand."""
+    section, *inner = key.split(".")
+    table = getattr(config, section)
+    if len(inner) == 2:  # preview.prompts.images
+        rows = enumerate(getattr(table, inner[0]))
+        return [(f"{section}.{inner[0]}[{index}].{inner[1]}", getattr(row, inner[1])) for index, row in rows]
+    found = [(key, getattr(table, inner[0]))]
+    if section == "data":
+        found += [
+            (f"data.sets[{index}].{inner[0]}", getattr(one, inner[0]))
+            for index, one in enumerate(config.data.sets)
+        ]
+    return found

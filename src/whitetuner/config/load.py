@@ -1,43 +1,78 @@
-"""File, preset and --set -> one Config, with the origin of every value; all mistakes told at once."""
+"""File, preset, form and --set -> one Config, with the origin of every value; all mistakes are told at once."""
 
 from __future__ import annotations
 
 import difflib
 import json
-import types
-import typing
+import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-import tomlkit
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from whitetuner.config.document import key_lines, parse, read_text, value_of
-from whitetuner.config.options import options_of, spec_of
+from whitetuner.config.options import families, options_of, spec_of
+from whitetuner.config.preset import init_text, preset_text, presets, tiny_text
 from whitetuner.config.schema import Config
+from whitetuner.config.told import (
+    field_of,
+    findings,
+    known_only,
+    misquoted,
+    option_findings,
+    section_of,
+    takes_text,
+    unknown_keys,
+    where,
+)
+from whitetuner.config.write import dump_config
 from whitetuner.errors import UserError, UserErrors
+from whitetuner.family import FamilySpec, Setting
 from whitetuner.version import __version__
+
+__all__ = [
+    "Loaded",
+    "differences",
+    "dump_config",
+    "init_text",
+    "load_config",
+    "presets",
+    "setting_value",
+    "tiny_text",
+]
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """config; origins: dotted key -> "FILE line 3" | "--set" | "preset NAME" | "family default (source)" | "default"."""
+    """config; origins: dotted key -> "FILE line 3" | "form" | "--set" | "preset NAME" | "family default (source)" | "default";
+    path: the config file, if there was one."""
 
     config: Config
     origins: Mapping[str, str] = field(default_factory=dict)
+    path: Path | None = None
 
     def document(self) -> dict[str, Any]:
         """The config as plain JSON values."""
         return self.config.model_dump(mode="json")
 
     def metadata(self) -> dict[str, str]:
-        """What files of this run carry about it: nothing that changes from run to run of the same config."""
+        """What files of this run carry about it: what was learned and how, nothing of this machine (no folders)."""
+        document = self.document()
+        for section in ("memory", "log", "save"):
+            del document[section]
+        for section, name in (
+            ("run", "output_dir"),
+            ("run", "resume"),
+            ("data", "cache_dir"),
+            ("data", "workers"),
+        ):
+            del document[section][name]
         return {
             "whitetuner_version": __version__,
-            "whitetuner_config": json.dumps(self.document(), sort_keys=True),
+            "whitetuner_config": json.dumps(_last_names(document), sort_keys=True),
         }
 
 
@@ -47,24 +82,41 @@ def load_config(
     preset: str | None = None,
     base: Mapping[str, Any] | None = None,
 ) -> Loaded:
-    """The config of a file (or of the mapping `base`, as a form gives it), preset below, overrides above.
+    """The config of a file, or of a form (`base`: {dotted key: value}), preset below, --set above.
 
-    Order: --set > file > preset > the family's proposals > defaults. Raises UserError(s).
+    Order: --set > form > file > preset > the family's proposals > defaults. Raises UserError(s).
     """
     origins: dict[str, str] = {}
     values: dict[str, Any] = {}
+
+    def layer(given: Mapping[str, Any]) -> None:
+        nonlocal values
+        run = given.get("run", {})
+        for one, other in (("steps", "epochs"), ("epochs", "steps")):  # one choice: the later word counts
+            if (
+                isinstance(run, Mapping)
+                and one in run
+                and other not in run
+                and isinstance(values.get("run"), Mapping)
+            ):
+                values = {
+                    **values,
+                    "run": {key: value for key, value in values["run"].items() if key != other},
+                }
+        values = merge(values, given)
+
     if preset is not None:
-        values = parse(preset_text(preset), f"preset {preset}")
+        layer(parse(preset_text(preset), f"preset {preset}"))
         origins.update(dict.fromkeys(_keys(values), f"preset {preset}"))
     if path is not None:
         text = read_text(path)
-        given, lines, name = parse(text, str(path)), key_lines(text), path.name
-        origins.update({key: f"{name} line {lines[key]}" if key in lines else name for key in _keys(given)})
-        values = merge(values, given)
+        given, lines = parse(text, str(path)), key_lines(text)
+        layer(given)
+        origins.update({key: _line(key, path.name, lines) for key in [*lines, *_keys(given)]})
     if base is not None:
         given = nested(base)
+        layer(given)
         origins.update(dict.fromkeys(_keys(given), "form"))
-        values = merge(values, given)
     for override in overrides:
         key, sign, text = override.partition("=")
         key = key.strip()
@@ -72,86 +124,63 @@ def load_config(
             raise UserError(
                 "{given} is no setting", where="--set", mend="write --set section.key=value", given=override
             )
-        values = merge(values, nested({key: value_of(text.strip())}))
+        value = setting_value(key, text.strip())
+        if "[" in key:
+            values = _set(values, key, value)
+        else:
+            layer(nested({key: value}))
         origins[key] = "--set"
-    return validate(values, origins)
+    return validate(values, origins, path)
 
 
-def validate(values: Mapping[str, Any], origins: dict[str, str]) -> Loaded:
-    """Checks all values; fills in the family's proposals where nothing was said."""
-    errors = list(_unknown(Config, values, "", origins)) + list(
-        _texts_for_numbers(Config, values, "", origins)
-    )
-    if errors:
-        raise UserErrors(errors)
-    family = values.get("model", {}).get("family") if isinstance(values.get("model"), Mapping) else None
-    filled = dict(values)
-    if isinstance(family, str):
-        settings = spec_of(family).settings
-        for key, setting in settings.items():
-            if not _has(values, key):
+def validate(values: Mapping[str, Any], origins: dict[str, str], path: Path | None = None) -> Loaded:
+    """Checks all values; fills in the family's proposals where nothing was said. Raises UserErrors."""
+    wrong_type = misquoted(Config, values, origins)
+    errors = [*unknown_keys(Config, values, origins), *wrong_type.values()]
+    filled = known_only(Config, values)
+    spec = _spec(filled, errors, origins)
+    if spec is not None:
+        for key, setting in {**spec.settings, **_of_optimizer(filled)}.items():
+            if not _has(filled, key):
                 filled = merge(filled, nested({key: setting.value}))
                 origins[key] = f"family default ({setting.source})"
+    config = None
     try:
         config = Config.model_validate(filled)
     except ValidationError as error:
-        raise UserErrors([_told(one, origins) for one in error.errors()]) from error
-    try:
-        options_of(config.model.family, config.model.options)
-    except ValidationError as error:
-        raise UserErrors(
-            [_told({**one, "loc": ("model", "options", *one["loc"])}, origins) for one in error.errors()]
-        ) from error
+        errors += findings(error.errors(), origins, wrong_type)
+    options = filled.get("model", {}).get("options", {}) if isinstance(filled.get("model"), Mapping) else {}
+    if spec is not None and isinstance(options, Mapping):
+        try:
+            options_of(spec.name, options)
+        except ValidationError as error:
+            errors += option_findings(error.errors(), spec.options, origins)
+    if errors:
+        errors.sort(key=lambda error: int((re.findall(r" line (\d+)\)", error.where) or [sys.maxsize])[0]))
+        raise UserErrors(errors) if len(errors) > 1 else errors[0]
+    assert config is not None, "a config that does not validate has findings"
     if not config.run.name:
         config = config.model_copy(update={"run": config.run.model_copy(update={"name": _name(config)})})
-    return Loaded(config, {**dict.fromkeys(_keys(config.model_dump()), "default"), **origins})
+    return Loaded(config, {**dict.fromkeys(_keys(config.model_dump()), "default"), **origins}, path)
 
 
-def dump_config(config: Config) -> str:
-    """The config as TOML with every value; loading it gives the same Config."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: plain(one) for key, one in value.items() if one is not None}
-        if isinstance(value, (list, tuple)):
-            return [plain(one) for one in value]
-        return value
-
-    return tomlkit.dumps(plain(config.model_dump(mode="python", exclude_defaults=False)))
+def setting_value(key: str, text: str) -> Any:
+    """A value written as text (--set, a form's text field): TOML first, plain text else; a text stays one for texts."""
+    found = field_of(key)
+    if found is not None and section_of(found.annotation) is None and takes_text(found.annotation):
+        value = value_of(text)
+        return value if isinstance(value, (str, list, dict)) or found.annotation is Any else text
+    return value_of(text)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(key, old, new) of every value that differs between two documents."""
+    """(key, old, new) of every value that differs between two documents (`Loaded.document`)."""
     one, two = flat(old), flat(new)
     return [
         (key, one.get(key), two.get(key))
         for key in sorted(one.keys() | two.keys())
         if one.get(key) != two.get(key)
     ]
-
-
-def presets() -> dict[str, str]:
-    """Name -> first line of each preset."""
-    folder = resources.files("whitetuner.config") / "presets"
-    files = sorted((one for one in folder.iterdir() if one.name.endswith(".toml")), key=lambda one: one.name)
-    return {
-        one.name.removesuffix(".toml"): one.read_text(encoding="utf-8").split("\n")[0].lstrip("# ")
-        for one in files
-    }
-
-
-def preset_text(name: str) -> str:
-    """The commented TOML of a preset. Raises UserError with the known names."""
-    known = presets()
-    if name not in known:
-        raise UserError(
-            "there is no preset '{name}'",
-            where="PRESET",
-            mend="use one of: {known}",
-            name=name,
-            known=", ".join(known),
-        )
-    return (resources.files("whitetuner.config") / "presets" / f"{name}.toml").read_text(encoding="utf-8")
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,22 +204,86 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; tables in lists are a.b[0].c."""
     found: dict[str, Any] = {}
-    for key, value in values.items():
+    for name, value in values.items():
+        key = f"{prefix}{name}"
         if isinstance(value, Mapping) and value:
-            found.update(flat(value, f"{prefix}{key}."))
+            found.update(flat(value, f"{key}."))
+        elif isinstance(value, (list, tuple)) and value and all(isinstance(one, Mapping) for one in value):
+            for index, one in enumerate(value):
+                found.update(flat(one, f"{key}[{index}]."))
         else:
-            found[f"{prefix}{key}"] = value
+            found[key] = value
     return found
 
 
 def _keys(values: Mapping[str, Any]) -> Iterator[str]:
-    for key, value in flat(values).items():
-        yield key
-        if isinstance(value, list):
-            for index, one in enumerate(value):
-                if isinstance(one, Mapping):
-                    yield from (f"{key}[{index}].{inner}" for inner in flat(one))
+    """Dotted keys of all values, and of the tables around them that may be wrong as a whole."""
+    yield from flat(values)
+
+
+def _line(key: str, name: str, lines: Mapping[str, int]) -> str:
+    inner = key
+    while inner and inner not in lines:
+        inner = re.sub(r"(\[\d+\]|\.[^.\[\]]+|^[^.\[\]]+)$", "", inner)
+    return f"{name} line {lines[inner]}" if inner else name
+
+
+def _set(values: Mapping[str, Any], key: str, value: Any, before: str = "") -> dict[str, Any]:
+    """The values with one changed inside a list (`data.sets[1].weight`). Raises UserError for a place that is not there."""
+    part, _, rest = key.partition(".")
+    name, bracket, index = part.partition("[")
+    if not bracket:
+        inner = values.get(part)
+        below = inner if isinstance(inner, Mapping) else {}
+        return {**values, part: _set(below, rest, value, f"{before}{part}.") if rest else value}
+    rows = values.get(name)
+    count = len(rows) if isinstance(rows, list) else 0
+    number = int(index[:-1]) if index[:-1].isdigit() and index.endswith("]") else count
+    if not isinstance(rows, list) or number >= count or not isinstance(rows[number], Mapping) or not rest:
+        raise UserError(
+            "there is no {key} to change: {name} has {count} entries, counted from 0",
+            where="--set",
+            mend="add the entry to the config file",
+            key=before + key,
+            name=before + name,
+            count=count,
+        )
+    changed = _set(rows[number], rest, value, f"{before}{part}.")
+    return {**values, name: [*rows[:number], changed, *rows[number + 1 :]]}
+
+
+def _spec(
+    values: Mapping[str, Any], errors: list[UserError], origins: Mapping[str, str]
+) -> FamilySpec | None:
+    model = values.get("model")
+    family = model.get("family") if isinstance(model, Mapping) else None
+    if not isinstance(family, str):
+        return None  # told as missing or as no text
+    known = families()
+    if family not in known:
+        near = difflib.get_close_matches(family, known, 1)
+        errors.append(
+            UserError(
+                "there is no model family '{family}'",
+                where=where("model.family", origins),
+                mend="did you mean {near}?" if near else "use one of: {known}",
+                family=family,
+                near=near[0] if near else "",
+                known=", ".join(known),
+            )
+        )
+        return None
+    return spec_of(family)
+
+
+def _of_optimizer(values: Mapping[str, Any]) -> dict[str, Setting]:
+    """Prodigy finds the step size itself; its lr is a factor of it."""
+    optimizer = values.get("optimizer")
+    if isinstance(optimizer, Mapping) and optimizer.get("name") == "prodigy":
+        return {"optimizer.lr": Setting(1.0, "of prodigy: Mishchenko and Defazio 2023, arXiv 2306.06101")}
+    return {}
 
 
 def _has(values: Mapping[str, Any], key: str) -> bool:
@@ -203,159 +296,27 @@ def _has(values: Mapping[str, Any], key: str) -> bool:
 
 
 def _name(config: Config) -> str:
-    source = config.data.images or config.data.target or config.data.videos
-    if source is None and config.data.sets:
-        source = config.data.sets[0].images or config.data.sets[0].target or config.data.sets[0].videos
-    stem = "".join(
-        c if c not in '<>:"/\\|?*' and c >= " " else "_" for c in Path(source or "run").name
-    ).strip(" .")
+    """FAMILY-FOLDER, of characters that every file system takes."""
+    source = next((one.source for one in (config.data, *config.data.sets) if one.source), None) or "run"
+    stem = re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", _last_name(source)).strip(" ._")
     return f"{config.model.family}-{stem or 'run'}"
 
 
-def _where(key: str, origins: Mapping[str, str]) -> str:
-    origin = origins.get(key)
-    return f"{key} ({origin})" if origin and origin != "default" else key
+def _last_name(path: str) -> str:
+    """The last component, whichever system the path was written on."""
+    return (PureWindowsPath(path) if "\\" in path else PurePosixPath(path)).name
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    for one in (annotation, *typing.get_args(annotation)):
-        if isinstance(one, type) and issubclass(one, BaseModel):
-            return one
-    return None
-
-
-def _schema_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, info in schema.model_fields.items():
-        inner = _section_of(info.annotation)
-        yield f"{prefix}{name}"
-        if inner is not None:
-            yield from _schema_keys(inner, f"{prefix}{name}.")
-
-
-def _unknown(
-    schema: type[BaseModel], values: Any, prefix: str, origins: Mapping[str, str]
-) -> Iterator[UserError]:
-    """Every key that the schema does not have, with the nearest that it does (in any section)."""
-    if not isinstance(values, Mapping):
-        return
-    for name, value in values.items():
-        key = f"{prefix}{name}"
-        if name not in schema.model_fields:
-            every = list(_schema_keys(Config))
-            same = [one for one in every if one.rpartition(".")[2] == name and "[" not in one]
-            near = (
-                same
-                or difflib.get_close_matches(key, every, 1, 0.6)
-                or [
-                    one
-                    for one in every
-                    if difflib.SequenceMatcher(None, one.rpartition(".")[2], name).ratio() > 0.75
-                ]
-            )
-            yield UserError(
-                "there is no option '{key}'",
-                where=_where(key, origins),
-                mend="did you mean {near}?" if near else "docs/config.md lists all options",
-                key=key,
-                near=near[0] if near else "",
-            )
-            continue
-        inner = _section_of(schema.model_fields[name].annotation)
-        if inner is None:
-            continue
-        if isinstance(value, list):
-            for index, one in enumerate(value):
-                yield from _unknown(inner, one, f"{key}[{index}].", origins)
-        else:
-            yield from _unknown(inner, value, f"{key}.", origins)
-
-
-def _takes_text(annotation: Any) -> bool:
-    if annotation is str or annotation is Any:
-        return True
-    if typing.get_origin(annotation) is typing.Literal:
-        return any(isinstance(one, str) for one in typing.get_args(annotation))
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return any(_takes_text(one) for one in typing.get_args(annotation))
-    return False
-
-
-def _texts_for_numbers(
-    schema: type[BaseModel], values: Any, prefix: str, origins: Mapping[str, str]
-) -> Iterator[UserError]:
-    """Numbers and booleans in quotes: pydantic would read some of them and choke on others."""
-    if not isinstance(values, Mapping):
-        return
-    for name, value in values.items():
-        if name not in schema.model_fields:
-            continue  # told by `_unknown`
-        info, key = schema.model_fields[name], f"{prefix}{name}"
-        inner = _section_of(info.annotation)
-        if inner is not None:
-            rows = enumerate(value) if isinstance(value, list) else [(None, value)]
-            for index, one in rows:
-                yield from _texts_for_numbers(
-                    inner, one, f"{key}." if index is None else f"{key}[{index}].", origins
-                )
-            continue
-        number = isinstance(value, str) and _looks_like_number(value)
-        if number and (not _takes_text(info.annotation) or _is_choice(info.annotation)):
-            yield UserError(
-                '"{value}" is a text, but {key} takes a number',
-                where=_where(key, origins),
-                mend="write it without quotes: {name} = {value}",
-                value=value,
-                key=key,
-                name=name,
-            )
-        elif isinstance(value, bool) and not _takes_bool(info.annotation):
-            yield UserError(
-                "{key} does not take true or false",
-                where=_where(key, origins),
-                mend="docs/config.md says what it takes",
-                key=key,
-            )
-
-
-def _is_choice(annotation: Any) -> bool:
-    """True where the only texts taken are fixed words ("auto" | number)."""
-    return str not in (annotation, *typing.get_args(annotation)) and annotation is not Any
-
-
-def _takes_bool(annotation: Any) -> bool:
-    parts = (annotation, *typing.get_args(annotation))
-    return bool in parts or Any in parts or dict in [typing.get_origin(one) for one in parts]
-
-
-def _looks_like_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return text.lower() in ("true", "false")
-    return True
-
-
-def _told(error: Mapping[str, Any], origins: Mapping[str, str]) -> UserError:
-    """pydantic's finding in the user's words."""
-    key = ""
-    for part in error["loc"]:
-        if isinstance(part, int):
-            key += f"[{part}]"
-        elif not (
-            part.startswith(("literal[", "function-", "list[", "constrained"))
-            or part in ("int", "float", "str", "bool")
-        ):
-            key += f".{part}" if key else part
-    message = str(error["msg"]).removeprefix("Value error, ")
-    if error["type"] == "missing":
-        return UserError(
-            "{key} is not given", where=_where(key, origins), mend="add it to the config", key=key
-        )
-    return UserError(
-        "{value} does not fit: {message}",
-        where=_where(key, origins),
-        mend="docs/config.md says what {key} takes",
-        value=json.dumps(error.get("input"), ensure_ascii=False, default=str)[:80],
-        message=message,
-        key=key,
+def _last_names(values: Any, key: str = "") -> Any:
+    """The document with every path cut to its last component."""
+    if isinstance(values, Mapping):
+        return {name: _last_names(one, f"{key}.{name}" if key else name) for name, one in values.items()}
+    if isinstance(values, list):
+        return [_last_names(one, key) for one in values]
+    found = field_of(key)
+    is_path = found is not None and "_path" in repr(found.annotation) + repr(found.metadata)
+    return (
+        _last_name(values)
+        if is_path and isinstance(values, str) and not values.startswith("builtin:")
+        else values
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,47 +10,72 @@ from whitetuner.config.load import differences
 from whitetuner.config.schema import Config
 from whitetuner.errors import UserError, UserErrors
 
-#: May change: shown and recorded. A name with a dot at its end stands for its whole section.
+#: May change: shown and recorded. A dot at the end stands for the whole section.
 FREE = (
-    "run.steps", "run.epochs", "run.resume", "run.output_dir", "optimizer.lr", "optimizer.schedule",
-    "optimizer.warmup_steps", "optimizer.min_lr_ratio", "optimizer.max_grad_norm", "save.", "preview.", "validation.every",
-    "memory.", "log.", "data.workers", "data.cache_dir",
-)  # fmt: skip
+    "run.name",
+    "run.output_dir",
+    "run.steps",
+    "run.epochs",
+    "run.resume",
+    "optimizer.lr",
+    "optimizer.schedule",
+    "optimizer.warmup_steps",
+    "optimizer.min_lr_ratio",
+    "save.",
+    "preview.",
+    "validation.every",
+    "memory.",
+    "log.",
+    "data.workers",
+    "data.cache_dir",
+    # Folders may have moved; that they hold the same pictures and captions is told by their contents (the data-set hash).
+    "data.images",
+    "data.target",
+    "data.conditions",
+    "data.videos",
+    "data.sets.images",
+    "data.sets.target",
+    "data.sets.conditions",
+    "data.sets.videos",
+)
 #: May not: why.
 _WHY = {
     "model.": "the adapter was trained on that model",
-    "method.": "the saved adapter has that shape",
+    "method.": "the saved adapter has that shape and start",
     "data.": "order and noise follow from the data set",
-    "noise.": "the noise levels already seen were drawn so",
+    "noise.": "the noise levels seen so far were drawn so",
     "run.seed": "order and noise follow from the seed",
-    "optimizer.": "the saved optimizer state belongs to it",
-    "validation.": "losses would no longer be comparable",
-}  # fmt: skip
+    "optimizer.": "the saved state of the optimizer belongs to it",
+    "validation.": "its losses could not be compared with the earlier ones",
+}
 
 
 def check_resume(before: Mapping[str, Any], now: Config) -> list[str]:
-    """One line for each allowed change. Raises UserErrors for the others, with why."""
+    """One line for each allowed change. Raises UserError(s) for the others, with why.
+
+    before: the config that the run began with, as `Loaded.document` gave it
+    """
     told, errors = [], []
     for key, old, new in differences(before, now.model_dump(mode="json")):
         if key == "run.name":
             continue
-        if any(key == one or (one.endswith(".") and key.startswith(one)) for one in FREE):
+        plain = re.sub(r"\[\d+\]", "", key)
+        if any(plain == one or (one.endswith(".") and plain.startswith(one)) for one in FREE):
             told.append(f"{key}: {old} -> {new}")
             continue
         why = next(
-            (text for prefix, text in _WHY.items() if key.startswith(prefix)), "it changes what is learned"
+            (text for prefix, text in _WHY.items() if plain.startswith(prefix)), "it changes what is learned"
         )
         errors.append(
             UserError(
-                "{key} was {old} when the run began and is {new} now: {why}",
+                "{old} when the run began, {new} now: {why}",
                 where=key,
-                mend="set it back, or start a new run (another run.name)",
-                key=key,
+                mend="set it back, or start a new run (another run.name; method.init_from takes the adapter along)",
                 old=old,
                 new=new,
                 why=why,
             )
         )
     if errors:
-        raise UserErrors(errors)
+        raise UserErrors(errors) if len(errors) > 1 else errors[0]
     return told

@@ -1,0 +1,161 @@
+"""The schema tells of itself: descriptions, docs/config.md, presets; and no option is read by nobody."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from whitetuner.config.landed import not_landed, refuse_not_landed
+from whitetuner.config.load import load_config
+from whitetuner.config.preset import preset_text, presets, tiny_text
+from whitetuner.config.reference import text
+from whitetuner.config.schema import Config
+from whitetuner.config.told import FOREIGN, field_of, keys_of, section_of
+from whitetuner.errors import UserError
+from whitetuner.families import registry
+from whitetuner.nano.builtin import CFG, MAX_SEQUENCE_LENGTH, STEPS
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "src" / "whitetuner"
+
+
+def options() -> list[str]:
+    """Every dotted option, tables left out."""
+    found = []
+    for key in keys_of(Config):
+        field = field_of(key)
+        assert field is not None
+        if section_of(field.annotation) is None:
+            found.append(key)
+    return found
+
+
+def test_docs_config_md_is_what_the_schema_says_now() -> None:
+    written = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
+    assert written == text(), "run: python -m whitetuner.config.reference"
+
+
+@pytest.mark.parametrize("key", options())
+def test_every_option_is_described(key: str) -> None:
+    field = field_of(key)
+    assert field is not None and field.description and len(field.description) > 5
+    assert not field.description.endswith(".")
+
+
+def test_every_option_is_read_by_the_program_or_refused() -> None:
+    """An option that nobody reads would change nothing: it is named as an attribute outside of config/, or refused."""
+    read = set()
+    for file in SOURCES.rglob("*.py"):
+        if file.parent.name != "config":
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+            read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+            # getattr over a list of names, as the parts of a model are read
+            read |= {
+                node.value
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            }
+    known = {*not_landed(), "model.options"}  # Config.model_options reads that one
+    unread = [
+        key
+        for key in options()
+        if key.rpartition(".")[2] not in read and key.replace(".sets.", ".") not in known
+    ]
+    assert not unread
+
+
+@pytest.mark.parametrize("key", sorted(not_landed()))
+def test_an_option_whose_feature_is_not_there_is_refused(key: str) -> None:
+    other: dict[str, object] = {
+        "model.task": "edit",
+        "method.kind": "full",
+        "memory.vram_gb": 12,
+        "memory.base": "int8",
+        "memory.blocks_to_swap": 4,
+        "memory.activation_offload": True,
+        "memory.compile": True,
+        "memory.attention": "flash",
+        "data.num_frames": 5,
+        "data.fps": 16,
+        "data.condition_resolution": 512,
+        "data.conditions": ["a"],
+    }
+    if key == "preview.prompts.images":
+        form: dict[str, object] = {"preview.prompts": [{"text": "a", "images": ["b.png"]}]}
+    else:
+        form = {key: other.get(key, "somewhere")}
+    config = load_config(None, base={"model.family": "flux2-klein", **form}).config
+    with pytest.raises(UserError, match="not there yet"):
+        refuse_not_landed(config)
+
+
+def test_defaults_are_never_refused_and_sets_are_looked_into() -> None:
+    refuse_not_landed(load_config(None, base={"model.family": "flux2-klein"}).config)
+    config = load_config(
+        None, base={"model.family": "flux2-klein", "data.sets": [{"images": "a"}, {"videos": "b"}]}
+    ).config
+    with pytest.raises(UserError, match=r"data\.sets\[1\]\.videos"):
+        refuse_not_landed(config)
+
+
+def test_words_of_other_programs_lead_to_options_that_exist() -> None:
+    assert all(field_of(key) is not None for key in FOREIGN.values())
+
+
+def test_proposals_of_every_family_are_options_and_fit() -> None:
+    for name in registry.FAMILIES:
+        loaded = load_config(None, base={"model.family": name})
+        for key in registry.spec(name).settings:
+            assert field_of(key) is not None, f"{name}: {key}"
+            assert loaded.origins[key].startswith("family default (")
+
+
+@pytest.mark.parametrize("name", sorted(presets()))
+def test_a_preset_is_a_config_that_trains_today(name: str) -> None:
+    config = load_config(None, preset=name).config
+    refuse_not_landed(config)
+    assert config.data_sets()
+    assert preset_text(name).startswith("# "), "its first line says what it is for"
+    assert name.startswith(("nano", config.model.family))
+
+
+def test_an_unknown_preset_names_the_known_ones() -> None:
+    with pytest.raises(UserError, match="flux2-klein-lokr"):
+        preset_text("flux9")
+
+
+def test_the_preset_of_the_embedded_model_says_what_the_model_wants() -> None:
+    config = load_config(None, preset="nano-lokr").config
+    assert config.model.options["max_sequence_length"] == MAX_SEQUENCE_LENGTH
+    assert [(one.steps, one.cfg) for one in config.preview.prompts] == [(STEPS, CFG)]
+
+
+def test_a_tiny_config_for_a_folder_of_pictures_takes_the_embedded_model(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    pictures = tmp_path / "it's 照片"
+    pictures.mkdir()
+    file.write_text(tiny_text(pictures), encoding="utf-8")
+    config = load_config(file).config
+    assert (config.model.path, config.data.images) == ("builtin:nano", str(pictures))
+
+
+def test_a_tiny_config_for_a_model_folder_tells_its_family(tmp_path: Path) -> None:
+    model = tmp_path / "tiny"
+    (model / "transformer").mkdir(parents=True)
+    (model / "model_index.json").write_text("{}", encoding="utf-8")
+    spec = registry.spec("flux2-klein")
+    (model / "transformer" / "config.json").write_text(
+        f'{{"_class_name": "{spec.transformer_class}"}}', encoding="utf-8"
+    )
+    file = tmp_path / "c.toml"
+    file.write_text(tiny_text(model), encoding="utf-8")
+    config = load_config(file).config
+    assert (config.model.family, config.model.path, config.data.resolution) == ("flux2-klein", str(model), 64)
+    assert config.model.options == dict(spec.tiny_options)
+    (model / "transformer" / "config.json").write_text('{"_class_name": "Other"}', encoding="utf-8")
+    with pytest.raises(UserError, match="no known family uses a Other"):
+        tiny_text(model)
+    with pytest.raises(UserError, match="there is no folder"):
+        tiny_text(tmp_path / "nowhere")
