@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from whitetuner.errors import EXIT_FAILED, EXIT_USE, UserError
 from whitetuner.nano.builtin import CFG, MAX_SEQUENCE_LENGTH, STEPS
 from whitetuner.nano.draw import NEW_SHAPE, NEW_WORD, draw_set
+from whitetuner.records import Size
 
 #: What the demo must reach (issue text and docs/demo.md): shares of pictures that the checker calls right.
 NEW_AT_LEAST, NEW_BEFORE_AT_MOST, OLD_LOSES_AT_MOST = 0.80, 0.05, 0.10
@@ -162,6 +163,80 @@ def nano(out: Path, steps: int = 320) -> int:
     return EXIT_FAILED if verdict.misses else 0
 
 
+def family(name: str, task: str | None, method: str, out: Path) -> int:
+    """A random tiny model of a family: data, check, 30 steps, a picture, the files; 0 when all went well.
+
+    name: FAMILY or FAMILY:VARIANT. Leaves model/, data/, config.toml and the run's folder in `out`.
+    """
+    began = time.perf_counter()
+    name, _, variant = name.partition(":")
+    from whitetuner.families import registry
+
+    spec = registry.spec(name)
+    task = task or spec.tasks[0]
+    if task not in spec.tasks:
+        raise UserError(
+            "{title} has no task '{task}' here",
+            where="--task",
+            mend="use one of: {tasks}",
+            title=spec.title,
+            task=task,
+            tasks=", ".join(spec.tasks),
+        )
+    out = out.resolve()
+    if out.exists() and any(out.iterdir()):
+        raise UserError("{out} is not empty", where="--out", mend="give another folder, or empty this one", out=out)
+    from whitetuner import checks, drawing, recipe
+    from whitetuner.config.landed import refuse_not_landed
+    from whitetuner.config.load import dump_config, load_config
+    from whitetuner.data.samples import make_testdata
+    from whitetuner.runs.console import Console
+    from whitetuner.tiny import TINY_SIZE_PX, tiny_values
+
+    values = tiny_values(name, out / "model", out / "data", out, task)
+    loaded = load_config(
+        None,
+        base={
+            **values,
+            "run.name": "run",
+            "method.kind": method,
+            "validation.every": 30,
+            "preview.every": 30,
+            "preview.prompts": [{"text": "a red circle", "size": [TINY_SIZE_PX, TINY_SIZE_PX], "steps": 2}],
+        },
+    )
+    refuse_not_landed(loaded.config)
+    print(f"1/4  a random tiny {spec.title} and 6 pictures", flush=True)
+    registry.make_tiny(name, str(out / "model"), variant or None)
+    make_testdata(task, out / "data", 6, 0)
+    config = out / "config.toml"
+    config.write_text(dump_config(loaded.config), encoding="utf-8")
+    print("2/4  check", flush=True)
+    findings = checks.check_config(config, (), deep=True, model=True, convert=False)
+    print(findings.as_text())
+    if findings.errors:
+        return EXIT_FAILED
+    print("3/4  training (30 steps; the weights are random, so the pictures are noise: look at the validation loss)", flush=True)
+    result = recipe.run(load_config(config), listeners=(Console(),))
+    if result.stopped:
+        return EXIT_FAILED
+    print("4/4  a picture with the result", flush=True)
+    picture = drawing.sample(str(result.folder), prompt="a red circle", out=out / "sample.png", size=Size(64, 64), steps=2)
+    from whitetuner.runs.events import Validation, read
+
+    events, _ = read(result.folder / "events.jsonl")
+    losses = [event.loss for event in events if isinstance(event, Validation)]
+    print(
+        f"\nvalidation loss: {losses[0]:.4f} at step 0 -> {losses[-1]:.4f} at step {result.step} (random weights)\n"
+        f"picture:  {picture} (noise: the weights are random)\nconfig:   {config}\nfor ComfyUI: {result.final[0]}\n"
+        f"{time.perf_counter() - began:.0f} s"
+    )
+    if losses[-1] >= losses[0]:
+        print("MISSED: the validation loss did not fall")
+        return EXIT_FAILED
+    return 0
+
+
 def draw_folder(folder: Path, count: int, seed: int, shapes: tuple[str, ...] | None = None, word: str | None = None) -> None:
     """Pictures and captions as a user would have them."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -197,7 +272,7 @@ def write_config(out: Path, steps: int) -> Path:
 
 def judge(adapter: Path | None) -> tuple[float, float]:
     """(new word, old vocabulary): shares drawn right by the embedded model, with an adapter file if one is given."""
-    from whitetuner.adapters.attach import attach
+    from whitetuner.adapters.attach import attach_state
     from whitetuner.adapters.files import load_adapter
     from whitetuner.families import registry
     from whitetuner.nano.score import draw_with, evaluation_prompts, load_pipeline, score
@@ -205,8 +280,7 @@ def judge(adapter: Path | None) -> tuple[float, float]:
     pipeline = load_pipeline()
     if adapter is not None:
         settings, tensors = load_adapter(adapter, registry.keys("flux2-klein"))
-        attached = attach(pipeline.transformer, sorted({name.rpartition(".lo")[0] for name in tensors}), settings, seed=0)
-        attached.load_state_dict(tensors)
+        attach_state(pipeline.transformer, settings, tensors)
     found = []
     for count, seed, shapes, word in ((SCORED_NEW, 31, (NEW_SHAPE,), NEW_WORD), (SCORED_OLD, 77, None, None)):
         captions, labels = (

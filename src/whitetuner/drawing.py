@@ -7,14 +7,15 @@ from pathlib import Path
 
 import torch
 
-from whitetuner.adapters.attach import attach
+from whitetuner.adapters.attach import attach_state
 from whitetuner.adapters.files import load_adapter
 from whitetuner.errors import UserError
 from whitetuner.families import registry
 from whitetuner.family import Family, ModelPaths
 from whitetuner.memory.build import build_module
 from whitetuner.records import EncodeInput, Size
-from whitetuner.resolve import check_model, choose_device, choose_dtype, family_of, model_folder
+from whitetuner.models import check_model, family_of, model_folder
+from whitetuner.resolve import choose_device, choose_dtype
 from whitetuner.runs.folder import RunFolder
 
 
@@ -67,8 +68,7 @@ def sample(
     modules = family.load(build)
     if adapter is not None:
         settings, tensors = load_adapter(adapter, family.keys)
-        attached = attach(modules[part], sorted({name.rpartition(".lo")[0] for name in tensors}), settings, seed=0)
-        attached.load_state_dict(tensors)
+        attached = attach_state(modules[part], settings, tensors)
         attached.strength = strength
     guidance = spec.sample_cfg if cfg is None else cfg
     with torch.no_grad():

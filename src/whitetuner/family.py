@@ -76,6 +76,7 @@ class FamilySpec:
                 reads names and config files only
     tokens:     (size, stride in pixels) -> tokens of the target that the denoiser sees
     auto_shift: tokens of the target -> the shift s of the model's own sampling schedule; None: it has none
+    template_tokens: tokens that the prompt template adds to a caption, of options.max_sequence_length
     tiny_options: options that suit the random tiny model (short texts)
     """
 
@@ -100,6 +101,7 @@ class FamilySpec:
     stride_of: Callable[[ModelPaths], int] | None = None
     advice: Callable[[Any, ModelPaths], tuple[UserError, ...]] = lambda options, paths: ()
     tiny_options: Mapping[str, Any] = field(default_factory=dict)
+    template_tokens: int = 0
     sample_steps: int = 28
     sample_cfg: float = 4.0
     licence: Mapping[str, str] = field(default_factory=dict)

@@ -22,7 +22,7 @@ from whitetuner.data.scan import PictureSet, Scan, scan
 from whitetuner.errors import UserError
 from whitetuner.family import BuildFn, Family
 from whitetuner.records import Batch, Item, Size
-from whitetuner.resolve import Resolved, is_random, resolve
+from whitetuner.resolve import Resolved, resolve
 from whitetuner.train.preview import Scene
 
 #: (phase, done, total); it may raise to stop, what is cached stays.
@@ -229,5 +229,3 @@ def _smallest(config: Config) -> list[int]:
         found += one.resolution if isinstance(one.resolution, list) else [one.resolution]
     return found
 
-
-__all__ = ["Prepared", "cache_folder", "cache_only", "encoded_twice", "find_items", "is_random", "prepare_data"]

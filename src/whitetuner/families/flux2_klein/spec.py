@@ -191,6 +191,7 @@ SPEC = FamilySpec(
         "distilled": "as its base: 4B Apache-2.0, 9B FLUX Non-Commercial License",
     },
     tiny_options={"max_sequence_length": 64},
+    template_tokens=12,
     sources=(
         "diffusers pipelines/flux2/pipeline_flux2_klein.py",
         "diffusers models/transformers/transformer_flux2.py",

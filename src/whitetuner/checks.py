@@ -1,0 +1,126 @@
+"""`check`: a look at a config and all it names, or at a bare folder of pictures, before anything big is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from whitetuner.config.landed import refuse_not_landed
+from whitetuner.config.load import load_config
+from whitetuner.config.schema import Config
+from whitetuner.data.check import CheckReport, check_sets, convert_sets
+from whitetuner.data.check_page import write_check_html
+from whitetuner.data.scan import SetOptions
+from whitetuner.errors import UserError, UserErrors
+from whitetuner.families import registry
+from whitetuner.family import ModelPaths
+from whitetuner.models import model_paths
+
+#: Resolution that a bare folder is looked at with: what most models want.
+FOLDER_RESOLUTION, FOLDER_STRIDE_PX = 1024, 16
+
+
+@dataclass(frozen=True)
+class Findings:
+    """errors: what stops a run, besides what `data` found; advice: worth knowing; page: the report that was written."""
+
+    data: CheckReport | None
+    errors_outside: list[UserError] = field(default_factory=list)
+    advice: list[UserError] = field(default_factory=list)
+    page: Path | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def errors(self) -> list[object]:
+        return [*self.errors_outside, *(self.data.errors if self.data else [])]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "ok": not self.errors,
+            "errors": [str(error) for error in self.errors_outside],
+            "advice": [str(one) for one in self.advice],
+            "notes": self.notes,
+            "data": self.data.as_json() if self.data else None,
+            "report": str(self.page) if self.page else None,
+        }
+
+    def as_text(self) -> str:
+        lines = [self.data.as_text()] if self.data else []
+        lines += self.notes
+        lines += [f"warning: {one}" for one in self.advice]
+        lines += [f"error: {error}" for error in self.errors_outside]
+        if self.page:
+            lines.append(f"report: {self.page}")
+        lines.append("ready to train" if not self.errors else f"{len(self.errors)} things to mend first")
+        return "\n".join(lines)
+
+
+def check_folder(folder: Path, *, deep: bool, convert: bool) -> Findings:
+    """A bare folder, as a data set for a model of the usual size; the page goes to output/check/FOLDER/report.html."""
+    section = SetOptions(images=folder, resolution=FOLDER_RESOLUTION)
+    notes = _convert([section]) if convert else []
+    report = check_sets([section], FOLDER_STRIDE_PX, deep=deep)
+    page = Path("output") / "check" / (folder.resolve().name or "folder") / "report.html"
+    return Findings(report, page=write_check_html(report, page), notes=notes)
+
+
+def check_config(path: Path, overrides: Sequence[str], *, deep: bool, model: bool, convert: bool) -> Findings:
+    """A config, its model folder (unless model is False) and its pictures. Raises UserError when the config cannot be read."""
+    config = load_config(path, overrides).config
+    errors: list[UserError] = []
+    paths: ModelPaths | None = None
+    spec = registry.spec(config.model.family)
+    advice: list[UserError] = []
+    for look in (lambda: refuse_not_landed(config), *([lambda: model_paths(config)] if model else [])):
+        try:
+            paths = look() or paths
+        except UserErrors as several:
+            errors += several.errors
+        except UserError as error:
+            errors.append(error)
+    if paths is not None:
+        advice += spec.advice(config.model_options(), paths)
+    try:
+        sections = config.data_sets()
+    except UserError as error:
+        return Findings(None, [*errors, error], advice)
+    notes = _convert(sections) if convert else []
+    report = check_sets(
+        sections,
+        spec.stride_px if paths is None else spec.stride(paths),
+        min_size_px=spec.min_size_px,
+        batch_size=config.data.batch_size,
+        deep=deep,
+        tokens=None if paths is None else _counter(paths, spec.template_tokens),
+        max_tokens=getattr(config.model_options(), "max_sequence_length", 512),
+    )
+    page = Path(config.run.output_dir) / "check" / config.run.name / "report.html"
+    return Findings(report, errors, advice, write_check_html(report, page), notes + _enough(config, report))
+
+
+def _counter(paths: ModelPaths, template: int) -> Callable[[str], int] | None:
+    """Counts a caption's tokens by the model's own tokenizer; None where it has no tokenizer.json."""
+    from tokenizers import Tokenizer
+
+    try:
+        file = paths.component("tokenizer") / "tokenizer.json"
+    except UserError:
+        return None
+    if not file.is_file():
+        return None
+    tokenizer = Tokenizer.from_file(str(file))
+    return lambda text: template + len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _convert(sections: Sequence[object]) -> list[str]:
+    return [f"converted to UTF-8: {one.path} (kept: {one.kept.name})" for one in convert_sets(sections)]
+
+
+def _enough(config: Config, report: CheckReport) -> list[str]:
+    steps = config.run.steps
+    if steps is None or not report.usable:
+        return []
+    visits = steps * config.data.batch_size * config.optimizer.gradient_accumulation / report.usable
+    return [f"{steps} steps visit each picture about {visits:.0f} times"]

@@ -1,0 +1,131 @@
+"""From what a config says of the model to its folders, checked by names and config files alone. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from whitetuner.config.schema import Config
+from whitetuner.errors import UserError
+from whitetuner.families import registry
+from whitetuner.family import FamilySpec, ModelPaths
+
+BUILTIN = "builtin:nano"
+SINGLE_PARTS = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder", "tokenizer")
+
+
+def model_paths(config: Config) -> ModelPaths:
+    """Where the config's model lies, after a look that it is all there and of the right family. Raises UserError."""
+    spec = registry.spec(config.model.family)
+    if config.model.task not in spec.tasks:
+        raise UserError(
+            "{title} has no task '{task}' here",
+            where="model.task",
+            mend="use one of: {tasks}",
+            title=spec.title,
+            task=config.model.task,
+            tasks=", ".join(spec.tasks),
+        )
+    single = {}
+    for part in SINGLE_PARTS:
+        value = getattr(config.model, part, None)
+        if value is not None:
+            path = Path(value).expanduser()
+            if not path.is_dir():
+                raise UserError(
+                    "{path} is not a folder in diffusers layout",
+                    where=f"model.{part}",
+                    mend="give the component's folder (config.json + safetensors); single files are not read yet",
+                    path=path,
+                )
+            single[part] = path
+    folder = model_folder(config.model.path) if config.model.path else None
+    paths = ModelPaths(folder, single)
+    check_model(spec, paths)
+    return paths
+
+
+def model_folder(path: str) -> Path:
+    """A model path as users write it -> the folder. Raises UserError naming what is wrong with it."""
+    if path == BUILTIN:
+        from whitetuner.nano.builtin import builtin_path
+
+        return builtin_path()
+    folder = Path(path.strip().strip('"')).expanduser()
+    if folder.is_file():
+        raise UserError(
+            "{path} is a single file; only folders in diffusers layout are read so far",
+            where="model.path",
+            mend="download the model as a folder (model_index.json, transformer/, vae/, ...)",
+            path=folder,
+        )
+    if not folder.is_dir():
+        hub = path.count("/") == 1 and not path.startswith((".", "/", "~")) and "\\" not in path
+        raise UserError(
+            "{path} looks like a hub name; fetching from a hub is not there yet" if hub else "there is no folder {path}",
+            where="model.path",
+            mend="download the model first and give its folder" if hub else "give the folder that holds model_index.json",
+            path=path,
+        )
+    if not (folder / "model_index.json").is_file():
+        raise UserError(
+            "{path} is no model folder: model_index.json is missing",
+            where="model.path",
+            mend="give the folder that holds model_index.json, or set the parts one by one (model.transformer, model.vae, ...)",
+            path=folder,
+        )
+    return folder
+
+
+def check_model(spec: FamilySpec, paths: ModelPaths) -> None:
+    """Every component is there and the denoiser is of this family. Reads names and config.json only."""
+    for name in spec.components:
+        paths.component(name)
+    if spec.transformer_class:
+        found = class_name(paths.component("transformer"))
+        if found != spec.transformer_class:
+            raise UserError(
+                "this is a {found}, but {title} is a {wanted}",
+                where=str(paths.component("transformer")),
+                mend="set model.family to the model's family, or give another model folder",
+                found=found,
+                title=spec.title,
+                wanted=spec.transformer_class,
+            )
+
+
+def class_name(component: Path) -> str:
+    """`_class_name` of a diffusers component folder. Raises UserError when config.json cannot be read."""
+    file = component / "config.json"
+    try:
+        document: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            "config.json cannot be read ({reason})",
+            where=str(component),
+            mend="download this part of the model again",
+            reason=error,
+        ) from error
+    return str(document.get("_class_name", "model without _class_name"))
+
+
+def is_random(paths: ModelPaths) -> bool:
+    """True for a model made by `whitetuner tiny`: what it draws is noise, and every output says so."""
+    return paths.folder is not None and (paths.folder / registry.RANDOM_MARK).is_file()
+
+
+def family_of(folder: Path) -> str:
+    """Which registered family a model folder belongs to, told from its denoiser's class."""
+    found = class_name(ModelPaths(folder).component("transformer"))
+    for name in registry.FAMILIES:
+        if registry.spec(name).transformer_class == found:
+            return name
+    raise UserError(
+        "no known family uses a {found}",
+        where=str(folder),
+        mend="known families: {known}",
+        found=found,
+        known=", ".join(registry.FAMILIES),
+    )
