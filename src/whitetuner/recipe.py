@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 
-from whitetuner.adapters.attach import Adapter, attach, layer_sizes
+from whitetuner.adapters.attach import attach, layer_sizes
 from whitetuner.adapters.choose import choose
-from whitetuner.adapters.files import load_adapter
 from whitetuner.adapters.shapes import AdapterSettings, reading_limits
-from whitetuner.checkpoint.export import export_adapter
+from whitetuner.checkpoint.export import check_names, export_adapter
 from whitetuner.checkpoint.store import Checkpoint, Store, read
 from whitetuner.config.landed import refuse_not_landed
 from whitetuner.config.load import Loaded, dump_config
@@ -29,7 +28,7 @@ from whitetuner.config.resume import check_resume
 from whitetuner.config.schema import Config
 from whitetuner.diffusion.sigmas import SigmaSettings
 from whitetuner.errors import UserError
-from whitetuner.family import BuildFn, Family
+from whitetuner.family import BuildFn
 from whitetuner.memory.build import build_module
 from whitetuner.prepared import Prepared, prepare_data
 from whitetuner.resolve import Resolved, resolve
@@ -190,11 +189,13 @@ class _Run:
             full_matrix=config.method.full_matrix,
         )
         paths = choose(module, patterns)
+        for naming in ("comfyui", "diffusers"):  # the two that _final writes
+            check_names(paths, family.keys, naming)
         for limit in reading_limits(layer_sizes(module, paths), settings):
             self.tell(events.Message(level="warning", text=str(limit)))
         adapter = attach(module, paths, settings, seed=config.run.seed, device=self.device)
         if config.method.init_from:
-            start_from(adapter, Path(config.method.init_from), family)
+            adapter.load_file(Path(config.method.init_from), family.keys)
         if config.memory.gradient_checkpointing is True or (
             config.memory.gradient_checkpointing == "auto" and self.device.type == "cuda"
         ):
@@ -346,12 +347,6 @@ class _Run:
         self.folder.append(event)
         for listener in (*self.listeners, *([self.board] if self.board else [])):
             listener(event)
-
-
-def start_from(adapter: Adapter, file: Path, family: Family) -> None:
-    """Fills a fresh adapter with the values of a file (method.init_from)."""
-    _, tensors = load_adapter(file, family.keys)
-    adapter.load_state_dict(tensors)
 
 
 def _same_file(source: Path, target: Path) -> None:

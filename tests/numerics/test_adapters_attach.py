@@ -273,8 +273,8 @@ def test_strength_scales_the_delta_and_is_not_saved(model: Model) -> None:
     adapter = attach(model, ["blocks.0.to_q"], LOKR, seed=0)
     move(adapter)
     weight, state = adapter.deltas["blocks.0.to_q"].weight(), adapter.state_dict()
-    adapter.scale = 0.5
-    assert adapter.scale == 0.5
+    adapter.strength = 0.5
+    assert adapter.strength == 0.5
     torch.testing.assert_close(adapter.deltas["blocks.0.to_q"].weight(), weight * 0.5)
     assert all(torch.equal(tensor, state[name]) for name, tensor in adapter.state_dict().items())
 

@@ -21,7 +21,7 @@ from whitetuner.adapters.attach import Adapter, attach, attach_state, choose
 from whitetuner.adapters.files import load_adapter
 from whitetuner.adapters.names import NAMINGS
 from whitetuner.adapters.shapes import AdapterSettings
-from whitetuner.checkpoint.export import export_adapter, unnamed
+from whitetuner.checkpoint.export import check_names, export_adapter
 from whitetuner.checkpoint.inspect import inspect_file
 from whitetuner.checkpoint.tensorfile import write_tensors
 from whitetuner.errors import UserError
@@ -281,10 +281,12 @@ def test_bf16_files_lose_what_rounding_takes_and_no_more(tmp_path: Path) -> None
 
 
 def test_layers_without_a_name_are_told(tmp_path: Path) -> None:
-    assert unnamed(choose(tiny(), [*BLOCKS, *TOP]), KEYS, "comfyui") == []
-    assert unnamed(["transformer_blocks.0.attn.to_z", "x_embedder"], KEYS, "diffusers") == [
-        "transformer_blocks.0.attn.to_z"
-    ]
+    for naming in NAMINGS:
+        check_names(choose(tiny(), [*BLOCKS, *TOP]), KEYS, naming)
+        with pytest.raises(
+            UserError, match=rf"1 of 2 layers have no name in {naming} files \(such as .*to_z\)"
+        ):
+            check_names(["transformer_blocks.0.attn.to_z", "x_embedder"], KEYS, naming)
     state = {"transformer_blocks.0.attn.to_z.lora_A.weight": torch.ones(1, 4)}
     state["transformer_blocks.0.attn.to_z.lora_B.weight"] = torch.ones(4, 1)
     with pytest.raises(UserError, match="1 of 1 layers have no name in comfyui files"):

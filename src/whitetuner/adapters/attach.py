@@ -184,12 +184,12 @@ class Adapter:
                 self._attached[path].enabled = on
 
     @property
-    def scale(self) -> float:
-        """Strength on top of what was trained, 1 unless set; for trying an adapter out, never saved."""
+    def strength(self) -> float:
+        """A factor on top of what was trained, 1 unless set; for trying an adapter out, never saved."""
         return next(iter(self.deltas.values())).strength
 
-    @scale.setter
-    def scale(self, strength: float) -> None:
+    @strength.setter
+    def strength(self, strength: float) -> None:
         for delta in self.deltas.values():
             delta.strength = float(strength)
 

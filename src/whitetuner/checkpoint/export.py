@@ -58,17 +58,7 @@ def export_adapter(
     written or does not read back as it was written.
     """
     modules = by_module(state)
-    missing = unnamed(modules, keymap, naming)
-    if missing:
-        raise UserError(
-            "{count} of {total} layers have no name in {naming} files (such as {name})",
-            where=str(path),
-            mend="take another naming, or leave these layers out of method.targets",
-            count=len(missing),
-            total=len(modules),
-            naming=naming,
-            name=missing[0],
-        )
+    check_names(modules, keymap, naming)
     tensors: dict[str, Tensor] = {}
     for module_path, module in modules.items():
         prefix, scale = keymap.adapter_prefix(module_path, naming), module.scale
@@ -93,8 +83,11 @@ def export_adapter(
     return Exported(path, naming, len(modules), len(tensors), sha256)
 
 
-def unnamed(paths: Iterable[str], keymap: KeyMap, naming: Naming) -> list[str]:
-    """Layers that cannot be found again by their name in files of this naming. Worth asking before training."""
+def check_names(paths: Iterable[str], keymap: KeyMap, naming: Naming) -> None:
+    """Raises UserError for layers that could not be found again by their name in files of this naming.
+
+    Asked before training, so that no one learns afterwards that a layer cannot be exported.
+    """
 
     def known(path: str) -> bool:
         try:
@@ -102,7 +95,18 @@ def unnamed(paths: Iterable[str], keymap: KeyMap, naming: Naming) -> list[str]:
         except (KeyError, UserError):
             return False
 
-    return [path for path in paths if not known(path)]
+    asked = list(paths)
+    missing = [path for path in asked if not known(path)]
+    if missing:
+        raise UserError(
+            "{count} of {total} layers have no name in {naming} files (such as {name})",
+            where="method.targets",
+            mend="leave these layers out of method.targets",
+            count=len(missing),
+            total=len(asked),
+            naming=naming,
+            name=missing[0],
+        )
 
 
 def describe_file(settings: AdapterSettings, modules: Mapping[str, object]) -> dict[str, str]:
