@@ -264,6 +264,21 @@ def test_tokens_are_counted_with_the_template_and_without_weights(klein: Subject
     assert encoder.count_tokens("a red circle " * 200) > 512
 
 
+def test_text_options_change_the_texts_fingerprint_alone(klein: Subject) -> None:
+    one, two, three = (
+        [
+            e.fingerprint()
+            for e in registry.load("flux2-klein", options, ModelPaths(klein.folder)).encoders("t2i")
+        ]
+        for options in (
+            KleinOptions(),
+            KleinOptions(max_sequence_length=64),
+            KleinOptions(text_encoder_out_layers=(9, 18, 26)),
+        )
+    )
+    assert len({one[0], two[0], three[0]}) == 3 and one[1] == two[1] == three[1]
+
+
 def test_a_tokenizer_without_chat_template_is_told(klein: Subject, tmp_path: Path) -> None:
     folder = tmp_path / "tokenizer"
     shutil.copytree(klein.folder / "tokenizer", folder)
