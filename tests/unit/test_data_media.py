@@ -79,6 +79,30 @@ def test_png_orientation_behind_the_pixels_is_seen(tmp_path: Path) -> None:
     assert read(path).size == (64, 96)
 
 
+@pytest.mark.parametrize("lossless", [True, False])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
+@pytest.mark.parametrize("extra", ["plain", "exif", "profile", "animated"])
+def test_webp_headers_say_what_decoding_finds(tmp_path: Path, lossless: bool, mode: str, extra: str) -> None:
+    image = gradient(33, 21).convert(mode)
+    if mode == "RGBA":
+        image.putpixel((3, 3), (0, 0, 0, 0))
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    options = {
+        "plain": {},
+        "exif": {"exif": exif(8)},
+        "profile": {"icc_profile": srgb},
+        "animated": {"save_all": True, "append_images": [image.transpose(Image.Transpose.ROTATE_180)]},
+    }[extra]
+    image.save(tmp_path / "a.webp", lossless=lossless, **options)  # type: ignore[arg-type]
+    found = probe(tmp_path / "a.webp")
+    assert found.size is not None and found.size[:2] == read(tmp_path / "a.webp").size
+    if extra != "animated":  # there the flag only says that frames may be
+        assert ("transparent" in found.traits) == (mode == "RGBA")
+    assert ("animated" in found.traits) == (extra == "animated")
+    assert ("rotated" in found.traits) == (extra == "exif") and "colour profile" not in found.traits
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_broken_exif_does_not_hide_a_good_picture(tmp_path: Path) -> None:
     for number, data in enumerate(
         (b"Exif\0\0II*\0\xff\xff\xff\x7f", b"Exif\0\0nonsense", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff")

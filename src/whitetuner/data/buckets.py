@@ -63,6 +63,7 @@ def bucketing(
     return Bucketing(tuple(sorted(set(resolutions))), stride_px, min_size_px, upscale)
 
 
+@lru_cache(maxsize=65536)
 def choose(source: Size, rules: Bucketing) -> Size | None:
     """The size a picture is trained at, or None when it is too small for any.
 

@@ -26,13 +26,15 @@ CACHE_TAG = "CACHEDIR.TAG"
 class Listing:
     """Pictures of one folder (its sub-folders too, if asked), in an order that no machine changes.
 
-    captions: one text file each, or None; unread: pictures of kinds that are not read
+    captions: one text file each, or None; unread: pictures of kinds that are not read; orphans: captions
+    without picture
     """
 
     folder: Path
     pictures: tuple[Path, ...]
     captions: tuple[Path | None, ...]
     unread: tuple[Path, ...]
+    orphans: tuple[Path, ...]
     other_captions: Counter[str]
 
 
@@ -55,12 +57,17 @@ def list_folder(
     if not folder.is_dir():
         raise not_a_folder(folder)
     ext = caption_ext if caption_ext.startswith(".") else f".{caption_ext}"
-    pictures, captions, unread, endings = [], [], [], Counter[str]()
+    pictures: list[Path] = []
+    captions: list[Path | None] = []
+    unread: list[Path] = []
+    orphans: list[Path] = []
+    endings: Counter[str] = Counter()
     for place, names in _walk(folder, recursive, leave_out):
         exact = set(names)
         folded: dict[str, list[str]] = {}
         for name in names:
             folded.setdefault(fold(name), []).append(name)
+        used = set()
         for name in names:
             stem, ending = Path(name).stem, Path(name).suffix
             if ending.lower() in OTHER_PICTURES:
@@ -70,9 +77,11 @@ def list_folder(
             beside = stem + ext if stem + ext in exact else next(iter(folded.get(fold(stem + ext), ())), None)
             pictures.append(place / name)
             captions.append(place / beside if beside else None)
+            used.add(beside)
             if beside is None:
                 endings.update(other for other in CAPTION_ENDINGS if stem + other in exact)
-    return Listing(folder, tuple(pictures), tuple(captions), tuple(unread), endings)
+        orphans += [place / name for name in names if fold(name).endswith(fold(ext)) and name not in used]
+    return Listing(folder, tuple(pictures), tuple(captions), tuple(unread), tuple(orphans), endings)
 
 
 def fold(name: str) -> str:

@@ -172,6 +172,12 @@ def scan(
     )
 
 
+def caption_files(sections: Sequence[object]) -> list[Path]:
+    """Every caption file of all sets. Raises UserError for a set whose folder is missing or empty."""
+    listings = [listing for section in sections for listing, _, _ in _listings(SetOptions.of(section))]
+    return [caption for listing in listings for caption in listing.captions if caption is not None]
+
+
 def survey(sections: Sequence[object], deep: bool = False) -> Survey:
     """Looks at every picture and caption of all sets. deep: decodes every picture. Raises nothing for single
     files.
@@ -281,6 +287,20 @@ def _listing_problems(listing: Listing, options: SetOptions) -> list[Problem]:
         )
         for path in listing.unread
     ]
+    if options.prompt is None:
+        problems += [
+            Problem(
+                "orphan caption",
+                "note",
+                path,
+                UserError(
+                    "a caption without a picture of its name",
+                    where=str(path),
+                    mend="rename it if it belongs to one",
+                ),
+            )
+            for path in listing.orphans
+        ]
     shared = Counter(caption for caption in listing.captions if caption is not None)
     for path, caption in zip(listing.pictures, listing.captions, strict=True):
         if options.prompt is not None:

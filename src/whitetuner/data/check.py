@@ -1,0 +1,326 @@
+"""A look over data sets before anything is loaded: every problem at once, and what training would make of
+each picture.
+
+From headers and file ends, ten thousand pictures in seconds; `deep` decodes them.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from whitetuner.data.buckets import covers, cropped
+from whitetuner.data.captions import Converted, convert_captions
+from whitetuner.data.digests import digests
+from whitetuner.data.problems import Problem, merged
+from whitetuner.data.scan import Found, PictureSet, Survey, caption_files, place, survey
+from whitetuner.errors import UserError
+from whitetuner.records import Size
+
+#: A larger part of a picture being cut off is worth a word.
+CROPPED_TOO_MUCH = 0.2
+
+#: Words and Chinese characters of a caption beyond which, without a tokenizer, it is called long: about 512
+#: tokens.
+LONG_CAPTION = 380
+
+#: Visits of each picture that trainers of these models advise, and the steps they don't go below
+#: (docs/datasets.md).
+VISITS, LEAST_STEPS, MOST_STEPS = 60, 500, 6000
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One picture and what training makes of it. cropped: share of its area that is cut off; size None:
+    cannot be used.
+    """
+
+    path: Path
+    set_index: int
+    caption: str | None
+    source: Size | None
+    size: Size | None
+    cropped: float = 0.0
+    enlarged: bool = False
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """buckets: (size, pictures), most first; duplicates: files of equal content; seconds: the look took."""
+
+    sets: tuple[PictureSet, ...]
+    pictures: tuple[Placed, ...]
+    problems: tuple[Problem, ...]
+    buckets: tuple[tuple[Size, int], ...]
+    duplicates: tuple[tuple[Path, ...], ...]
+    suggested_steps: int
+    small_batches: int
+    batch_size: int
+    deep: bool
+    seconds: float
+
+    @property
+    def errors(self) -> list[Problem]:
+        """What stops a run."""
+        return [problem for problem in self.problems if problem.level == "error"]
+
+    @property
+    def usable(self) -> int:
+        return sum(one.size is not None and one.caption is not None for one in self.pictures)
+
+    @property
+    def mean_cropped(self) -> float:
+        shares = [one.cropped for one in self.pictures if one.size is not None]
+        return sum(shares) / len(shares) if shares else 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs; paths as strings, sizes in pixels."""
+        worst = max(self.pictures, key=lambda one: one.cropped, default=None)
+        return {
+            "ok": not self.errors,
+            "pictures": len(self.pictures),
+            "usable": self.usable,
+            "sets": [
+                {
+                    "name": one.name,
+                    "folder": str(one.folder),
+                    "pictures": sum(placed.set_index == number for placed in self.pictures),
+                    "repeats": one.repeats,
+                    "weight": one.weight,
+                }
+                for number, one in enumerate(self.sets)
+            ],
+            "problems": [
+                {
+                    "kind": one.kind,
+                    "level": one.level,
+                    "path": str(one.path),
+                    "what": one.error.what,
+                    "mend": one.error.mend,
+                }
+                for one in self.problems
+            ],
+            "buckets": [
+                {"width": size.width, "height": size.height, "count": count} for size, count in self.buckets
+            ],
+            "cropped": {
+                "mean": round(self.mean_cropped, 4),
+                "worst": round(worst.cropped, 4) if worst else 0.0,
+                "worst_file": str(worst.path) if worst and worst.cropped else None,
+            },
+            "duplicates": [[str(path) for path in group] for group in self.duplicates],
+            "batch_size": self.batch_size,
+            "small_batches": self.small_batches,
+            "suggested_steps": self.suggested_steps,
+            "deep": self.deep,
+            "seconds": round(self.seconds, 3),
+        }
+
+    def as_text(self) -> str:
+        """For a terminal: sets, sizes, what is wrong (each finding with its first files), what to do next."""
+        lines = []
+        for number, one in enumerate(self.sets):
+            count = sum(placed.set_index == number for placed in self.pictures)
+            share = f"weight {one.weight:g}" if one.weight is not None else f"x {one.repeats}"
+            lines.append(f"{one.folder}: {count} pictures {share}")
+        shown = ", ".join(f"{size.width}x{size.height}: {count}" for size, count in self.buckets[:8])
+        more = f" and {len(self.buckets) - 8} more sizes" if len(self.buckets) > 8 else ""
+        if shown:
+            lines.append(
+                f"trained at {shown}{more}; {self.mean_cropped:.1%} of the pixels are cut off on average"
+            )
+        for level in ("error", "warning", "note"):
+            folder = self.sets[0].folder if len(self.sets) == 1 else None
+            found = merged((one for one in self.problems if one.level == level), folder)
+            lines += [f"{level}: {error}" for error in found]
+        tally = Counter(one.level for one in self.problems)
+        lines.append(
+            f"{self.usable} of {len(self.pictures)} pictures can be used; {tally['error']} errors, "
+            f"{tally['warning']} warnings, {tally['note']} notes ({self.seconds:.1f} s)"
+        )
+        if self.usable:
+            lines.append(f"steps to begin with: {self.suggested_steps} at batch size {self.batch_size}")
+        return "\n".join(lines)
+
+
+def check_sets(
+    sections: Sequence[object],
+    stride_px: int = 16,
+    *,
+    min_size_px: int = 64,
+    batch_size: int = 1,
+    deep: bool = False,
+    tokens: Callable[[str], int] | None = None,
+    max_tokens: int = 512,
+) -> CheckReport:
+    """Everything that can be said of the sets. Raises nothing for what is wrong with them.
+
+    sections: objects with the fields of SetOptions; tokens: counts a caption's tokens as the model does
+    (None: words are counted), of which it reads max_tokens; deep: decode every picture
+    """
+    began = time.perf_counter()
+    looked = survey(sections, deep)
+    problems = list(looked.problems)
+    placed = []
+    for found in looked.found:
+        try:
+            size, problem = place(found, looked.sets[found.set_index], stride_px, min_size_px)
+        except UserError as error:  # the set's resolution: told once, its pictures stay unplaced
+            size, problem = None, Problem("resolution", "error", looked.sets[found.set_index].folder, error)
+        if problem is not None:
+            problems.append(problem)
+        placed.append(_placed(found, size))
+        problems += _picture_problems(found, placed[-1])
+    problems += _caption_problems(looked, tokens, max_tokens)
+    duplicates = _duplicates(looked)
+    problems += [
+        Problem(
+            "duplicate",
+            "warning",
+            path,
+            UserError(
+                "same content as {first}: it is learned more often than the others",
+                where=str(path),
+                mend="delete one of them, unless you mean it",
+                first=group[0].name,
+            ),
+        )
+        for group in duplicates
+        for path in group[1:]
+    ]
+    sizes = Counter(one.size for one in placed if one.size is not None)
+    visits = Counter(
+        one.size for one in placed if one.size is not None for _ in range(looked.sets[one.set_index].repeats)
+    )
+    return CheckReport(
+        sets=looked.sets,
+        pictures=tuple(placed),
+        problems=_once(problems),
+        buckets=tuple(sorted(sizes.items(), key=lambda row: (-row[1], row[0]))),
+        duplicates=duplicates,
+        suggested_steps=suggested_steps(sum(one.size is not None for one in placed), batch_size),
+        small_batches=sum(count % batch_size != 0 for count in visits.values()),
+        batch_size=batch_size,
+        deep=deep,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def suggested_steps(pictures: int, batch_size: int) -> int:
+    """Optimizer steps to begin with: each picture seen sixty times, within sensible bounds, rounded to
+    fifties.
+    """
+    wanted = min(MOST_STEPS, max(LEAST_STEPS, VISITS * pictures)) / batch_size
+    return max(50, round(wanted / 50) * 50)
+
+
+def convert_sets(sections: Sequence[object], encoding: str | None = None) -> list[Converted]:
+    """Brings every caption of the sets that is not UTF-8 to UTF-8, the originals kept beside. Raises
+    UserError.
+    """
+    return convert_captions(dict.fromkeys(caption_files(sections)), encoding)
+
+
+def _placed(found: Found, size: Size | None) -> Placed:
+    source = found.probe.size
+    if source is None or size is None:
+        return Placed(found.path, found.set_index, found.caption, source, size)
+    return Placed(
+        found.path,
+        found.set_index,
+        found.caption,
+        source,
+        size,
+        cropped(source, size),
+        not covers(source, size),
+    )
+
+
+def _picture_problems(found: Found, placed: Placed) -> list[Problem]:
+    path, problems = found.path, []
+    if placed.cropped > CROPPED_TOO_MUCH and placed.source and placed.size:
+        error = UserError(
+            "{percent} % are cut off ({width} x {height} becomes {to_width} x {to_height})",
+            where=str(path),
+            mend="crop it yourself to what matters",
+            percent=round(100 * placed.cropped),
+            width=placed.source.width,
+            height=placed.source.height,
+            to_width=placed.size.width,
+            to_height=placed.size.height,
+        )
+        problems.append(Problem("crop", "warning", path, error))
+    if placed.enlarged:
+        enlarged = UserError("enlarged, so it teaches blur", where=str(path), mend="take a larger picture")
+        problems.append(Problem("enlarged", "note", path, enlarged))
+    if "animated" in found.probe.traits:
+        first = UserError(
+            "animated: only its first frame is used", where=str(path), mend="save the frame you mean as png"
+        )
+        problems.append(Problem("animated", "warning", path, first))
+    if "transparent" in found.probe.traits:
+        white = UserError(
+            "transparent parts become white", where=str(path), mend="fill them yourself if you want another"
+        )
+        problems.append(Problem("transparent", "note", path, white))
+    return problems
+
+
+def _caption_problems(looked: Survey, tokens: Callable[[str], int] | None, max_tokens: int) -> list[Problem]:
+    problems = []
+    lengths: dict[str, int] = {}
+    for found in looked.found:
+        text = found.caption
+        if not text:
+            continue
+        if text not in lengths:
+            lengths[text] = tokens(text) if tokens is not None else words(text)
+        if tokens is not None and lengths[text] > max_tokens:
+            error = UserError(
+                "the caption has {count} tokens, the model reads {limit}: its end is not learned",
+                where=str(found.path),
+                mend="shorten it, or raise max_sequence_length in [model.options] where the family has it",
+                count=lengths[text],
+                limit=max_tokens,
+            )
+            problems.append(Problem("long caption", "warning", found.path, error))
+        if tokens is None and lengths[text] > LONG_CAPTION:
+            guess = UserError(
+                "the caption has {count} words: the model may not read all of it",
+                where=str(found.path),
+                mend="check it together with a config, which counts the model's own tokens",
+                count=lengths[text],
+            )
+            problems.append(Problem("long caption", "note", found.path, guess))
+    return problems
+
+
+def words(text: str) -> int:
+    """Words, and characters of scripts that have no blanks."""
+    wide = re.findall(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]", text)
+    return len(wide) + len(re.sub(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]", " ", text).split())
+
+
+def _duplicates(looked: Survey) -> tuple[tuple[Path, ...], ...]:
+    """Files of equal content within one set; only those of equal length are read."""
+    lengths: dict[tuple[int, int], list[Path]] = {}
+    for found in looked.found:
+        if found.probe.size is not None:
+            lengths.setdefault((found.set_index, found.path.stat().st_size), []).append(found.path)
+    suspects = [(key[0], path) for key, group in lengths.items() if len(group) > 1 for path in group]
+    same: dict[tuple[int, str], list[Path]] = {}
+    for (set_index, path), digest in zip(suspects, digests([path for _, path in suspects]), strict=True):
+        same.setdefault((set_index, digest), []).append(path)
+    return tuple(tuple(sorted(group)) for group in same.values() if len(group) > 1)
+
+
+def _once(problems: Sequence[Problem]) -> tuple[Problem, ...]:
+    """Errors first; the same finding of the same file only once (a folder can be in several sets)."""
+    order = {"error": 0, "warning": 1, "note": 2}
+    unique = {(one.kind, one.path, one.error.what): one for one in problems}
+    return tuple(sorted(unique.values(), key=lambda one: order[one.level]))

@@ -1,0 +1,97 @@
+"""report.html of a check: the crops as they will be cut, sizes, findings; one file that opens offline."""
+
+from __future__ import annotations
+
+import base64
+import io
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader
+
+from whitetuner.data.check import CheckReport, Placed
+from whitetuner.data.media import crop_box, read
+from whitetuner.errors import UserError
+from whitetuner.records import Size
+
+#: Pictures shown, and the longer side of their thumbnails in pixels: a page of about half a megabyte.
+SHOWN, THUMBNAIL_PX = 48, 240
+
+#: Findings listed one by one; the rest is counted.
+LISTED = 500
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """image: data URL; left, top, width, height: the part that is kept, in percent of the picture."""
+
+    placed: Placed
+    image: str
+    left: float
+    top: float
+    width: float
+    height: float
+
+
+def write_check_html(report: CheckReport, path: Path) -> Path:
+    """Writes the page. Raises UserError when it cannot be written."""
+    environment = Environment(loader=PackageLoader("whitetuner.data"), autoescape=True, trim_blocks=True)
+    largest = max((count for _, count in report.buckets), default=1)
+    with ThreadPoolExecutor() as pool:
+        thumbnails = [one for one in pool.map(_thumbnail, _chosen(report)) if one is not None]
+    text = environment.get_template("check.html").render(
+        report=report,
+        sets=[
+            (one, sum(p.set_index == number for p in report.pictures))
+            for number, one in enumerate(report.sets)
+        ],
+        problems=report.problems[:LISTED],
+        unlisted=max(0, len(report.problems) - LISTED),
+        largest=largest,
+        thumbnails=thumbnails,
+        usable=[one for one in report.pictures if one.size is not None],
+    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            "the report cannot be written ({reason})",
+            where=str(path),
+            mend="mend the folder's rights, or make room on the disk",
+            reason=error.strerror or error,
+        ) from error
+    return path
+
+
+def _chosen(report: CheckReport) -> list[Placed]:
+    """The most cropped half, then pictures spread over the set."""
+    usable = [one for one in report.pictures if one.size is not None]
+    worst = sorted(usable, key=lambda one: -one.cropped)[: SHOWN // 2]
+    taken = {id(one) for one in worst}
+    rest = [one for one in usable if id(one) not in taken]
+    room = SHOWN - len(worst)
+    return worst + rest[:: max(1, -(-len(rest) // room))]
+
+
+def _thumbnail(placed: Placed) -> Thumbnail | None:
+    assert placed.source is not None and placed.size is not None, "chosen from the usable"
+    source = placed.source
+    scale = min(1.0, THUMBNAIL_PX / max(source.width, source.height))
+    small = Size(max(1, round(source.width * scale)), max(1, round(source.height * scale)))
+    try:
+        image = read(placed.path, small).resize((small.width, small.height))
+    except UserError:
+        return None  # damaged behind its header: `deep`, or caching, will say so; here it only goes without a picture
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=80)
+    left, top, right, bottom = crop_box(source, placed.size)
+    return Thumbnail(
+        placed,
+        "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii"),
+        100 * left / source.width,
+        100 * top / source.height,
+        100 * (right - left) / source.width,
+        100 * (bottom - top) / source.height,
+    )
