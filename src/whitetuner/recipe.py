@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,11 +26,12 @@ from whitetuner.config.landed import refuse_not_landed
 from whitetuner.config.load import Loaded, dump_config
 from whitetuner.config.resume import check_resume
 from whitetuner.config.schema import Config
+from whitetuner.data.loader import Loader
 from whitetuner.diffusion.sigmas import SigmaSettings
 from whitetuner.errors import UserError
 from whitetuner.family import BuildFn
 from whitetuner.memory.build import build_module
-from whitetuner.prepared import Prepared, prepare_data
+from whitetuner.prepared import prepare_data
 from whitetuner.resolve import Resolved, resolve
 from whitetuner.runs import events
 from whitetuner.runs.board import Board
@@ -39,7 +40,7 @@ from whitetuner.runs.report import write_report
 from whitetuner.signals import Signals, Stopped
 from whitetuner.train.ema import Ema
 from whitetuner.train.learner import Learner
-from whitetuner.train.loop import Hooks, LoopSettings, Outcome, train
+from whitetuner.train.loop import Hooks, LoopSettings, train
 from whitetuner.train.optim import lr_factor, make_optimizer
 from whitetuner.train.preview import draw_previews
 from whitetuner.train.step import StepSettings
@@ -63,38 +64,77 @@ def run(loaded: Loaded, *, resume: str | None = None, listeners: tuple[Listener,
 
     resume: None, "latest" or a checkpoint folder; listeners hear every event after it is on disk
     """
-    config = loaded.config
-    refuse_not_landed(config)
-    resolved = resolve(config)
-    resume = resume or config.run.resume
-    with ExitStack() as stack:
-        folder = stack.enter_context(RunFolder.open(Path(config.run.output_dir) / config.run.name, resume=resume is not None))
-        signals = stack.enter_context(Signals())
-        return _Run(loaded, resolved, folder, signals, listeners).go(resume)
+    with Session.open(loaded, resume=resume, listeners=listeners) as session:
+        return session.run()
 
 
-class _Run:
-    """What the paragraphs of one run share."""
+class Session:
+    """A run that owns its folder: prepared, advanced step by step or to the end, saved, finished."""
 
     def __init__(
-        self, loaded: Loaded, resolved: Resolved, folder: RunFolder, signals: Signals, listeners: tuple[Listener, ...]
+        self,
+        loaded: Loaded,
+        resolved: Resolved,
+        folder: RunFolder,
+        signals: Signals,
+        listeners: tuple[Listener, ...],
+        resume: str | None,
     ) -> None:
         self.loaded, self.config, self.resolved, self.folder = loaded, loaded.config, resolved, folder
         self.family, self.device = resolved.family, resolved.device
-        self.signals, self.listeners = signals, listeners
+        self.signals, self.listeners, self.resume = signals, listeners, resume
         self.build: BuildFn = partial(build_module, dtype=resolved.dtype, device=resolved.device)
         self.decoder: torch.nn.Module | None = None
         self.board: Board | None = None
+        self.step = 0
+        self._closing = ExitStack()
+        self._batches: Loader | None = None
+
+    @classmethod
+    @contextmanager
+    def open(cls, loaded: Loaded, *, resume: str | None = None, listeners: tuple[Listener, ...] = ()) -> Iterator[Session]:
+        """Checks config and model, then takes the run's folder. Raises UserError before anything is written."""
+        config = loaded.config
+        refuse_not_landed(config)
+        resolved = resolve(config)
+        resume = resume or config.run.resume
+        path = Path(config.run.output_dir) / config.run.name
+        with RunFolder.open(path, resume=resume is not None) as folder, Signals() as signals:
+            session = cls(loaded, resolved, folder, signals, listeners, resume)
+            with session._closing:
+                yield session
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
-    def go(self, resume: str | None) -> Result:
+    def run(self) -> Result:
+        """From the check to the final files; saved and stopped in between when asked to."""
+        path = self.folder.path
+        try:
+            self.prepare()
+            stopped = not self.advance(self.data.steps)
+            if stopped:
+                self.save()
+        except Stopped:
+            stopped = True
+        except UserError as error:
+            self.tell(events.Failed(reason=str(error)))
+            write_report(path, "failed")
+            raise
+        files = () if stopped else self.finish()
+        status = "stopped" if stopped else "finished"
+        self.tell(events.Ended(status=status, step=self.step))
+        write_report(path, status)
+        return Result(path, self.step, stopped, files)
+
+    def prepare(self) -> None:
+        """Scans and encodes the pictures, loads the denoiser, attaches the adapter, goes back to a checkpoint if asked."""
         config, folder = self.config, self.folder
         before = folder.document().get("resolved", {}) if folder.is_run() else {}
         document = folder.begin(dump_config(config), self.loaded.document(), origins=dict(self.loaded.origins))
         self.store = Store(folder.checkpoints, document["run_id"], config.save.keep)
-        checkpoint, told = self._checkpoint(resume, document)
+        checkpoint, told = self._checkpoint(document)
         began = checkpoint.step if checkpoint else None
+        self.step = began or 0
         self.tell(events.RunStarted(name=config.run.name, resumed_from=began, steps=config.run.steps))
         for event in told:
             self.tell(event)
@@ -102,42 +142,24 @@ class _Run:
             self.tell(events.Message(level="warning", text=str(advice)))
         if self.resolved.facts()["random_weights"]:
             self.tell(events.Message(level="info", text="the weights of this model are random: it draws noise"))
-        try:
-            data = prepare_data(config, self.resolved, self.build, self._progress)
-            facts = {**self.resolved.facts(), **data.facts()}
-            if checkpoint is not None:
-                self._same(before, facts)
-            folder.update(resolved=facts)
-            for note in data.notes:
-                self.tell(events.Message(level="info", text=note))
-            self.tell(events.Phase(name="load"))
-            learner = self._learner()
-            step = 0
-            if checkpoint is not None:
-                learner.load(checkpoint.tensors, checkpoint.documents)
-                step = checkpoint.step
-            outcome = self._learn(learner, data, step, data.steps)
-        except Stopped:
-            self.tell(events.Ended(status="stopped", step=checkpoint.step if checkpoint else 0))
-            return Result(folder.path, checkpoint.step if checkpoint else 0, True, ())
-        except UserError as error:
-            self.tell(events.Failed(reason=str(error)))
-            write_report(folder.path, "failed")
-            raise
-        if outcome.stopped:
-            self._save(learner, outcome.step)
-            self.tell(events.Ended(status="stopped", step=outcome.step))
-            write_report(folder.path, "stopped")
-            return Result(folder.path, outcome.step, True, ())
-        self.tell(events.Phase(name="export"))
-        files = self._final(learner, data)
-        self.tell(events.Ended(status="finished", step=outcome.step))
-        write_report(folder.path, "finished")
-        return Result(folder.path, outcome.step, False, files)
+        self.data = prepare_data(config, self.resolved, self.build, self._progress)
+        facts = {**self.resolved.facts(), **self.data.facts()}
+        if checkpoint is not None:
+            self._same(before, facts)
+        folder.update(resolved=facts)
+        for note in self.data.notes:
+            self.tell(events.Message(level="info", text=note))
+        self.tell(events.Phase(name="load"))
+        self.learner = self._learner()
+        self.step_settings = self._step_settings()
+        if checkpoint is not None:
+            self.learner.load(checkpoint.tensors, checkpoint.documents)
+        self._begin_training()
 
-    def _checkpoint(self, resume: str | None, document: dict[str, Any]) -> tuple[Checkpoint | None, list[events.Event]]:
+    def _checkpoint(self, document: dict[str, Any]) -> tuple[Checkpoint | None, list[events.Event]]:
         """What the run goes on from, and what is to be said of it (after the events that will happen again are cut)."""
         told: list[events.Event] = []
+        resume = self.resume
         if resume is None:
             return None, told
         if resume == "latest":
@@ -208,65 +230,79 @@ class _Run:
         ema = Ema(parameters, o.ema) if o.ema else None
         return Learner(part, module, adapter, config.method.kind, optimizer, ema)
 
-    def _learn(self, learner: Learner, data: Prepared, start: int, steps: int) -> Outcome:
-        config = self.config
-        o, n = config.optimizer, config.noise
+    def _step_settings(self) -> StepSettings:
+        noise = self.config.noise
         sigmas = SigmaSettings(
-            timesteps=n.timesteps,
-            sigmoid_scale=n.sigmoid_scale,
-            sigmoid_bias=n.sigmoid_bias,
-            shift=data.shift,
-            lognorm_alpha=n.lognorm_alpha,
-            min_timestep=n.min_timestep,
-            max_timestep=n.max_timestep,
-            part_range=learner.part.sigma_range,
+            timesteps=noise.timesteps,
+            sigmoid_scale=noise.sigmoid_scale,
+            sigmoid_bias=noise.sigmoid_bias,
+            shift=self.data.shift,
+            lognorm_alpha=noise.lognorm_alpha,
+            min_timestep=noise.min_timestep,
+            max_timestep=noise.max_timestep,
+            part_range=self.learner.part.sigma_range,
         )
-        self.step_settings = StepSettings(config.run.seed, sigmas, n.loss_weighting, n.noise_offset)
+        return StepSettings(self.config.run.seed, sigmas, noise.loss_weighting, noise.noise_offset)
+
+    def _begin_training(self) -> None:
+        config, accumulate = self.config, self.config.optimizer.gradient_accumulation
+        self._batches = self._closing.enter_context(self.data.loader(self.step * accumulate))
+        if config.log.tensorboard:
+            self.board = Board(self.folder.tensorboard, self.data.steps)
+            self._closing.callback(self.board.close)
+        self.tell(events.Phase(name="train", total=self.data.steps))
+        if self.step == 0:
+            if config.validation.every:
+                self._validate(0)
+            if config.preview.every and config.preview.at_start:
+                self._preview(0)
+
+    def advance(self, until: int) -> bool:
+        """Learns until this step; False when it was stopped before. Saves, previews and validates in between as due."""
+        o, start = self.config.optimizer, self.step
         settings = LoopSettings(
-            steps=steps,
+            steps=until,
             lr=o.lr,
-            lr_at=lambda step: lr_factor(step, steps, o.schedule, o.warmup_steps, o.min_lr_ratio),
+            lr_at=lambda step: lr_factor(step, self.data.steps, o.schedule, o.warmup_steps, o.min_lr_ratio),
             accumulate=o.gradient_accumulation,
             max_grad_norm=o.max_grad_norm,
         )
         hooks = Hooks(
             on_step=self.tell,
-            after_step=lambda step, change: self._between(learner, data, step, steps),
+            after_step=self._between,
             stop_asked=lambda: self.signals.asked or self.folder.asked("stop"),
-            on_bad=lambda step: self._save(learner, step) if step > start else None,
+            on_bad=lambda step: self.save() if step > start else None,
         )
-        if config.log.tensorboard:
-            self.board = Board(self.folder.tensorboard, steps)
-        self.tell(events.Phase(name="train", total=steps))
-        if start == 0:
-            if config.validation.every:
-                self._validate(learner, data, 0)
-            if config.preview.every and config.preview.at_start:
-                self._preview(learner, data, 0)
-        with data.loader(start * o.gradient_accumulation) as batches:
-            return train(
-                self.family, learner, batches, self.step_settings, settings, hooks, start=start, device=self.device
-            )
+        assert self._batches is not None, "advance before prepare"
+        outcome = train(
+            self.family, self.learner, self._batches, self.step_settings, settings, hooks, start=start, device=self.device
+        )
+        return not outcome.stopped
 
     # -- between steps ---------------------------------------------------------------------------------------------
 
-    def _between(self, learner: Learner, data: Prepared, step: int, steps: int) -> None:
-        config, last = self.config, step == steps
+    def _between(self, step: int) -> None:
+        self.step = step
+        config, last = self.config, step == self.data.steps
         due = lambda every: bool(every) and (step % every == 0 or last)  # noqa: E731 - a word of this paragraph only
         if due(config.validation.every):
-            self._validate(learner, data, step)
+            self._validate(step)
         if due(config.preview.every) or self.folder.take("preview"):
-            self._preview(learner, data, step)
+            self._preview(step)
         if due(config.save.every) or self.folder.take("save") or last:
-            self._save(learner, step)
+            self.save()
 
-    def _save(self, learner: Learner, step: int) -> None:
+    def save(self) -> Path:
+        """A checkpoint of now. Raises UserError when it cannot be written; earlier ones stay."""
         began = time.perf_counter()
-        tensors, documents = learner.save()
-        path = self.store.save(step, tensors, documents, {"config": self.loaded.document()}, self._metadata())
-        self.tell(events.Saved(step=step, path=str(path.relative_to(self.folder.path)), seconds=time.perf_counter() - began))
+        tensors, documents = self.learner.save()
+        path = self.store.save(self.step, tensors, documents, {"config": self.loaded.document()}, self.loaded.metadata())
+        where = path.relative_to(self.folder.path).as_posix()
+        self.tell(events.Saved(step=self.step, path=where, seconds=time.perf_counter() - began))
+        return path
 
-    def _validate(self, learner: Learner, data: Prepared, step: int) -> None:
+    def _validate(self, step: int) -> None:
+        learner, data = self.learner, self.data
         if not data.validation:
             return
         grid = sigma_grid(self.config.validation.sigmas, *learner.part.sigma_range)
@@ -286,7 +322,8 @@ class _Run:
             )
         )
 
-    def _preview(self, learner: Learner, data: Prepared, step: int) -> None:
+    def _preview(self, step: int) -> None:
+        learner, data = self.learner, self.data
         if not data.scenes:
             return
         if self.decoder is None:
@@ -313,8 +350,10 @@ class _Run:
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
-    def _final(self, learner: Learner, data: Prepared) -> tuple[Path, ...]:
-        config, final = self.config, self.folder.final
+    def finish(self) -> tuple[Path, ...]:
+        """Writes the final files: the averaged adapter for ComfyUI (under the run's name too) and for diffusers."""
+        self.tell(events.Phase(name="export"))
+        config, final, learner = self.config, self.folder.final, self.learner
         kind = config.method.kind
         with learner.averaged():
             tensors = learner.adapter_tensors()
@@ -323,7 +362,7 @@ class _Run:
                 tensors,
                 learner.adapter.settings,
                 self.family.keys,
-                metadata=self._metadata(),
+                metadata=self.loaded.metadata(),
                 dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[config.save.dtype],
             )
             named = final / f"{config.run.name}.safetensors"
@@ -332,9 +371,6 @@ class _Run:
             write(path=diffusers, naming="diffusers")
         _same_file(plain, named)
         return named, plain, diffusers
-
-    def _metadata(self) -> dict[str, str]:
-        return self.loaded.metadata()
 
     def _progress(self, phase: str, done: int, total: int) -> None:
         if self.signals.asked or self.folder.asked("stop"):

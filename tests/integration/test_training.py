@@ -214,3 +214,19 @@ def test_the_command_line_says_two_for_a_second_start(place: dict[str, Any]) -> 
         [sys.executable, "-m", "whitetuner", "train", str(config)], capture_output=True, text=True, encoding="utf-8", check=False
     )
     assert done.returncode == 2 and "--resume latest" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_python_entrance_steps_saves_and_goes_on(place: dict[str, Any]) -> None:
+    from whitetuner import Trainer
+
+    values = {**place, "run.name": "api", "run.steps": 6}
+    with Trainer(values) as trainer:
+        first = [trainer.train_step() for _ in range(3)]
+        assert trainer.step == 3 and trainer.save_checkpoint().name == "checkpoint-3"
+    with Trainer(values) as trainer:
+        trainer.load_checkpoint("latest")
+        assert trainer.step == 3
+        result = trainer.train()
+    whole = train(place, "api-whole", **{"run.steps": 6})
+    assert digest(checkpoint(result.folder, 6)) == digest(checkpoint(whole.folder, 6))
+    assert first == [row[1] for row in losses(whole.folder)[:3]]

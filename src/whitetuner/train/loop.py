@@ -36,7 +36,7 @@ class Hooks:
     """What the recipe wants done between steps. Plain callables; none of them changes what is learned."""
 
     on_step: Callable[[StepDone], None]
-    after_step: Callable[[int, float], None]  # (step, weight change so far): previews, validation, saving
+    after_step: Callable[[int], None]  # previews, validation, saving
     stop_asked: Callable[[], bool]
     on_bad: Callable[[int], None]  # (last good step): save before the run fails
 
@@ -107,7 +107,7 @@ def train(
                 memory_mb=_memory_mb(device),
             )
         )
-        hooks.after_step(step, change)
+        hooks.after_step(step)
     return Outcome(step, False, losses)
 
 
