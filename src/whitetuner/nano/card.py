@@ -13,13 +13,12 @@ from whitetuner.version import __version__
 
 @dataclass(frozen=True)
 class Training:
-    """One stage. seconds: wall time of its steps; done: all planned steps made."""
+    """One stage. seconds: wall time of its steps."""
 
     name: str
     steps: int
     planned: int
     seconds: float
-    done: bool
 
 
 @dataclass(frozen=True)

@@ -47,13 +47,13 @@ class Progress:
 
 
 class Fit:
-    """A model in training, its moving average and its file."""
+    """A model in training (the weights that want a gradient), its moving average and its file."""
 
     def __init__(
         self, name: str, model: nn.Module, optimizers: Sequence[Optimizer], plan: Plan, path: Path
     ) -> None:
         self.name, self.model, self.optimizers, self.plan, self.path = name, model, optimizers, plan, path
-        self.weights = dict(model.named_parameters())
+        self.weights = {key: weight for key, weight in model.named_parameters() if weight.requires_grad}
         self.average = {key: weight.detach().clone() for key, weight in self.weights.items()}
         self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self.progress = Progress()
