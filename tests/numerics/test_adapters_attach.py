@@ -162,16 +162,21 @@ def test_off_keeps_what_was_off_before(model: Model, x: torch.Tensor) -> None:
 
 
 def test_only_the_deltas_are_trained_and_all_of_them(model: Model, x: torch.Tensor) -> None:
-    adapter = attach(model, ALL, LOKR, seed=0)
+    model.requires_grad_(True)
+    adapter = attach(model, choose(model, ["*"]), LOKR, seed=0)
+    for part in (model.patch, *(block.norm for block in model.blocks)):
+        part.requires_grad_(False)  # not the adapter's to freeze
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {
-        f"{path}.delta.{name}" for path in ALL for name in ("lokr_w1", "lokr_w2_a", "lokr_w2_b")
+        f"{path}.delta.{name}" for path in adapter.deltas for name in ("lokr_w1", "lokr_w2_a", "lokr_w2_b")
     }
     move(adapter)
     model(x).square().sum().backward()
     assert all(p.grad.abs().max() > 0 for p in adapter.parameters())
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
-    assert count_parameters(layer_sizes(model, ALL), LOKR) == sum(p.numel() for p in adapter.parameters())
+    assert count_parameters(layer_sizes(model, list(adapter.deltas)), LOKR) == sum(
+        p.numel() for p in adapter.parameters()
+    )
 
 
 def test_an_attached_layer_shows_the_attributes_of_the_layer(model: Model) -> None:

@@ -22,6 +22,7 @@ FORMS = {
     "lokr rank 3": AdapterSettings("lokr", rank=3, factor=4),
     "lokr rank 3, alpha 1.5": AdapterSettings("lokr", rank=3, alpha=1.5, factor=4),
     "lokr rank 1, both low": AdapterSettings("lokr", rank=1, alpha=0.5, factor=4, decompose_both=True),
+    "lokr rank half the size of W2": AdapterSettings("lokr", rank=6, factor=4),
     "lokr rank too high for the layer": AdapterSettings("lokr", rank=64, alpha=1.0, factor=4),
     "lora rank 5": AdapterSettings("lora", rank=5),
     "lora rank 5, alpha 10": AdapterSettings("lora", rank=5, alpha=10),
@@ -166,14 +167,15 @@ def test_a_fresh_delta_is_zero_but_learns(form: str) -> None:
 
 
 def test_the_start_has_the_spread_of_kaiming() -> None:
-    delta = initial_delta(
-        AdapterSettings(factor=16, full_matrix=True), 512, 1024, torch.Generator().manual_seed(0)
-    )
-    reference = torch.empty(4000, 16)
-    nn.init.kaiming_uniform_(reference, a=5**0.5)
-    assert delta.lokr_w1.shape == (16, 16)
-    assert delta.lokr_w1.abs().max() <= reference.abs().max() * 1.001
-    assert float(delta.lokr_w1.detach().std()) == pytest.approx(float(reference.std()), rel=0.1)
+    settings = AdapterSettings(factor=-1, rank=8)
+    delta = initial_delta(settings, 512, 2048, torch.Generator().manual_seed(0))
+    for name, shape in {"lokr_w1": (16, 32), "lokr_w2_a": (32, 8)}.items():
+        reference = torch.empty(4000, shape[1])
+        nn.init.kaiming_uniform_(reference, a=5**0.5)
+        found = delta.get_parameter(name).detach()
+        assert found.shape == shape
+        assert found.abs().max() <= reference.abs().max() * 1.001
+        assert float(found.std()) == pytest.approx(float(reference.std()), rel=0.1)
 
 
 @pytest.mark.parametrize("form", ["lokr full", "lokr rank 3, alpha 1.5", "lora rank 5"])
@@ -256,6 +258,18 @@ def test_nothing_of_the_size_of_the_layer_is_made_or_kept(form: str) -> None:
     factors = max(p.numel() for p in delta.parameters())
     weight = size * size  # the frozen weight itself is kept for dL/dx; it is not a copy
     assert sorted(kept)[-1] == weight and sorted(kept)[-2] <= max(factors, tokens * size)
+
+
+@pytest.mark.parametrize(("out", "in_"), [(512, 128), (128, 512)])
+def test_w1_is_mixed_in_on_the_narrower_side(out: int, in_: int) -> None:
+    """What is kept for the backward of a full W2 is of the size of the layer's smaller side."""
+    tokens = 4096
+    delta = initial_delta(AdapterSettings(factor=4, full_matrix=True), out, in_, torch.Generator())
+    kept: list[int] = []
+    x, y = torch.randn(tokens, in_, requires_grad=True), torch.zeros(tokens, out)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        delta(x, y)
+    assert max(size for size in kept if size != x.numel() or in_ == 128) == tokens * 128
 
 
 def test_files_of_lycoris_with_unbalanced_factors_compute_right() -> None:

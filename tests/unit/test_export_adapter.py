@@ -244,6 +244,14 @@ def test_the_file_is_one_that_the_library_reads_whatever_is_in_it(tmp_path: Path
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name].float(), tensor.float())
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.safetensors"]
+    raw = (tmp_path / "deep" / "a.safetensors").read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    for (
+        name,
+        tensor,
+    ) in tensors.items():  # what maps the file into memory needs each at a multiple of its size
+        assert header[name]["data_offsets"][0] % tensor.element_size() == 0
+    assert int.from_bytes(raw[:8], "little") % 8 == 0
 
 
 def test_a_file_that_cannot_be_written_leaves_the_older_one(
