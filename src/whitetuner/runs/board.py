@@ -10,6 +10,8 @@ from whitetuner.runs import events
 
 #: Loss is also shown by noise level, in so many equal parts of [0, 1].
 SIGMA_PARTS = 5
+#: Seconds until what is written can be seen; a kill loses so much of the curves (never of events.jsonl).
+FLUSH_S = 5
 
 
 class Board:
@@ -23,7 +25,7 @@ class Board:
     def __call__(self, event: events.Event) -> None:
         if isinstance(event, events.StepDone):
             self._write(
-                event.step,
+                event,
                 {
                     "train/loss": event.loss,
                     "train/learning_rate": event.lr,
@@ -35,8 +37,10 @@ class Board:
                 },
             )
         elif isinstance(event, events.Validation):
-            by_sigma = {f"validation/sigma_{float(level):.2f}": loss for level, loss in event.by_sigma.items()}
-            self._write(event.step, {"validation/loss": event.loss, **by_sigma})
+            by_sigma = {
+                f"validation/sigma_{float(level):.2f}": loss for level, loss in event.by_sigma.items()
+            }
+            self._write(event, {"validation/loss": event.loss, **by_sigma})
         elif isinstance(event, (events.Ended, events.Failed)):
             self.close()
 
@@ -49,16 +53,18 @@ class Board:
         found: dict[str, list[float]] = {}
         for sigma, loss in zip(event.sigmas, event.losses):
             part = min(SIGMA_PARTS - 1, int(sigma * SIGMA_PARTS))
-            found.setdefault(f"loss_by_sigma/{part / SIGMA_PARTS:.1f}-{(part + 1) / SIGMA_PARTS:.1f}", []).append(loss)
+            found.setdefault(
+                f"loss_by_sigma/{part / SIGMA_PARTS:.1f}-{(part + 1) / SIGMA_PARTS:.1f}", []
+            ).append(loss)
         return {name: sum(losses) / len(losses) for name, losses in found.items()}
 
-    def _write(self, step: int, values: dict[str, float]) -> None:
+    def _write(self, event: events.StepDone | events.Validation, values: dict[str, float]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         if self.writer is None:
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-            self.writer = EventFileWriter(str(self.folder))
+            self.writer = EventFileWriter(str(self.folder), flush_secs=FLUSH_S)
         summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
-        self.writer.add_event(Event(step=step, wall_time=time.time(), summary=summary))
+        self.writer.add_event(Event(step=event.step, wall_time=event.time, summary=summary))

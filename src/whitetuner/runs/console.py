@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
+import atexit
 import time
 from collections import deque
-from statistics import fmean
+from statistics import fmean, median
 
 from rich.console import Console as Screen
 from rich.live import Live
@@ -36,8 +36,8 @@ class Console:
 
     def __init__(self, steps: int | None = None, every: int = 1, plain: bool | None = None) -> None:
         self.steps, self.every = steps, every
-        self.plain = not sys.stdout.isatty() if plain is None else plain
         self.screen = Screen(highlight=False, soft_wrap=True)
+        self.plain = not self.screen.is_terminal or self.screen.is_dumb_terminal if plain is None else plain
         self.live: Live | None = None
         self.seconds: deque[float] = deque(maxlen=50)
         self.losses: deque[float] = deque(maxlen=50)
@@ -47,12 +47,18 @@ class Console:
     def __call__(self, event: events.Event) -> None:
         if isinstance(event, events.RunStarted):
             self.steps = event.steps or self.steps
-            self._say(f"{event.name}: " + (f"goes on from step {event.resumed_from}" if event.resumed_from else "starts"))
+            self._say(
+                f"{event.name}: "
+                + (f"goes on from step {event.resumed_from}" if event.resumed_from else "starts")
+            )
         elif isinstance(event, events.Phase):
             self.steps = event.total if event.name == "train" and event.total else self.steps
             self._say(PHASES.get(event.name, event.name))
         elif isinstance(event, events.Progress):
-            self._status(f"{PHASES.get(event.phase, event.phase)} {event.done}/{event.total}", event.done == event.total)
+            self._status(
+                f"{PHASES.get(event.phase, event.phase)} {event.done}/{event.total}",
+                event.done == event.total,
+            )
         elif isinstance(event, events.StepDone):
             self._step(event)
         elif isinstance(event, events.Validation):
@@ -72,7 +78,7 @@ class Console:
         self.seconds.append(event.seconds)
         self.losses.append(event.loss)
         self.samples.append(event.samples)
-        pace = fmean(self.seconds)
+        pace = median(self.seconds)  # the first steps and the odd hiccup say nothing of the rest
         of = f"/{self.steps}" if self.steps else ""
         left = f"  ETA {duration(pace * (self.steps - event.step))}" if self.steps else ""
         line = (
@@ -87,6 +93,7 @@ class Console:
             if self.live is None:
                 self.live = Live(console=self.screen, refresh_per_second=4, transient=True)
                 self.live.start()
+                atexit.register(self.close)  # an unforeseen end must give the terminal its cursor back
             self.live.update(Text(line))
             return
         now = time.monotonic()
@@ -101,7 +108,12 @@ class Console:
             self.screen.print(Text(line))
 
     def _end(self, line: str) -> None:
+        self.close()
+        self._say(line)
+
+    def close(self) -> None:
+        """Ends the live line."""
         if self.live is not None:
             self.live.stop()
             self.live = None
-        self._say(line)
+            atexit.unregister(self.close)

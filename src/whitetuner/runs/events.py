@@ -6,6 +6,7 @@ The fields are written down in docs/run-folder.md.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import time
@@ -135,15 +136,32 @@ def as_line(event: Event) -> str:
     return json.dumps({"kind": event.kind, **_finite(dataclasses.asdict(event))}, ensure_ascii=False) + "\n"
 
 
+_FIELDS = {kind: {one.name: one.type for one in dataclasses.fields(cls)} for kind, cls in KINDS.items()}
+
+
 def from_line(line: str) -> Event | None:
-    """The event of a line; None for a torn line, an unknown kind or one of another version."""
+    """The event of a line, null numbers as NaN; None for a torn line, an unknown kind or one of another version."""
     try:
         values = json.loads(line)
-        cls = KINDS[values.pop("kind")]
-        known = {one.name for one in dataclasses.fields(cls)}
-        return cls(**{key: value for key, value in values.items() if key in known})
+        kind = values.pop("kind")
+        known = _FIELDS[kind]
+        if "null" in line:  # seldom, and a run may have 200,000 lines
+            values = {key: _number(known.get(key), value) for key, value in values.items()}
+        return KINDS[kind](**{key: value for key, value in values.items() if key in known})
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _number(annotation: Any, value: Any) -> Any:
+    """What JSON could not say (see `as_line`) comes back as NaN."""
+    nan = float("nan")
+    if value is None:
+        return nan if annotation == "float" else None
+    if annotation == "list[float]":
+        return [nan if one is None else one for one in value]
+    if annotation == "dict[str, float]":
+        return {key: nan if one is None else one for key, one in value.items()}
+    return value
 
 
 class EventLog:
@@ -153,9 +171,16 @@ class EventLog:
         self.path = path
 
     def append(self, event: Event) -> None:
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
+        """Raises OSError when the line does not fit on the disk; nothing of it stays then."""
+        line = as_line(event).encode("utf-8", "surrogatepass")
+        handle = os.open(
+            self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644
+        )
         try:
-            os.write(handle, as_line(event).encode("utf-8", "surrogatepass"))
+            written = os.write(handle, line)
+            if written < len(line):
+                os.ftruncate(handle, os.fstat(handle).st_size - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(handle)
 
@@ -191,15 +216,42 @@ class EventLog:
 
 
 def read(path: Path, offset: int = 0) -> tuple[list[Event], int]:
-    """(events from this byte on, the byte after the last whole line)."""
-    if not path.exists():
+    """(events from this byte on, the byte after the last whole line).
+
+    A file that got shorter was cut for a resume: it is read from its beginning, so the second value is then below what
+    was asked for or the events begin with `run_started` anew.
+    """
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            offset = 0 if offset > size else offset
+            file.seek(offset)
+            data = file.read()
+    except FileNotFoundError:
         return [], 0
-    with path.open("rb") as file:
-        file.seek(offset)
-        data = file.read()
     end = data.rfind(b"\n") + 1
     found = (from_line(line.decode("utf-8", "replace")) for line in data[:end].split(b"\n") if line)
     return [event for event in found if event is not None], offset + end
+
+
+def last_of(path: Path, kinds: tuple[type[Event], ...], block: int = 1 << 16) -> Event | None:
+    """The last event of one of these kinds, found from the end, so that a long run is not read whole."""
+    try:
+        with path.open("rb") as file:
+            start, rest = file.seek(0, os.SEEK_END), b""
+            while start > 0:
+                size = min(block, start)
+                start -= size
+                file.seek(start)
+                lines = (file.read(size) + rest).split(b"\n")
+                rest = lines.pop(0) if start > 0 else b""
+                for line in reversed(lines):
+                    event = from_line(line.decode("utf-8", "replace")) if line else None
+                    if isinstance(event, kinds):
+                        return event
+    except FileNotFoundError:
+        return None
+    return None
 
 
 def _finite(value: Any) -> Any:

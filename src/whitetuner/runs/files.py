@@ -18,6 +18,7 @@ def write_atomically(path: Path, data: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         replace(temporary, path)
+        _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -32,3 +33,14 @@ def replace(source: Path, target: Path) -> None:
             break
         time.sleep(0.1)
     source.replace(target)
+
+
+def _sync_folder(folder: Path) -> None:
+    """The new name onto the disk, too; Windows does that by itself and opens no folders."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -11,6 +11,7 @@ import os
 import platform
 import signal
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,12 +19,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import FileLock, Timeout
 
 from whitetuner.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
-from whitetuner.runs.events import Event, EventLog, read
+from whitetuner.runs.events import Ended, Event, EventLog, Failed, RunStarted, StepDone, last_of
 from whitetuner.runs.files import write_atomically
 
+#: What can be asked of a run, each a file in control/.
+WISHES = ("stop", "save", "preview")
+#: Of run.json, what a resume may change: the earlier ones stay in its history.
+KEPT = ("config", "versions", "hardware", "resolved")
+#: A look at who owns the folder (`running`) holds the lock for a moment; a start waits that out.
+LOCK_WAIT_S = 1.0
 PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pillow")
 
 
@@ -35,57 +43,80 @@ class RunFolder:
         self.config_file, self.run_file = path / "config.toml", path / "run.json"
         self.events, self.report = path / "events.jsonl", path / "report.html"
         self.control, self.logs, self.samples = path / "control", path / "logs", path / "samples"
-        self.checkpoints, self.final, self.tensorboard = path / "checkpoints", path / "final", path / "tensorboard"
+        self.checkpoints, self.final, self.tensorboard = (
+            path / "checkpoints",
+            path / "final",
+            path / "tensorboard",
+        )
         self._log = EventLog(self.events)
 
     @classmethod
     @contextmanager
-    def open(cls, path: Path, *, resume: bool) -> Iterator[RunFolder]:
-        """The folder, made if need be, owned while inside.
+    def open(cls, path: Path, *, resume: bool, config: Path | None = None) -> Iterator[RunFolder]:
+        """The folder, made if need be, owned while inside. config: the user's file, for the commands in messages.
 
-        Raises UserError when another process owns it, when it cannot be written, or when a run is in it and resume is False.
+        Raises UserError when another process owns it, when it cannot be written, or when a run is in it and resume is False
+        (a run that ended before its first step is no loss: it begins anew).
         """
         folder = cls(path)
-        try:
-            folder.control.mkdir(parents=True, exist_ok=True)
-            probe = folder.control / f".probe-{os.getpid()}"
-            probe.write_text("", encoding="utf-8")
-            probe.unlink()
-        except OSError as error:
-            raise UserError(
-                "the output folder cannot be written ({reason})",
-                where=str(path),
-                mend="set run.output_dir to a folder you may write to",
-                code=EXIT_ENVIRONMENT,
-                reason=error.strerror or error,
-            ) from error
+        folder._make()
         lock = FileLock(folder.control / "lock")
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=LOCK_WAIT_S)
         except Timeout as error:
             raise UserError(
                 "another process ({pid}) is training into this folder",
                 where=str(path),
-                mend="wait for it, stop it with `whitetuner stop {path}`, or give this run another run.name",
+                mend="wait for it, or stop it:       whitetuner stop {path}\n"
+                "     or train beside it:            whitetuner train {config} --set run.name={other}",
                 pid=folder.owner() or "?",
-                path=path,
+                path=_quoted(path),
+                config=_quoted(config or folder.config_file),
+                other=_quoted(_free_name(path)),
             ) from error
         try:
             if folder.is_run() and not resume:
-                finished = folder._ended() == "finished"
-                raise UserError(
-                    "a finished run is in this folder" if finished else "a run that is not finished is in this folder",
-                    where=str(path),
-                    mend="to go on:  add --resume latest{more}\n     to begin another:  add --set run.name=\"another name\"",
-                    more=" --set run.steps=MORE" if finished else "",
-                )
+                folder._refuse_or_clear(config or folder.config_file)
             write_atomically(folder.control / "pid", str(os.getpid()))
-            for word in ("stop", "save", "preview"):
+            for word in WISHES:
                 (folder.control / word).unlink(missing_ok=True)
             yield folder
         finally:
             (folder.control / "pid").unlink(missing_ok=True)
             lock.release()
+
+    def _make(self) -> None:
+        try:
+            self.control.mkdir(parents=True, exist_ok=True)
+            probe = self.control / f".probe-{os.getpid()}"
+            probe.write_text("", encoding="utf-8")
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                "the output folder cannot be written ({reason})",
+                where=str(self.path),
+                mend="set run.output_dir to a folder you may write to",
+                code=EXIT_ENVIRONMENT,
+                reason=error.strerror or error,
+            ) from error
+
+    def _refuse_or_clear(self, config: Path) -> None:
+        ended = self._ended()
+        if ended in ("failed", "stopped") and not self._learned():
+            self.run_file.unlink()
+            self.events.unlink(missing_ok=True)
+            return
+        raise UserError(
+            "a finished run is in this folder"
+            if ended == "finished"
+            else "a run that is not finished is in this folder",
+            where=str(self.path),
+            mend="to go on:           whitetuner train {config} --resume latest{more}\n"
+            "     to begin another:   whitetuner train {config} --set run.name={other}",
+            config=_quoted(config),
+            more=" --set run.steps=MORE" if ended == "finished" else "",
+            other=_quoted(_free_name(self.path)),
+        )
 
     # -- the owner's side ------------------------------------------------------------------------------------------
 
@@ -97,18 +128,20 @@ class RunFolder:
         self._log.mend()
         if self.is_run():
             found = self.document()
-            found.setdefault("history", []).append({"config": found["config"], "versions": found["versions"]})
-            found.update({"config": document, "versions": versions(), **extra})
+            found.setdefault("history", []).append({key: found.get(key) for key in KEPT})
+            found.update({"config": document, "versions": versions(), "hardware": hardware(), **extra})
         else:
-            found = {"format": 1, "run_id": uuid.uuid4().hex, "config": document, "versions": versions(), **extra}
-            found["hardware"] = {"machine": platform.machine(), "system": platform.system(), "cores": os.cpu_count()}
+            found = {"format": 1, "run_id": uuid.uuid4().hex, "began": time.time(), "config": document}
+            found.update({"versions": versions(), "hardware": hardware(), **extra})
         write_atomically(self.config_file, config_text)
         write_atomically(self.run_file, json.dumps(found, indent=1, ensure_ascii=False))
         return found
 
     def update(self, **values: Any) -> None:
         """Changes top-level values of run.json."""
-        write_atomically(self.run_file, json.dumps({**self.document(), **values}, indent=1, ensure_ascii=False))
+        write_atomically(
+            self.run_file, json.dumps({**self.document(), **values}, indent=1, ensure_ascii=False)
+        )
 
     def append(self, event: Event) -> None:
         try:
@@ -145,7 +178,9 @@ class RunFolder:
         """Raises UserError when there is no run here."""
         if not self.is_run():
             raise UserError(
-                "this is no run's folder: run.json is missing", where=str(self.path), mend="give the folder OUTPUT/NAME of a run"
+                "this is no run's folder: run.json is missing",
+                where=str(self.path),
+                mend="give the folder OUTPUT/NAME of a run",
             )
 
     def document(self) -> dict[str, Any]:
@@ -161,9 +196,25 @@ class RunFolder:
             ) from error
 
     def request(self, word: str) -> None:
-        """Asks the owner for something: stop, save, preview."""
-        self.control.mkdir(exist_ok=True)
-        write_atomically(self.control / word, "")
+        """Asks the owner for something: stop, save, preview. Raises UserError when nobody is there to hear it."""
+        assert word in WISHES, word
+        if not self.running():
+            raise UserError(
+                "nothing is running here (this run: {status})",
+                where=str(self.path),
+                mend="",
+                status=self.status(),
+            )
+        try:
+            write_atomically(self.control / word, "")
+        except OSError as error:
+            raise UserError(
+                "the wish cannot be left in the run's folder ({reason})",
+                where=str(self.control),
+                mend="ask as the user who started the run",
+                code=EXIT_ENVIRONMENT,
+                reason=error.strerror or error,
+            ) from error
 
     def owner(self) -> int | None:
         try:
@@ -172,7 +223,7 @@ class RunFolder:
             return None
 
     def running(self) -> bool:
-        """True while a process owns the folder."""
+        """True while a process owns the folder. Where this one may not write (somebody else's run), False: nobody can tell."""
         if not self.control.is_dir():
             return False
         lock = FileLock(self.control / "lock")
@@ -180,6 +231,8 @@ class RunFolder:
             lock.acquire(timeout=0)
         except Timeout:
             return True
+        except OSError:
+            return False
         lock.release()
         return False
 
@@ -206,15 +259,27 @@ class RunFolder:
         return path
 
     def _ended(self) -> str | None:
-        found, _ = read(self.events)
-        for event in reversed(found):
-            if event.kind == "ended":
-                return event.status  # type: ignore[attr-defined]
-            if event.kind == "failed":
-                return "failed"
-            if event.kind == "run_started":
-                return None
-        return None
+        """How the last visit to this run ended; None when it did not (or still goes on)."""
+        last = last_of(self.events, (RunStarted, Failed, Ended))
+        if isinstance(last, Ended):
+            return last.status
+        return "failed" if isinstance(last, Failed) else None
+
+    def _learned(self) -> bool:
+        """Is there anything to lose?"""
+        return any(self.checkpoints.glob("checkpoint-*")) or last_of(self.events, (StepDone,)) is not None
+
+
+def _quoted(text: object) -> str:
+    """For a shell; double quotes, which every system's shell takes."""
+    return f'"{text}"' if any(c in str(text) for c in " ()&;'!$") else str(text)
+
+
+def _free_name(path: Path) -> str:
+    """The run's name with the first number behind it that is not taken."""
+    return next(
+        f"{path.name}-{n}" for n in range(2, 10_000) if not path.with_name(f"{path.name}-{n}").exists()
+    )
 
 
 def versions() -> dict[str, str]:
@@ -223,3 +288,14 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
+
+
+def hardware() -> dict[str, Any]:
+    """The machine, told without torch; what it trains on is among the resolved values."""
+    memory_gb = round(psutil.virtual_memory().total / 2**30, 1)
+    return {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gb": memory_gb,
+    }

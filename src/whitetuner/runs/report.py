@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from whitetuner.runs import events
 from whitetuner.runs.console import duration
+from whitetuner.runs.curves import Line, chart, smooth, thin
 from whitetuner.runs.files import write_atomically
 from whitetuner.runs.folder import RunFolder
 
-#: Points drawn of a curve; more than a screen has pixels would only make the file big.
-POINTS = 800
-#: Preview columns and the side of a thumbnail: bounds the file to a few MB.
-COLUMNS, THUMBNAIL_PX = 12, 192
+#: Preview columns, rows, and the side of a thumbnail: bounds the file to a few MB.
+COLUMNS, ROWS, THUMBNAIL_PX = 8, 24, 224
+#: Noise levels are shown in so many equal parts of [0, 1].
+SIGMA_PARTS = 5
+_SIGMA_COLORS = ("#2a9d8f", "#8ab17d", "#d9a521", "#e07a3f", "#b5446e")
 STATUS = {
     "running": ("running", "运行中"),
     "finished": ("finished", "已完成"),
@@ -32,152 +35,201 @@ STATUS = {
 
 
 def write_report(path: Path, status: str | None = None) -> Path:
-    """Writes path/report.html. status: as `RunFolder.status`, given by the run itself while it still holds the lock."""
+    """Writes path/report.html. status: as `RunFolder.status`, given by the run itself while it still holds the lock.
+
+    Raises UserError when the folder holds no run.
+    """
     folder = RunFolder(path)
-    found, _ = events.read(folder.events)
+    folder.require()
+    happened, _ = events.read(folder.events)
     document = folder.document()
-    steps = [event for event in found if isinstance(event, events.StepDone)]
-    validation = [event for event in found if isinstance(event, events.Validation)]
-    failures = [event for event in found if isinstance(event, events.Failed)]
-    previews, preview_steps = _previews(folder, [event for event in found if isinstance(event, events.Preview)])
-    environment = Environment(loader=PackageLoader("whitetuner.runs"), autoescape=True, trim_blocks=True)
+    steps = [event for event in happened if isinstance(event, events.StepDone)]
+    validation = [event for event in happened if isinstance(event, events.Validation)]
+    previews, preview_steps = _previews(
+        folder, [event for event in happened if isinstance(event, events.Preview)]
+    )
     settings = [
-        (key, value, document.get("origins", {}).get(key, "")) for key, value in sorted(_flat(document["config"]).items())
+        (key, value, document.get("origins", {}).get(key, "default"))
+        for key, value in _flat(document["config"])
     ]
+    environment = Environment(loader=PackageLoader("whitetuner.runs"), autoescape=True, trim_blocks=True)
     text = environment.get_template("report.html").render(
         name=document["config"]["run"]["name"],
         status=STATUS[status or folder.status()],
+        began=_clock(document["began"]) if "began" in document else "",
         random=document.get("resolved", {}).get("random_weights", False),
         facts=_facts(steps, validation),
-        failure=failures[-1].reason if failures and found[-1] is failures[-1] else "",
-        loss_svg=_loss_svg(steps, validation),
-        lr_svg=_curve([(event.step, event.lr) for event in steps], height=110, form="{:.1e}"),
-        validation=validation[-12:],
+        failure=happened[-1].reason if happened and isinstance(happened[-1], events.Failed) else "",
+        loss=_loss(steps, validation, [event.step for event in happened if isinstance(event, events.Saved)]),
+        by_sigma=_by_sigma(steps),
+        small=_small(steps),
+        validation=[*validation[:1], *validation[1:][-11:]],
         held_out=bool(validation and validation[-1].held_out),
         levels=list(validation[-1].by_sigma) if validation else [],
         previews=previews,
         preview_steps=preview_steps,
         files=_files(folder),
-        messages=[event for event in found if isinstance(event, events.Message)][-50:],
-        settings=settings,
-        versions=sorted(document["versions"].items()),
+        notes=_notes(happened)[-80:],
+        chosen=[row for row in settings if row[2] != "default"],
+        defaults=[row for row in settings if row[2] == "default"],
+        resolved=_flat(document.get("resolved", {})),
+        machine=[*sorted(document.get("versions", {}).items()), *_flat(document.get("hardware", {}))],
     )
     write_atomically(folder.report, text)
     return folder.report
 
 
-def thin(points: Sequence[tuple[float, float]], most: int = POINTS) -> list[tuple[float, float]]:
-    """At most about `most` points: the mean of each stretch, so that no part of the curve is left out."""
-    if len(points) <= most:
-        return list(points)
-    size = -(-len(points) // most)
-    parts = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(fmean(x for x, _ in part), fmean(y for _, y in part)) for part in parts]
-
-
-def smooth(points: Sequence[tuple[float, float]], weight: float = 0.95) -> list[tuple[float, float]]:
-    """Running mean without a bias towards the first value (as Adam corrects its moments)."""
-    mean, total, found = 0.0, 0.0, []
-    for x, y in points:
-        mean, total = weight * mean + (1 - weight) * y, weight * total + (1 - weight)
-        found.append((x, mean / total))
-    return found
-
-
-def _facts(steps: list[events.StepDone], validation: list[events.Validation]) -> list[tuple[str, str, str]]:
+def _facts(
+    steps: Sequence[events.StepDone], validation: Sequence[events.Validation]
+) -> list[tuple[str, str, str]]:
+    """(English, Chinese, value) of the tiles on top."""
     facts = []
     if steps:
-        seconds = [event.seconds for event in steps]
+        pace = median(event.seconds for event in steps[-200:])
+        pictures = fmean(event.samples for event in steps[-200:]) / max(1e-9, pace)
         facts += [
             ("steps", "步数", str(steps[-1].step)),
-            ("loss, last 50", "损失", f"{fmean(event.loss for event in steps[-50:]):.4f}"),
-            ("s / step", "秒/步", f"{fmean(seconds[-200:]):.3g}"),
-            ("training time", "训练用时", duration(sum(seconds))),
+            ("loss, last 50", "损失（近 50 步）", f"{fmean(event.loss for event in steps[-50:]):.4f}"),
+            ("per step", "每步", _short(pace)),
+            ("pictures / s", "图片/秒", f"{pictures:.3g}"),
+            ("training time", "训练用时", duration(sum(event.seconds for event in steps))),
             ("peak memory", "显存/内存峰值", f"{max(event.memory_mb for event in steps) / 1024:.1f} GB"),
         ]
-    if len(validation) > 1:
+    if len(validation) > 1 and validation[0].loss:
         first, last = validation[0], validation[-1]
-        change = 100 * (last.loss / first.loss - 1) if first.loss else 0.0
-        facts.append((f"validation since step {first.step}", "验证变化", f"{change:+.1f} %"))
+        change = 100 * (last.loss / first.loss - 1)
+        facts.append(
+            (f"validation since step {first.step}", f"验证损失（自第 {first.step} 步）", f"{change:+.1f} %")
+        )
     return facts
 
 
-def _loss_svg(steps: list[events.StepDone], validation: list[events.Validation]) -> Markup:
-    points = [(event.step, event.loss) for event in steps if event.loss is not None]
-    return _curve(points, [(event.step, event.loss) for event in validation], mean=True)
-
-
-def _curve(
-    points: Sequence[tuple[float, float]],
-    dots: Sequence[tuple[float, float]] = (),
-    *,
-    height: int = 260,
-    mean: bool = False,
-    form: str = "{:.3g}",
+def _loss(
+    steps: Sequence[events.StepDone], validation: Sequence[events.Validation], saved: Sequence[int]
 ) -> Markup:
-    if len(points) < 2:
-        return Markup("")
-    width, left, bottom = 1000, 54, height - 22
-    last = max(x for x, _ in points)
-    top = max(y for _, y in [*points, *dots]) * 1.05 or 1.0
+    points = [(event.step, event.loss) for event in steps]
+    measured = [(event.step, event.loss) for event in validation]
+    lines = [
+        Line(points, "var(--blue)", "each step 每步", 1.0, 0.3),
+        Line(smooth(points), "var(--blue)", "running mean 滑动平均", 2.5),
+        Line(measured, "var(--orange)", "validation 验证", 1.5, dots=True),
+    ]
+    return chart(lines, marks=saved[-60:], height=300)
 
-    def at(x: float, y: float) -> str:
-        return f"{left + (width - left - 10) * x / last:.1f},{bottom - (bottom - 10) * y / top:.1f}"
 
-    rows = []
-    for part in range(5):
-        y = bottom - (bottom - 10) * part / 4
-        rows.append(f'<line x1="{left}" x2="{width - 10}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/>')
-        rows.append(f'<text x="4" y="{y + 4:.1f}">{form.format(top * part / 4)}</text>')
-    rows.append(f'<text x="{left}" y="{height - 6}">0</text>')
-    rows.append(f'<text x="{width - 12}" y="{height - 6}" text-anchor="end">{last:g}</text>')
-    opacity, thickness = (0.35, 1) if mean else (1, 2)
-    rows.append(
-        f'<polyline fill="none" stroke="var(--blue)" stroke-opacity="{opacity}" stroke-width="{thickness}" '
-        f'points="{" ".join(at(*point) for point in thin(points))}"/>'
+def _by_sigma(steps: Sequence[events.StepDone]) -> Markup:
+    """The running mean of each part of the noise levels: one that rises while others fall is hidden in the sum."""
+    parts: list[list[tuple[float, float]]] = [[] for _ in range(SIGMA_PARTS)]
+    for event in steps:
+        for sigma, loss in zip(event.sigmas, event.losses):
+            parts[min(SIGMA_PARTS - 1, int(sigma * SIGMA_PARTS))].append((event.step, loss))
+    lines = []
+    for index, (points, color) in enumerate(zip(parts, _SIGMA_COLORS)):
+        label = f"σ {index / SIGMA_PARTS:.1f}-{(index + 1) / SIGMA_PARTS:.1f}"
+        lines.append(Line(smooth(thin(points, 4000), 0.97), color, label))
+    return chart(lines)
+
+
+def _small(steps: Sequence[events.StepDone]) -> list[tuple[str, str, Markup]]:
+    """(English, Chinese, SVG) of the curves that one looks at only when something is odd."""
+    series = (
+        ("Learning rate", "学习率", [(event.step, event.lr) for event in steps], ".2g"),
+        ("Gradient norm", "梯度范数", [(event.step, event.grad_norm) for event in steps], ".3g"),
+        (
+            "Weight change from the start",
+            "权重变化",
+            [(event.step, event.weight_change) for event in steps],
+            ".2g",
+        ),
+        ("Seconds per step", "每步秒数", [(event.step, event.seconds) for event in steps], ".3g"),
     )
-    if mean:
-        line = " ".join(at(*point) for point in thin(smooth(points)))
-        rows.append(f'<polyline fill="none" stroke="var(--blue)" stroke-width="2.5" points="{line}"/>')
-    for point in dots:
-        x, y = at(*point).split(",")
-        rows.append(f'<circle cx="{x}" cy="{y}" r="4" fill="var(--orange)"/>')
-    return Markup(f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(rows)}</svg>')
+    return [
+        (english, chinese, chart([Line(points, "var(--blue)", width=1.5)], width=520, height=170, form=form))
+        for english, chinese, points, form in series
+        if len(points) > 1
+    ]
 
 
-def _previews(folder: RunFolder, found: list[events.Preview]) -> tuple[list[tuple[str, list[str]]], list[int]]:
-    if len(found) > COLUMNS:  # first, last and evenly between
-        chosen = sorted({round(i * (len(found) - 1) / (COLUMNS - 1)) for i in range(COLUMNS)})
-        found = [found[index] for index in chosen]
+def _previews(
+    folder: RunFolder, found: Sequence[events.Preview]
+) -> tuple[list[tuple[str, list[str]]], list[int]]:
+    """(prompt, one picture per column) rows and the columns' steps: the first, the last and evenly between."""
+    if len(found) > COLUMNS:
+        found = [found[round(index * (len(found) - 1) / (COLUMNS - 1))] for index in range(COLUMNS)]
     rows: dict[int, tuple[str, list[str]]] = {}
     for column, event in enumerate(found):
-        for index, (file, prompt) in enumerate(zip(event.files, event.prompts)):
+        for index, (file, prompt) in enumerate(list(zip(event.files, event.prompts))[:ROWS]):
             row = rows.setdefault(index, (prompt, [""] * len(found)))
             row[1][column] = _thumbnail(folder.path / file)
     return [rows[index] for index in sorted(rows)], [event.step for event in found]
 
 
 def _thumbnail(path: Path) -> str:
-    if not path.is_file():
+    """A data URI; "" for a picture that is gone, torn, or no picture (a clip)."""
+    try:
+        with Image.open(path) as image:
+            small = image.convert("RGB")
+    except (FileNotFoundError, UnidentifiedImageError, OSError):
         return ""
-    with Image.open(path) as image:
-        image = image.convert("RGB")
-        image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=88)
+    small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=88)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _files(folder: RunFolder) -> list[tuple[str, str]]:
-    files = sorted(path for path in folder.final.rglob("*.safetensors")) if folder.final.is_dir() else []
-    return [(path.relative_to(folder.path).as_posix(), f"{path.stat().st_size / 2**20:.2f} MB") for path in files]
+    files = sorted(folder.final.rglob("*.safetensors")) if folder.final.is_dir() else []
+    return [
+        (path.relative_to(folder.path).as_posix(), f"{path.stat().st_size / 2**20:.2f} MB") for path in files
+    ]
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            found.update(_flat(value, f"{prefix}{key}."))
-        elif value not in (None, [], {}, ""):
-            found[f"{prefix}{key}"] = value
+def _notes(happened: Sequence[events.Event]) -> list[tuple[str, str, str]]:
+    """(time, what, text) of everything but steps and progress."""
+    notes = []
+    for event in happened:
+        if isinstance(event, events.RunStarted):
+            text = (
+                ""
+                if event.resumed_from is None
+                else f"from step {event.resumed_from} 从第 {event.resumed_from} 步继续"
+            )
+            notes.append((_clock(event.time), "started 开始", text))
+        elif isinstance(event, events.Saved):
+            notes.append((_clock(event.time), "saved 保存", f"{event.path} ({_short(event.seconds)})"))
+        elif isinstance(event, events.Message):
+            notes.append(
+                (
+                    _clock(event.time),
+                    f"{event.level} {'警告' if event.level == 'warning' else '消息'}",
+                    event.text,
+                )
+            )
+        elif isinstance(event, events.Failed):
+            notes.append((_clock(event.time), "failed 失败", event.reason))
+        elif isinstance(event, events.Ended):
+            notes.append((_clock(event.time), " ".join(STATUS[event.status]), f"step {event.step}"))
+    return notes
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def _short(seconds: float) -> str:
+    return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """(dotted key, value) of what is set, in the document's order; tables in lists are numbered."""
+    found: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and value:
+            found += _flat(value, f"{key}.")
+        elif isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
+            for index, one in enumerate(value):
+                found += _flat(one, f"{key}[{index}].")
+        elif value is not None and value not in ([], {}, ""):
+            found.append((key, value))
     return found
