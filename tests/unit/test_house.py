@@ -104,6 +104,34 @@ def test_the_licence_is_apache_2() -> None:
         assert part in text
 
 
+#: Import name -> name of the package, where they differ.
+PACKAGES = {
+    "PIL": "pillow",
+    "skimage": "scikit-image",
+    "lycoris": "lycoris-lora",
+    "pillow_heif": "pillow-heif",
+}
+
+
+def test_everything_imported_is_declared() -> None:
+    """In src, tests and benchmarks; what only another package brings along can go away with it."""
+    known = sys.stdlib_module_names | {"whitetuner", "tomllib"} | set(direct_requirements())
+    folders = [ROOT / name for name in ("src", "tests", "benchmarks")]
+    own = {path.stem for folder in folders for path in folder.rglob("*")} | {"tests", "benchmarks"}
+    wrong = set()
+    for file in (file for folder in folders for file in folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            tops = {name.partition(".")[0] for name in names}
+            wrong |= {
+                (str(file.relative_to(ROOT)), top)
+                for top in tops
+                if PACKAGES.get(top, top) not in known | own
+            }
+    assert wrong == set()
+
+
 @pytest.mark.parametrize("minor", range(10, 15))
 def test_every_direct_dependency_is_pinned_for_every_python(minor: int) -> None:
     names = pinned_names((3, minor))
@@ -147,12 +175,14 @@ def test_the_pythons_of_pyproject_are_those_of_launch_py() -> None:
 def test_the_extras_of_launch_py_are_those_of_pyproject() -> None:
     from whitetuner.install.steps import EXTRAS
 
-    assert set(EXTRAS) == set(PROJECT["optional-dependencies"])
+    extras = PROJECT["optional-dependencies"]
+    assert {*EXTRAS, "dev"} <= set(extras)
+    assert set(re.split(r"[\[\],]", extras["all"][0])[1:-1]) == set(extras) - {"all", "dev"}
 
 
 def test_the_seeds_words_install_the_pinned_project() -> None:
     lines = (ROOT / "req.txt").read_text(encoding="utf-8").split("\n")
-    assert [line for line in lines if line] == ["-c constraints.txt", "-e ."]
+    assert [line for line in lines if line] == ["-c constraints.txt", "-e .[all]"]
 
 
 def test_windows_batch_lines_end_as_windows_wants_and_shell_lines_do_not() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from whitetuner.errors import UserError
 from whitetuner.install import environment as env
 from whitetuner.install.launch import HELP, is_ready, split
-from whitetuner.install.steps import EXTRAS, Options
+from whitetuner.install.steps import Options
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,10 +24,8 @@ def test_words_after_the_first_reach_whitetuner_untouched(word: str, rest: list[
 
 
 def test_options_stand_before_the_words() -> None:
-    options, words = split(
-        ["--torch-index", "cpu", "--extras=video, quant", "--again", "train", "c.toml", "--set", "a=1"]
-    )
-    assert options == Options(torch_index="cpu", extras=("video", "quant"), again=True)
+    options, words = split(["--torch-index", "cpu", "--again", "train", "c.toml", "--set", "a=1"])
+    assert options == Options(torch_index="cpu", again=True)
     assert words == ["train", "c.toml", "--set", "a=1"]
 
 
@@ -56,7 +54,7 @@ def test_no_word_means_the_page(arguments: list[str], words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--extras", "vidoe", "demo"], ["--torch-index"], ["--torch-index", "cpu", "--reuse-torch"]]
+    "arguments", [["setup", "demo"], ["--torch-index"], ["--torch-index", "cpu", "--reuse-torch"]]
 )
 def test_wrong_use_ends_with_2_and_a_mend(arguments: list[str]) -> None:
     with pytest.raises(UserError) as caught:
@@ -65,15 +63,13 @@ def test_wrong_use_ends_with_2_and_a_mend(arguments: list[str]) -> None:
     assert caught.value.mend
 
 
-def test_the_help_names_every_option_and_extra() -> None:
+def test_the_help_names_every_option() -> None:
     for word in (
         "--torch-index",
         "--reuse-torch",
-        "--extras",
         "--here",
         "--again",
         "WHITETUNER_VENV",
-        *EXTRAS,
     ):
         assert word in HELP
 
@@ -94,7 +90,7 @@ def ready(tmp_path: Path) -> tuple[env.Environment, Path, env.Installed]:
         key=env.pins_key(root),
         root=str(root),
         base=str(environment.python.resolve()),
-        extras=["dev"],
+        extras=["all", "dev"],
     )
     environment.write(whole)
     return environment, root, whole
@@ -103,8 +99,8 @@ def ready(tmp_path: Path) -> tuple[env.Environment, Path, env.Installed]:
 def test_a_whole_installation_is_ready(ready: tuple[env.Environment, Path, env.Installed]) -> None:
     environment, root, whole = ready
     assert environment.read() == whole
-    assert is_ready(environment, root, Options(), set())
-    assert is_ready(environment, root, Options(), {"dev"})
+    assert is_ready(environment, root, Options(), {"all"})
+    assert is_ready(environment, root, Options(), {"all", "dev"})
 
 
 @pytest.mark.parametrize(
@@ -122,7 +118,7 @@ def test_anything_that_differs_is_not_ready(
 ) -> None:
     environment, root, whole = ready
     environment.write(replace(whole, **change))  # type: ignore[arg-type]
-    assert not is_ready(environment, root, Options(), {"dev"})
+    assert not is_ready(environment, root, Options(), {"all", "dev"})
 
 
 @pytest.mark.parametrize(
@@ -132,13 +128,13 @@ def test_a_new_wish_is_not_ready(
     ready: tuple[env.Environment, Path, env.Installed], options: Options
 ) -> None:
     environment, root, _ = ready
-    assert not is_ready(environment, root, options, set())
+    assert not is_ready(environment, root, options, {"all"})
 
 
 def test_changed_pins_are_not_ready(ready: tuple[env.Environment, Path, env.Installed]) -> None:
     environment, root, _ = ready
     (root / "constraints.txt").write_text("torch==2.9.0\n", encoding="utf-8")
-    assert not is_ready(environment, root, Options(), set())
+    assert not is_ready(environment, root, Options(), {"all"})
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"state": "ready"', '{"strange": 1}', "[]", "\x00\x00"])
@@ -148,4 +144,4 @@ def test_a_torn_record_counts_as_nothing_installed(
     environment, root, _ = ready
     environment.record.write_text(text, encoding="utf-8")
     assert environment.read() == env.Installed()
-    assert not is_ready(environment, root, Options(), set())
+    assert not is_ready(environment, root, Options(), {"all"})

@@ -30,6 +30,7 @@ name = "whitetuner"
 version = "0.1.0"
 dependencies = ["torch>=2.9"]
 [project.optional-dependencies]
+all = []
 dev = []
 """
 
@@ -42,7 +43,7 @@ def build_editable(folder, settings=None, metadata=None):
     with zipfile.ZipFile(pathlib.Path(folder) / name, "w") as wheel:
         wheel.writestr("whitetuner.pth", str(pathlib.Path("src").absolute()) + "\\n")
         wheel.writestr(info + "METADATA", "Metadata-Version: 2.1\\nName: whitetuner\\nVersion: 0.1.0\\n"
-                       "Requires-Dist: torch>=2.9\\nProvides-Extra: dev\\n")
+                       "Requires-Dist: torch>=2.9\\nProvides-Extra: all\\nProvides-Extra: dev\\n")
         wheel.writestr(info + "WHEEL", "Wheel-Version: 1.0\\nGenerator: x\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
         wheel.writestr(info + "RECORD", "")
     return name
@@ -225,7 +226,7 @@ def test_a_test_start_adds_the_development_tools_once(checkout: Path) -> None:
     done = start(checkout, "test", "--version")
     assert "updates itself" in done.stdout
     record = json.loads((checkout / ".venv/whitetuner-install.json").read_text(encoding="utf-8"))
-    assert record["extras"] == ["dev"]
+    assert record["extras"] == ["all", "dev"]
     assert "updates itself" not in start(checkout, "test", "--version").stdout
 
 

@@ -31,7 +31,6 @@ Options, before the words or after `setup`; they are remembered:
   --torch-index NAME|URL   take PyTorch from there: cpu, cu130, cu126, rocm7.2 (PyTorch's own indexes), an address,
                            or pip (whatever pip is configured for). Default: what fits this machine
   --reuse-torch            use the PyTorch (2.9 or newer) of the Python that runs this instead of another one
-  --extras NAMES           also install: video, quant, prodigy, heic, dev, all (comma separated)
   --here                   no .venv: install into the Python that runs this; a PyTorch that is there stays
   --again                  throw .venv away and install anew
 
@@ -72,7 +71,7 @@ def run(root: Path, arguments: Sequence[str]) -> int:
         if options.here
         else env.Environment(env.choose_folder(root))
     )
-    extras = {*options.extras, *(["dev"] if words[0] == "test" else [])}
+    extras = {*EXTRAS, *(["dev"] if words[0] == "test" else [])}
     if not is_ready(environment, root, options, extras):
         if options.here and machine.is_externally_managed():
             raise UserError(
@@ -97,17 +96,12 @@ def split(arguments: Sequence[str]) -> tuple[Options, list[str]]:
         name, has_value, value = left[0].partition("=")
         if name == "setup" and not setup:
             setup = True
-        elif name in ("--torch-index", "--extras"):
+        elif name == "--torch-index":
             if not has_value:
                 if len(left) < 2:
                     raise UserError("{name} needs a value", mend="see python launch.py --help", name=name)
                 value = left.pop(1)
-            if name == "--torch-index":
-                options = replace(options, torch_index=value)
-            else:
-                options = replace(
-                    options, extras=tuple(part.strip() for part in value.split(",") if part.strip())
-                )
+            options = replace(options, torch_index=value)
         elif left[0] == "--reuse-torch":
             options = replace(options, reuse_torch=True)
         elif left[0] == "--here":
@@ -119,10 +113,6 @@ def split(arguments: Sequence[str]) -> tuple[Options, list[str]]:
         else:
             break
         left.pop(0)
-    if unknown := [name for name in options.extras if name not in EXTRAS]:
-        raise UserError(
-            "there is no extra named {name}", mend="known: {known}", name=unknown[0], known=", ".join(EXTRAS)
-        )
     if options.torch_index and options.reuse_torch:
         raise UserError(
             "--torch-index and --reuse-torch contradict each other", mend="leave one out", code=EXIT_USE

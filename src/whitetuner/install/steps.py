@@ -20,8 +20,8 @@ from whitetuner.install import machine
 from whitetuner.install import torch_build as build
 from whitetuner.version import __version__
 
-#: pyproject.toml's optional dependencies
-EXTRAS = ("video", "quant", "prodigy", "heic", "dev", "all")
+#: Of pyproject.toml's optional dependencies, what everybody gets: whatever the config can name works.
+EXTRAS = ("all",)
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,6 @@ class Options:
 
     torch_index: str | None = None
     reuse_torch: bool | None = None
-    extras: tuple[str, ...] = ()
     here: bool = False
     again: bool = False
 

@@ -24,7 +24,7 @@ OLDEST_TORCH = (2, 9)
 #: Megabytes of torch with its CUDA libraries: (download, on disk afterwards). Seen for 2.13.0; CUDA ones rounded up.
 CPU_MB, LINUX_CUDA_MB, WINDOWS_CUDA_MB, MAC_MB = (195, 750), (2750, 6500), (2000, 4700), (115, 450)
 #: The same for all other packages.
-REST_MB = (125, 600)
+REST_MB = (250, 850)
 DEV_MB = (150, 400)
 
 
