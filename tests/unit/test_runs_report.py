@@ -159,6 +159,17 @@ def test_one_wild_value_does_not_flatten_the_rest() -> None:
     assert max(heights) - sorted(heights)[len(heights) // 2 - 5] > 50
 
 
+def test_no_measured_point_is_left_out_of_the_axis() -> None:
+    curve = Line([(i, 1.0) for i in range(600)], "red")
+    tops = [
+        float(y)
+        for y in re.findall(
+            r'cy="(\d+\.\d)"', str(chart([curve, Line([(0, 9.0), (300, 5.0)], "blue", dots=True)]))
+        )
+    ]
+    assert 10.0 < tops[0] < tops[1] - 50
+
+
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (3e-5, 1e-4), (-2.0, 1e9), (0.4, 0.41)])
 def test_ticks_are_few_round_and_inside(low: float, high: float) -> None:
     found = ticks(low, high)
@@ -239,6 +250,7 @@ def test_one_slow_step_does_not_spoil_the_time_left(capsys: pytest.CaptureFixtur
         console(step(number))
     console(step(100))
     last = capsys.readouterr().out.splitlines()[-1]
+    assert last.index("ETA") < 30, "a narrow terminal cuts the end off"
     assert "0.10 s/step" in last and "ETA 0:00" in last
 
 

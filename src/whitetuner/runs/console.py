@@ -81,9 +81,10 @@ class Console:
         pace = median(self.seconds)  # the first steps and the odd hiccup say nothing of the rest
         of = f"/{self.steps}" if self.steps else ""
         left = f"  ETA {duration(pace * (self.steps - event.step))}" if self.steps else ""
-        line = (
-            f"step {event.step}{of}  loss {event.loss:.4f} (mean {fmean(self.losses):.4f})  lr {event.lr:.2e}  "
-            f"{pace:.2f} s/step  {sum(self.samples) / max(1e-9, sum(self.seconds)):.1f} samples/s{left}"
+        pictures = fmean(self.samples) / max(1e-9, pace)
+        line = (  # the first 80 columns are all that a narrow terminal shows
+            f"step {event.step}{of}{left}  loss {event.loss:.4f} (mean {fmean(self.losses):.4f})  {pace:.2f} s/step  "
+            f"{pictures:.1f} samples/s  lr {event.lr:.2e}"
         )
         if not self.plain or event.step % self.every == 0:
             self._status(line, event.step in (1, self.steps))

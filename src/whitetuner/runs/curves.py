@@ -18,7 +18,7 @@ OUTLIERS = 0.005
 
 @dataclass(frozen=True)
 class Line:
-    """One curve. color: CSS; label: for the legend ("": none); dots: circles instead of thin strokes."""
+    """One curve. color: CSS; label: for the legend ("": none); dots: a few measured points, none of which the axis leaves out."""
 
     points: Points
     color: str
@@ -37,8 +37,9 @@ def thin(points: Points, most: int = POINTS) -> list[tuple[float, float]]:
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
 
 
-def smooth(points: Points, weight: float = 0.95) -> list[tuple[float, float]]:
-    """Running mean without a bias towards the first value (as Adam corrects its moments)."""
+def smooth(points: Points) -> list[tuple[float, float]]:
+    """Running mean over about a fiftieth of the points, without a bias towards the first (as Adam corrects its moments)."""
+    weight = 1 - 1 / max(20.0, len(points) / 50)
     mean, total, found = 0.0, 0.0, []
     for x, y in points:
         mean, total = weight * mean + (1 - weight) * y, weight * total + (1 - weight)
@@ -60,7 +61,10 @@ def chart(
     if not shown or max(len(points) for _, points in shown) < 2:
         return Markup("")
     left, right, top, bottom = 62, width - 12, 10, height - 24
-    low, high = _span([points for _, points in shown])
+    low, high = _span(
+        [y for line, points in shown if not line.dots for _, y in points],
+        [y for line, points in shown if line.dots for _, y in points],
+    )
     first = min(points[0][0] for _, points in shown)
     last = max(points[-1][0] for _, points in shown)
 
@@ -112,11 +116,12 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     return [round(index * step, 12) for index in range(start, math.floor(high / step + 1e-9) + 1)]
 
 
-def _span(curves: Sequence[Points]) -> tuple[float, float]:
-    """The axis: nearly all values with some air, from zero where that costs little."""
-    values = sorted(y for points in curves for _, y in points)
-    cut = int(len(values) * OUTLIERS)
-    low, high = values[cut], values[len(values) - 1 - cut]
+def _span(values: Sequence[float], whole: Sequence[float]) -> tuple[float, float]:
+    """The axis: nearly all values and the whole of the others with some air, from zero where that costs little."""
+    ordered = sorted(values)
+    cut = int(len(ordered) * OUTLIERS)
+    edges = [*ordered[cut : len(ordered) - cut], *whole]
+    low, high = min(edges), max(edges)
     air = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
     bottom = 0.0 if 0 <= low < 0.5 * high else low - air
     return bottom, high + air

@@ -126,7 +126,7 @@ def _by_sigma(steps: Sequence[events.StepDone]) -> Markup:
     lines = []
     for index, (points, color) in enumerate(zip(parts, _SIGMA_COLORS)):
         label = f"σ {index / SIGMA_PARTS:.1f}-{(index + 1) / SIGMA_PARTS:.1f}"
-        lines.append(Line(smooth(thin(points, 4000), 0.97), color, label))
+        lines.append(Line(smooth(thin(points, 4000)), color, label))
     return chart(lines)
 
 
