@@ -228,6 +228,7 @@ def test_reading_and_showing_need_no_torch() -> None:
 def test_plain_lines_tell_step_loss_pace_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(plain=True)
     console(events.RunStarted(name="cat", steps=10))
+    console(events.Phase(name="cache vae", total=10))
     console(events.Phase(name="train", total=10))
     console(step(1))
     console(events.Validation(step=1, loss=0.25, by_sigma={}, seconds=60.0))
@@ -239,6 +240,7 @@ def test_plain_lines_tell_step_loss_pace_and_time_left(capsys: pytest.CaptureFix
     assert "step 1/10" in out and "ETA 0:01" in out, (
         "previews, validation and saving are not in the time left"
     )
+    assert "encoding: vae\ntraining\n" in out
     assert "20.0 samples/s" in out and "validation loss 0.2500" in out and "step 10/10" in out
     assert out.endswith("finished at step 10\n") and "\x1b" not in out
 

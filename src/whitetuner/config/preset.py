@@ -85,8 +85,11 @@ path = {path}
 {source} = 'my-pictures'        # `whitetuner testdata` makes some
 resolution = 64
 {frames}
+[method]
+factor = 4
+
 [optimizer]
-lr = 1e-3
+lr = 1e-2
 
 [save]
 every = 10

@@ -15,13 +15,18 @@ from whitetuner.runs import events
 
 PHASES = {
     "scan": "looking at the pictures",
-    "cache": "encoding pictures and captions",
     "load": "loading the model",
     "train": "training",
     "export": "writing the final files",
 }
 #: Seconds between plain lines: a log file should stay readable.
 PLAIN_EVERY_S = 2.0
+
+
+def phase(name: str) -> str:
+    """A phase in words; "cache vae" is the encoder named vae at work."""
+    kind, _, what = name.partition(" ")
+    return f"encoding: {what or 'pictures and captions'}" if kind == "cache" else PHASES.get(name, name)
 
 
 def duration(seconds: float) -> str:
@@ -53,10 +58,10 @@ class Console:
             )
         elif isinstance(event, events.Phase):
             self.steps = event.total if event.name == "train" and event.total else self.steps
-            self._say(PHASES.get(event.name, event.name))
+            self._say(phase(event.name))
         elif isinstance(event, events.Progress):
             self._status(
-                f"{PHASES.get(event.phase, event.phase)} {event.done}/{event.total}",
+                f"{phase(event.phase)} {event.done}/{event.total}",
                 event.done == event.total,
             )
         elif isinstance(event, events.StepDone):

@@ -37,7 +37,7 @@ class RunStarted(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Phase(Event):
-    """name: scan, cache, load, train, export."""
+    """name: scan, "cache NAME" for each encoder, load, train, export; total: how much there is to do."""
 
     kind: ClassVar[str] = "phase"
     name: str

@@ -186,7 +186,10 @@ class RunFolder:
     def document(self) -> dict[str, Any]:
         """run.json. Raises UserError when it is damaged."""
         try:
-            return json.loads(self.run_file.read_text(encoding="utf-8"))
+            document = json.loads(self.run_file.read_text(encoding="utf-8"))
+            if not isinstance(document, dict) or "run_id" not in document:
+                raise ValueError("it is not what a run writes")
+            return document
         except ValueError as error:
             raise UserError(
                 "run.json is damaged ({reason})",
