@@ -9,6 +9,7 @@ import torch
 
 from whitetuner.adapters.attach import attach_state
 from whitetuner.adapters.files import load_adapter
+from whitetuner.config.load import load_config
 from whitetuner.errors import UserError
 from whitetuner.families import registry
 from whitetuner.family import Family, ModelPaths
@@ -37,7 +38,13 @@ def sample(
     options: dict[str, object] = {}
     run = RunFolder(Path(model))
     if run.is_run():
-        config = run.config()
+        config = load_config(run.config_file).config
+        if config.model.path is None:
+            raise UserError(
+                "this run's model was given part by part",
+                where=str(run.config_file),
+                mend="give the model folder and --adapter instead of the run",
+            )
         model, family_name, options = config.model.path, config.model.family, dict(config.model.options)
         if adapter is None:
             adapter = run.final_adapter(config.method.kind)
