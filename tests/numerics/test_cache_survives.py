@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from whitetuner.data import cache as cache_module
 from whitetuner.data.cache import build_cache
 from whitetuner.data.entries import read_entry, write_entry
 from whitetuner.errors import UserError, UserErrors
+from whitetuner.family import BuildFn
 
 TENSORS = {
     "half": torch.randn(3, 4, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16),
@@ -221,6 +224,22 @@ def test_two_caches_built_at_once_agree(folder: Path) -> None:
     vae = Vae()
     run(folder, items, Text(), vae)
     assert asked(vae) == (0,) and not list((folder.parent / "cache").glob("*/*/.*.tmp"))
+
+
+def test_a_freed_encoder_is_gone_even_when_it_holds_itself(folder: Path) -> None:
+    class Circular(Vae):
+        def load(self, build: BuildFn) -> None:
+            super().load(build)
+            self.vae.__dict__["itself"] = self.vae
+            self.seen = weakref.ref(self.vae)
+
+    vae = Circular()
+    gc.disable()
+    try:
+        run(folder, items_of(folder), vae)
+        assert vae.seen() is None
+    finally:
+        gc.enable()
 
 
 def test_ranks_share_the_work_and_all_see_all(folder: Path) -> None:

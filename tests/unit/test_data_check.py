@@ -62,6 +62,7 @@ def test_every_kind_of_finding_is_listed_for_its_file(tmp_path: Path) -> None:
     frames[0].save(tmp_path / "film.webp", save_all=True, append_images=frames[1:])
     (tmp_path / "film.txt").write_text("x", encoding="utf-8")
     (tmp_path / "old.gif").write_bytes(b"GIF89a")
+    draw(tmp_path / "less.png", size=(50, 40), seed=9)
     (tmp_path / "lost.txt").write_text("nobody's", encoding="utf-8")
     report = look(tmp_path)
     assert kinds(report) == {
@@ -77,10 +78,11 @@ def test_every_kind_of_finding_is_listed_for_its_file(tmp_path: Path) -> None:
         "long caption: long.png": "note",
         "transparent: clear.png": "note",
         "orphan caption: lost.txt": "note",
+        "small: less.png": "note",
     }
     assert len(report.errors) == 4 and report.duplicates == ((tmp_path / "fine.png", tmp_path / "twin.png"),)
     told = json.loads(json.dumps(report.as_json()))
-    assert told["ok"] is False and len(told["problems"]) == 12 and told["pictures"] == 11
+    assert told["ok"] is False and len(told["problems"]) == 13 and told["pictures"] == 12
     assert all(one["what"] and one["path"] for one in told["problems"])
     text = report.as_text()
     assert all(name.split(": ")[1] in text for name in kinds(report))

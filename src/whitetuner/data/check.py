@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from whitetuner.data.buckets import covers, cropped
+from whitetuner.data.buckets import bucketing, covers, cropped, shapes
 from whitetuner.data.captions import Converted, convert_captions
 from whitetuner.data.digests import digests
 from whitetuner.data.problems import Problem, merged
-from whitetuner.data.scan import Found, PictureSet, Survey, caption_files, place, survey
+from whitetuner.data.scan import Found, PictureSet, SetOptions, Survey, caption_files, place, survey
 from whitetuner.errors import UserError
 from whitetuner.records import Size
 
@@ -47,6 +47,7 @@ class Placed:
     size: Size | None
     cropped: float = 0.0
     enlarged: bool = False
+    small: bool = False
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def check_sets(
             size, problem = None, Problem("resolution", "error", looked.sets[found.set_index].folder, error)
         if problem is not None:
             problems.append(problem)
-        placed.append(_placed(found, size))
+        placed.append(_placed(found, size, looked.sets[found.set_index].options, stride_px, min_size_px))
         problems += _picture_problems(found, placed[-1])
     problems += _caption_problems(looked, tokens, max_tokens)
     duplicates = _duplicates(looked)
@@ -226,18 +227,21 @@ def convert_sets(sections: Sequence[object], encoding: str | None = None) -> lis
     return convert_captions(dict.fromkeys(caption_files(sections)), encoding)
 
 
-def _placed(found: Found, size: Size | None) -> Placed:
+def _placed(found: Found, size: Size | None, options: SetOptions, stride_px: int, min_size_px: int) -> Placed:
     source = found.probe.size
     if source is None or size is None:
         return Placed(found.path, found.set_index, found.caption, source, size)
+    rules = bucketing(options.resolution, stride_px, min_size_px, options.upscale)
+    ordinary = any(size in shapes(one, stride_px, rules.shortest_px) for one in rules.resolutions)
     return Placed(
         found.path,
         found.set_index,
         found.caption,
         source,
         size,
-        cropped(source, size),
-        not covers(source, size),
+        cropped=cropped(source, size),
+        enlarged=not covers(source, size),
+        small=not ordinary,
     )
 
 
@@ -255,6 +259,13 @@ def _picture_problems(found: Found, placed: Placed) -> list[Problem]:
             to_height=placed.size.height,
         )
         problems.append(Problem("crop", "warning", path, error))
+    if placed.small:
+        own = UserError(
+            "smaller than the resolution: it is trained at its own size",
+            where=str(path),
+            mend="fine if it is meant; else take a larger picture",
+        )
+        problems.append(Problem("small", "note", path, own))
     if placed.enlarged:
         enlarged = UserError("enlarged, so it teaches blur", where=str(path), mend="take a larger picture")
         problems.append(Problem("enlarged", "note", path, enlarged))
