@@ -1,0 +1,156 @@
+"""What the swap engine asks of a machine, and the machine that proves it: a CPU whose copies are late on
+purpose.
+
+A backend has one copy stream beside the compute stream. `load` starts a copy into a slot once the compute
+stream has passed `free`; `wait` keeps the compute stream back until it has arrived. CpuBackend runs copies
+as late as it may, at random a little earlier, and fills a slot with NaN the moment it is to be loaded anew:
+a missing wait, a slot given away too early or a tensor that still lies in it becomes NaN, and tests compare
+to the bit.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+Mark = Any  # a place in a stream: torch.Event of the device, a number on the CPU
+
+
+@dataclass
+class Counters:
+    """What was moved since the last `step_end`. demanded: loads that began only when the block was needed."""
+
+    loads: int = 0
+    bytes_up: int = 0
+    copies_back: int = 0
+    demanded: int = 0
+    of_block: Counter[int] = field(default_factory=Counter)
+
+
+class Backend(Protocol):
+    """The machine under the swap engine."""
+
+    device: torch.device
+
+    def master(self, num_bytes: int) -> torch.Tensor:
+        """A flat uint8 buffer on the host, to be written once."""
+        ...
+
+    def seal(self, masters: Sequence[torch.Tensor]) -> str:
+        """Called when the masters are written: pins them in place as far as it can. Returns one sentence of
+        how far.
+        """
+        ...
+
+    def unseal(self) -> None:
+        """Undoes `seal`; the masters may be freed afterwards."""
+        ...
+
+    def slot(self, num_bytes: int) -> torch.Tensor:
+        """A flat uint8 buffer on the device."""
+        ...
+
+    def clear(self, slot: torch.Tensor) -> None:
+        """The slot's content is void from now on (nothing that is started later may read it)."""
+        ...
+
+    def load(self, target: torch.Tensor, master: torch.Tensor, free: Mark | None) -> Mark:
+        """Starts the copy master -> target (equal sizes, part of a slot) after `free`; returns its end."""
+        ...
+
+    def here(self) -> None:
+        """The compute stream is the current one; called at each forward of a block."""
+        ...
+
+    def mark(self) -> Mark:
+        """The present end of the compute stream."""
+        ...
+
+    def wait(self, mark: Mark) -> None:
+        """What is computed from now on comes after `mark`."""
+        ...
+
+    def drain(self) -> None:
+        """Returns when all copies have arrived."""
+        ...
+
+    def away(self, view: torch.Tensor) -> torch.Tensor:
+        """What a Parameter is bound to while its block is not on the device; `view`: its part of the
+        master.
+        """
+        ...
+
+
+class CpuBackend:
+    """The adversarial machine of the tests: see the module's text.
+
+    seed: of the choice when queued copies run; None: always as late as possible
+    poison: fill void slots and absent parameters with bytes 0xFF (NaN in every floating format)
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, seed: int | None = 0, *, poison: bool = True) -> None:
+        self._random = None if seed is None else random.Random(seed)
+        self._poison = poison
+        self._queue: deque[tuple[int, torch.Tensor, torch.Tensor]] = deque()
+        self._issued = 0
+        self._nothing: dict[int, torch.Tensor] = {}
+
+    def master(self, num_bytes: int) -> torch.Tensor:
+        return torch.zeros(num_bytes, dtype=torch.uint8)
+
+    def seal(self, masters: Sequence[torch.Tensor]) -> str:
+        return "weights that are away wait in ordinary memory (this is the CPU)"
+
+    def unseal(self) -> None:
+        return
+
+    def slot(self, num_bytes: int) -> torch.Tensor:
+        return torch.full((num_bytes,), 0xFF, dtype=torch.uint8)
+
+    def clear(self, slot: torch.Tensor) -> None:
+        if self._poison:
+            slot.fill_(0xFF)
+
+    def load(self, target: torch.Tensor, master: torch.Tensor, free: Mark | None) -> Mark:
+        assert target.shape == master.shape
+        self._issued += 1
+        self._queue.append((self._issued, target, master))
+        self._perhaps()
+        return self._issued
+
+    def here(self) -> None:
+        self._perhaps()
+
+    def mark(self) -> Mark:
+        self._perhaps()
+        return 0  # the CPU has computed everything that was asked of it
+
+    def wait(self, mark: Mark) -> None:
+        while self._queue and self._queue[0][0] <= mark:
+            self._run_oldest()
+
+    def drain(self) -> None:
+        self.wait(self._issued)
+
+    def away(self, view: torch.Tensor) -> torch.Tensor:
+        if not self._poison:
+            return view
+        size = view.numel() * view.element_size()
+        if size not in self._nothing:
+            self._nothing[size] = torch.full((size,), 0xFF, dtype=torch.uint8)
+        return self._nothing[size].view(view.dtype).view(view.shape)
+
+    def _perhaps(self) -> None:
+        while self._random is not None and self._queue and self._random.random() < 0.3:
+            self._run_oldest()
+
+    def _run_oldest(self) -> None:
+        _, target, master = self._queue.popleft()
+        target.copy_(master)

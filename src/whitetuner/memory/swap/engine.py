@@ -1,0 +1,322 @@
+"""Blocks that do not fit on the device wait on the host and come in time; the model and the loop do not
+notice.
+
+The frozen weights of every block have one master on the host, which is never written again: loading a block
+is one copy, giving it up costs nothing. Some blocks stay (residents), the others take turns in a few slots.
+A block is in use from the call of its forward to its end, and from the first gradient of its outputs to the
+last gradient of its inputs; between the two nothing of it need be there, for what autograd saved of it is
+kept as (block, offset) and found again wherever the block then is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from whitetuner.memory.blocks import Patch, blocks_of
+from whitetuner.memory.swap import calls
+from whitetuner.memory.swap.backend import Backend, Counters
+from whitetuner.memory.swap.guard import Guard
+from whitetuner.memory.swap.layout import SMALLEST_BYTES, layouts_of, spread_count
+from whitetuner.memory.swap.placement import Packed, Placement
+from whitetuner.memory.swap.schedule import Kind
+
+
+class _Hold(NamedTuple):
+    """Why a block must stay where it is: a running forward (None) or a backward pass (its id).
+
+    call: number of the forward call whose backward has begun; None while that is still to come (a checkpoint
+          over several blocks computes them all again before the backward of the first begins)
+    """
+
+    backward: int | None
+    call: int | None = None
+
+
+class SwapEngine:
+    """Streams the blocks of a module through a few slots of device memory.
+
+    module:      any module; everything else of it moves to the backend's device at `attach`
+    block_lists: dotted names of its lists of blocks, in running order
+    residents:   how many blocks stay on the device, or which (indices over all lists)
+    slots:       buffers for the others, each as large as the largest of them; at least 2
+    counters:    what moved since the last `step_end`;  pinned: a sentence on the host memory
+    Adapters, norms and small biases stay on the device. Attach after adapters, compilation and recomputation.
+    Raises ValueError when residents or slots do not suit the number of blocks.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        block_lists: Sequence[str],
+        residents: int | Iterable[int],
+        backend: Backend,
+        *,
+        slots: int = 2,
+        smallest_bytes: int = SMALLEST_BYTES,
+    ) -> None:
+        self.module, self.backend, self.slots = module, backend, slots
+        self.layouts = layouts_of(blocks_of(module, block_lists), smallest_bytes)
+        self.residents = self._which(residents)
+        self.pinned = ""
+        self._masters: list[torch.Tensor] = []
+        self._placement: Placement | None = None
+        self._patches: list[Patch] = []
+        self._guards: list[Guard] = []
+        self._held: dict[int, _Hold] = {}
+        self._passes: set[int] = set()
+        self._calls = 0
+        self._unfinished: int | None = None
+        self._counted = Counters()
+
+    def _which(self, residents: int | Iterable[int]) -> frozenset[int]:
+        count = len(self.layouts)
+        if self.slots < 2:
+            raise ValueError("a swapped module needs two slots: one to compute from, one to load into")
+        if isinstance(residents, int):
+            if not 0 <= residents <= count:
+                raise ValueError(f"{residents} resident blocks of {count}")
+            kept = spread_count(count, residents)
+        else:
+            kept = frozenset(residents)
+            if any(not 0 <= index < count for index in kept):
+                raise ValueError(f"resident blocks {sorted(kept)} of {count}")
+        return kept | {index for index, layout in enumerate(self.layouts) if layout.num_bytes == 0}
+
+    # ---- coming and going
+
+    @property
+    def attached(self) -> bool:
+        return bool(self._masters)
+
+    @property
+    def placement(self) -> Placement:
+        """Where the blocks are; laid out when it is first needed."""
+        assert self.attached
+        if self._placement is None:
+            self._placement = Placement(self.layouts, self._masters, self.backend, self.residents, self.slots)
+            self._placement.counters = self._counted
+            self._unfinished = None
+        return self._placement
+
+    @property
+    def counters(self) -> Counters:
+        return self._counted
+
+    def attach(self) -> SwapEngine:
+        """Writes the masters, brings residents and everything that never moves to the device, wraps the
+        blocks.
+        """
+        assert not self.attached
+        for layout in self.layouts:
+            master = self.backend.master(layout.num_bytes)
+            for entry in layout.entries:
+                entry.view(master).copy_(entry.tensor.data)
+                entry.tensor.data = self.backend.away(entry.view(master))
+            self._masters.append(master)
+        moved = {id(entry.tensor) for layout in self.layouts for entry in layout.entries}
+        for tensor in (*self.module.parameters(), *self.module.buffers()):
+            if id(tensor) not in moved:
+                tensor.data = tensor.data.to(self.backend.device)
+        self.pinned = self.backend.seal(self._masters)
+        for index, layout in enumerate(self.layouts):
+            self._patches.append(Patch(layout.block, self._wrap(index, layout.block.forward)))
+            self._guards.append(Guard(self, index))
+        self.placement.backend.drain()
+        return self
+
+    def detach(self) -> None:
+        """Leaves a plain module whose blocks lie on the host: the masters are their weights from now on."""
+        self.evict()
+        for guard in self._guards:
+            guard.remove()
+        for patch in self._patches:
+            patch.remove()
+        self.backend.unseal()
+        self._masters, self._patches, self._guards = [], [], []
+
+    def evict(self) -> None:
+        """Frees all device memory of the blocks, for other work; they come back with the next forward."""
+        self.backend.drain()
+        self.reset()
+        for index in range(len(self.layouts)):
+            self.bind_home(index)
+        self._placement = None
+
+    def resize(self, residents: int | Iterable[int], slots: int | None = None) -> None:
+        """Other residents, other slots; between steps. Shrinking copies nothing: the masters are complete."""
+        before = self.slots
+        self.slots = before if slots is None else slots
+        try:
+            kept = self._which(residents)
+        except ValueError:
+            self.slots = before
+            raise
+        self.evict()
+        self.residents = kept
+
+    def reset(self) -> None:
+        """Forgets what was in use, after an exception within a step; the next forward does it by itself."""
+        self._held.clear()
+        self._passes.clear()
+
+    def step_end(self) -> Counters:
+        """Ends the count of a step and returns it."""
+        done, self._counted = self._counted, Counters()
+        if self._placement is not None:
+            self._placement.counters = self._counted
+        return done
+
+    def bind_home(self, index: int) -> None:
+        """Binds a block's tensors to their master."""
+        for entry in self.layouts[index].entries:
+            entry.tensor.data = entry.view(self._masters[index])
+
+    def master(self, index: int) -> torch.Tensor:
+        """The flat master of a block."""
+        return self._masters[index]
+
+    def rewritten(self, index: int) -> None:
+        """The master of a block was written from outside (load_state_dict)."""
+        if self._placement is not None:
+            self._placement.reload(index)
+
+    # ---- use and release
+
+    def _busy(self) -> frozenset[int]:
+        groups = {self.placement.group_of[index] for index in self._held}
+        groups.add(self._unfinished)
+        return frozenset(group for group in groups if group is not None)
+
+    def _use(self, index: int, kind: Kind) -> None:
+        """From now on the block's weights may be read; the caller holds the block."""
+        places = self.placement
+        group = places.group_of[index]
+        if group is not None:
+            places.ring.itinerary.use(group, kind)
+            self._unfinished = group
+            if places.ring.place[group] is None:
+                places.load(group, self._room())
+                places.counters.demanded += 1
+        places.arrive(index)
+        if group is not None:
+            self._prefetch()
+
+    def _room(self) -> int:
+        ring = self.placement.ring
+        slot = ring.room_now(self._busy())
+        if slot is None:
+            raise RuntimeError(
+                f"{len(self._held)} swapped blocks are in use at once, with {len(ring.holder)} slots: give the engine "
+                "as many slots as there are blocks under one checkpoint, and one more"
+            )
+        return slot
+
+    def _prefetch(self) -> None:
+        for group, slot in self.placement.ring.prefetches(self._busy()):
+            self.placement.load(group, slot)
+
+    def _finish(self, index: int) -> None:
+        """The block's weights are not read any more in this pass."""
+        self._held.pop(index, None)
+        places = self.placement
+        group = places.group_of[index]
+        if group is None:
+            return
+        places.released(index)
+        members = places.groups[group]
+        last = members[0] if places.ring.itinerary.kind == "backward" else members[-1]
+        if index == last and self._unfinished == group:
+            self._unfinished = None
+        self._prefetch()
+
+    # ---- calls of a block
+
+    def _wrap(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def swapped(*args: Any, **kwargs: Any) -> Any:
+            running = calls.backward_pass()
+            if running is not None:
+                again = calls.in_checkpoint()
+                self._hold(index, running, None)
+                if again:  # the second computation of a checkpoint; its gradients are announced by the first
+                    return forward(*args, **kwargs)
+                return self._call(index, forward, args, kwargs)
+            if any(hold.backward is not None for hold in self._held.values()):
+                self.reset()  # the last backward pass ended by an exception
+            self.backend.here()
+            self._held[index] = _Hold(None)
+            try:
+                self._use(index, "forward" if torch.is_grad_enabled() else "sampling")
+                return self._call(index, forward, args, kwargs)
+            finally:
+                self._finish(index)
+
+        return swapped
+
+    def _call(
+        self, index: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        self._calls += 1
+        call = self._calls
+        with calls.saving(self._pack, self._unpack):
+            outputs = forward(*args, **kwargs)
+        calls.when_outputs_begin(lambda: self._backward_begins(index, call), outputs)
+        return outputs
+
+    def _hold(self, index: int, running: int, call: int | None) -> None:
+        """Keeps the block from now to its end in this backward pass."""
+        before = self._held.get(index)
+        if call is None and before is not None and before.backward == running:
+            call = before.call
+        self._held[index] = _Hold(running, call)
+        if running not in self._passes:
+            self._passes.add(running)
+            calls.at_end_of_backward(lambda: self._pass_ends(running))
+        self._use(index, "backward")
+
+    def _backward_begins(self, index: int, call: int) -> None:
+        """Gradients of the outputs of a call arrive; so all later calls are done with."""
+        running = calls.backward_pass()
+        assert running is not None
+        for other, hold in list(self._held.items()):
+            if other != index and hold.call is not None and hold.call > call:
+                self._finish(other)
+        self._hold(index, running, call)
+
+    def _pass_ends(self, running: int) -> None:
+        self._passes.discard(running)
+        for index in [i for i, hold in self._held.items() if hold.backward == running]:
+            self._finish(index)
+
+    # ---- what autograd saves
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | Packed:
+        return self.placement.pack(tensor)
+
+    def _unpack(self, packed: torch.Tensor | Packed) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        running = calls.backward_pass()
+        if running is None:
+            self._use(packed.block, "backward")
+        elif packed.block not in self._held:
+            self._hold(packed.block, running, None)
+        return self.placement.find(packed)
+
+    @contextmanager
+    def weights_of(self, block: nn.Module) -> Iterator[None]:
+        """Within it a block's weights may be read outside of its forward (norms of rows, merging)."""
+        index = next(i for i, layout in enumerate(self.layouts) if layout.block is block)
+        self.backend.here()
+        self._held[index] = _Hold(None)
+        try:
+            self._use(index, "sampling")
+            yield
+        finally:
+            self._finish(index)

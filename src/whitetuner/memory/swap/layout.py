@@ -1,0 +1,136 @@
+"""What of a block moves, and where it lies in one flat buffer: one copy brings a whole block.
+
+A block's frozen weights and large buffers lie one after another in its master on the host; a device buffer
+of the same layout is bound to the same Parameters by rebinding `.data`, so names, adapters and optimizers
+keep their objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import nn
+
+#: Tensors start at multiples of this in a flat buffer: enough for every kernel, and torch.compile sees no
+#: odd offsets.
+ALIGN = 256
+#: Smaller tensors (norms, biases) stay on the device: moving them saves nothing.
+SMALLEST_BYTES = 65536
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a block: the Parameter or buffer itself, and its place in the flat buffer."""
+
+    tensor: torch.Tensor
+    offset: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def view(self, flat: torch.Tensor) -> torch.Tensor:
+        """This tensor's part of a flat uint8 buffer of the block."""
+        return flat[self.offset : self.offset + self.num_bytes].view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """The tensors of one block that move. num_bytes: of the flat buffer, padding included."""
+
+    path: str
+    block: nn.Module
+    entries: tuple[Entry, ...]
+    num_bytes: int
+
+
+def layouts_of(
+    blocks: Sequence[tuple[str, nn.Module]], smallest_bytes: int = SMALLEST_BYTES
+) -> list[BlockLayout]:
+    """The layout of every block: its frozen parameters and its buffers of at least `smallest_bytes`.
+
+    What trains stays on the device, and so does a tensor that two blocks share.
+    """
+    owners: dict[int, set[int]] = {}
+    for index, (_, block) in enumerate(blocks):
+        for tensor in _tensors(block):
+            owners.setdefault(id(tensor), set()).add(index)
+    layouts = []
+    for path, block in blocks:
+        entries, offset = [], 0
+        for tensor in _tensors(block):
+            size = tensor.numel() * tensor.element_size()
+            if tensor.requires_grad or size < max(1, smallest_bytes) or len(owners[id(tensor)]) > 1:
+                continue
+            entries.append(Entry(tensor, offset, tensor.shape, tensor.dtype))
+            offset += padded(size)
+        layouts.append(BlockLayout(path, block, tuple(entries), offset))
+    return layouts
+
+
+def _tensors(block: nn.Module) -> Iterable[torch.Tensor]:
+    yield from block.parameters()
+    yield from block.buffers()
+
+
+def padded(num_bytes: int) -> int:
+    """Rounded up to a multiple of ALIGN."""
+    return -(-num_bytes // ALIGN) * ALIGN
+
+
+def spread(sizes: Sequence[int], resident_bytes: int) -> frozenset[int]:
+    """Which blocks stay on the device: as many bytes as fit into `resident_bytes`, spread evenly over the
+    order.
+
+    Walking through the blocks, each takes its share of the budget; whenever a whole block's worth has come
+    together, that block stays. Streamed blocks so lie at even distances and the link is busy at an even rate.
+    """
+    total = sum(sizes)
+    if resident_bytes >= total:
+        return frozenset(range(len(sizes)))
+    kept, used, due = set(), 0, 0.0
+    share = resident_bytes / total if total else 0.0
+    for index, size in enumerate(sizes):
+        due += size * share
+        if used + size <= resident_bytes and due >= used + size / 2:
+            kept.add(index)
+            used += size
+    for index in sorted(set(range(len(sizes))) - kept, key=lambda i: -sizes[i]):
+        if used + sizes[index] <= resident_bytes:
+            kept.add(index)
+            used += sizes[index]
+    return frozenset(kept)
+
+
+def spread_count(count: int, residents: int) -> frozenset[int]:
+    """`residents` of `count` equal blocks, the others at even distances."""
+    streamed = count - residents
+    away = {(2 * i + 1) * count // (2 * streamed) for i in range(streamed)} if streamed else set()
+    return frozenset(range(count)) - away
+
+
+def units(sizes: Sequence[int], streamed: Sequence[int]) -> list[tuple[int, ...]]:
+    """Streamed blocks in groups that share a slot: neighbours are joined while they fit into the largest
+    block.
+
+    FLUX.2's single blocks are half as large as its double blocks: two of them fill a slot that one double
+    fills.
+    """
+    if not streamed:
+        return []
+    room = max(padded(sizes[i]) for i in streamed)
+    groups: list[list[int]] = []
+    filled = room
+    for index in streamed:
+        size = padded(sizes[index])
+        if filled + size > room:
+            groups.append([])
+            filled = 0
+        groups[-1].append(index)
+        filled += size
+    return [tuple(group) for group in groups]
