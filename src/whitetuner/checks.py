@@ -57,16 +57,16 @@ class Findings:
         return "\n".join(lines)
 
 
-def check_folder(folder: Path, *, deep: bool, convert: bool) -> Findings:
+def check_folder(folder: Path, *, deep: bool, convert: bool | str) -> Findings:
     """A bare folder, as a data set for a model of the usual size; the page goes to output/check/FOLDER/report.html."""
     section = SetOptions(images=folder, resolution=FOLDER_RESOLUTION)
-    notes = _convert([section]) if convert else []
+    notes = _convert([section], convert) if convert else []
     report = check_sets([section], FOLDER_STRIDE_PX, deep=deep)
     page = Path("output") / "check" / (folder.resolve().name or "folder") / "report.html"
     return Findings(report, page=write_check_html(report, page), notes=notes)
 
 
-def check_config(path: Path, overrides: Sequence[str], *, deep: bool, model: bool, convert: bool) -> Findings:
+def check_config(path: Path, overrides: Sequence[str], *, deep: bool, model: bool, convert: bool | str) -> Findings:
     """A config, its model folder (unless model is False) and its pictures. Raises UserError when the config cannot be read."""
     config = load_config(path, overrides).config
     errors: list[UserError] = []
@@ -86,7 +86,7 @@ def check_config(path: Path, overrides: Sequence[str], *, deep: bool, model: boo
         sections = config.data_sets()
     except UserError as error:
         return Findings(None, [*errors, error], advice)
-    notes = _convert(sections) if convert else []
+    notes = _convert(sections, convert) if convert else []
     report = check_sets(
         sections,
         spec.stride_px if paths is None else spec.stride(paths),
@@ -114,8 +114,11 @@ def _counter(paths: ModelPaths, template: int) -> Callable[[str], int] | None:
     return lambda text: template + len(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def _convert(sections: Sequence[object]) -> list[str]:
-    return [f"converted to UTF-8: {one.path} (kept: {one.kept.name})" for one in convert_sets(sections)]
+def _convert(sections: Sequence[object], encoding: bool | str) -> list[str]:
+    """Shows what came out, since the encoding may have been guessed."""
+    done = convert_sets(sections, encoding if isinstance(encoding, str) else None)
+    return [f"{one.path}: {one.encoding} -> UTF-8: {one.text[:60]!r} (kept: {one.kept.name})" for one in done]
+
 
 
 def _enough(config: Config, report: CheckReport) -> list[str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from whitetuner.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USE, UserError
+from whitetuner.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_STOPPED, EXIT_USE, UserError
 from whitetuner.version import __version__
 
 Word = Callable[[argparse.Namespace], int]
@@ -56,6 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output went away (`| head`); say nothing more, also not at interpreter exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            raise  # not the system speaking of a file: a fault of ours, to be seen whole
+        mend = "make room there" if error.errno == errno.ENOSPC else "look at this path and its rights"
+        print(f"error: {error.filename}: {error.strerror}\n  -> {mend}", file=sys.stderr)
+        return EXIT_ENVIRONMENT
 
 
 class _Parser(argparse.ArgumentParser):
@@ -117,7 +124,14 @@ def make_parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="print the findings as JSON")
     check.add_argument("--deep", action="store_true", help="decode every picture")
     check.add_argument("--no-model", action="store_true", help="do not look at the model folder")
-    check.add_argument("--convert-captions", action="store_true", help="rewrite captions that are not UTF-8 (keeps NAME.txt.bak)")
+    check.add_argument(
+        "--convert-captions",
+        nargs="?",
+        const="auto",
+        metavar="ENCODING",
+        help="rewrite captions that are not UTF-8 (keeps NAME.txt.bak); the encoding is guessed unless named",
+    )
+    check.add_argument("--encoding", metavar="NAME", help="of the captions to convert (gb18030, ...); else guessed")
     _settings(check)
 
     train = add("train", _train, "train")
@@ -227,7 +241,12 @@ def _check(given: argparse.Namespace) -> int:
     from whitetuner import commands
 
     return commands.check(
-        given.what, given.overrides, as_json=given.json, deep=given.deep, model=not given.no_model, convert=given.convert_captions
+        given.what,
+        given.overrides,
+        as_json=given.json,
+        deep=given.deep,
+        model=not given.no_model,
+        convert=given.convert_captions and (given.encoding or True),
     )
 
 

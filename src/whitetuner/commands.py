@@ -32,7 +32,7 @@ def init(preset: str | None, tiny: Path | None, out: Path | None) -> int:
     return 0
 
 
-def check(what: Path, overrides: Sequence[str], *, as_json: bool, deep: bool, model: bool, convert: bool) -> int:
+def check(what: Path, overrides: Sequence[str], *, as_json: bool, deep: bool, model: bool, convert: bool | str) -> int:
     """A folder of pictures, or a config with everything it names. Exit code 2 when something stands in the way."""
     from whitetuner.checks import check_config, check_folder
 
@@ -84,7 +84,7 @@ def stop(folder: Path, *, now: bool) -> int:
 
     run = RunFolder(folder)
     run.require()
-    if now:
+    if now and run.running():
         run.end_process()
         print("ended; what was saved before stays")
         return 0
@@ -169,8 +169,13 @@ def export(source: Path, target: Path, naming: str, family_name: str | None) -> 
     from whitetuner.checkpoint.inspect import inspect_file
     from whitetuner.families import registry
 
+    if target.exists() and source.exists() and target.samefile(source):
+        raise UserError("OUT is the same file as IN", where=str(target), mend="give another name for OUT")
     if family_name is None:
-        family_name = inspect_file(source, {name: registry.keys(name) for name in registry.FAMILIES}).get("family")
+        found = inspect_file(source, {name: registry.keys(name) for name in registry.FAMILIES})
+        family_name = found.get("family")
+        if found["what"] != "adapter" or "cannot_be_read" in found:
+            load_adapter(source, registry.keys(next(iter(registry.FAMILIES))))  # says what is wrong with the file
         if family_name is None:
             raise UserError(
                 "the file does not tell which model it is for",

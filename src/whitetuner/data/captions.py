@@ -134,7 +134,7 @@ def convert_captions(paths: Iterable[Path], encoding: str | None = None) -> list
             raise UserError(
                 "the caption cannot be read as {encoding}",
                 where=str(path),
-                mend="name it: --convert-captions ENCODING (gb18030, big5, shift_jis, euc_kr, cp1252)",
+                mend="name it: --convert-captions --encoding NAME (gb18030, big5, shift_jis, euc_kr, cp1252)",
                 encoding=name,
             ) from None
         done.append(Converted(path, name, _replace_keeping(path, text), text))

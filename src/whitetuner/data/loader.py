@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -15,6 +15,9 @@ from whitetuner.diffusion.sigmas import generator_for
 from whitetuner.records import Batch, Item, Sample
 
 __all__ = ["Loader", "Order", "stack"]
+
+#: Encoded samples that stay in host memory: enough for small sets, little beside a model.
+KEPT_BYTES = 256 * 2**20
 
 
 class Dropping(Protocol):
@@ -45,6 +48,8 @@ class Loader(Iterator[Batch]):
     ) -> None:
         self._cached, self._items, self._order, self._sets = cached, items, order, sets
         self._next, self._world = start * world + rank, world
+        self._kept: dict[tuple[int, bool], Mapping[str, torch.Tensor]] = {}
+        self._kept_bytes = 0
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._ahead: deque[Future[Batch]] = deque()
         for _ in range(ahead):
@@ -80,11 +85,21 @@ class Loader(Iterator[Batch]):
         samples = []
         for number, visit in draws:
             item = self._items[number]
-            chance = self._sets[item.set_index].caption_dropout
-            samples.append(
-                self._cached.sample(item, visit, uncond=drops(self._order.seed, item, visit, chance))
-            )
+            uncond = drops(self._order.seed, item, visit, self._sets[item.set_index].caption_dropout)
+            samples.append(Sample(item, visit, self._fields(number, uncond)))
         return stack(samples, self._cached)
+
+    def _fields(self, number: int, uncond: bool) -> Mapping[str, torch.Tensor]:
+        """What the encoders said, from the disk or, while there is room, from memory: a small set is read once."""
+        kept = self._kept.get((number, uncond))
+        if kept is not None:
+            return kept
+        fields = self._cached.sample(self._items[number], 0, uncond=uncond).fields
+        size = sum(tensor.numel() * tensor.element_size() for tensor in fields.values())
+        if self._kept_bytes + size <= KEPT_BYTES:
+            self._kept[number, uncond] = fields
+            self._kept_bytes += size
+        return fields
 
 
 def drops(seed: int, item: Item, visit: int, chance: float) -> bool:
