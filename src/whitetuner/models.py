@@ -82,7 +82,9 @@ def model_folder(path: str) -> Path:
 def check_model(spec: FamilySpec, paths: ModelPaths) -> None:
     """Every component is there and the denoiser is of this family. Reads names and config.json only."""
     for name in spec.components:
-        paths.component(name)
+        folder = paths.component(name)
+        for file in sorted(folder.glob("*.json")) if folder.is_dir() else ():
+            read_settings(file)
     if spec.transformer_class:
         found = class_name(paths.component("transformer"))
         if found != spec.transformer_class:
@@ -99,16 +101,25 @@ def check_model(spec: FamilySpec, paths: ModelPaths) -> None:
 def class_name(component: Path) -> str:
     """`_class_name` of a diffusers component folder. Raises UserError when config.json cannot be read."""
     file = component / "config.json"
+    document = read_settings(file)
+    return str(document.get("_class_name", "model without _class_name"))
+
+
+def read_settings(file: Path) -> Mapping[str, Any]:
+    """A settings file of a model folder. Raises UserError when it is not there or holds no settings."""
     try:
-        document: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        document = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(document, dict):
+            raise ValueError("it holds no settings")
     except (OSError, ValueError) as error:
         raise UserError(
-            "config.json cannot be read ({reason})",
-            where=str(component),
+            "{name} cannot be read ({reason})",
+            where=str(file.parent),
             mend="download this part of the model again",
-            reason=error,
+            name=file.name,
+            reason=error.strerror if isinstance(error, OSError) else error,
         ) from error
-    return str(document.get("_class_name", "model without _class_name"))
+    return document
 
 
 def is_random(paths: ModelPaths) -> bool:

@@ -79,13 +79,20 @@ def cache_folder(config: Config) -> Path:
 
 
 def prepare_data(
-    config: Config, resolved: Resolved, build: BuildFn, progress: Progress | None = None
+    config: Config,
+    resolved: Resolved,
+    build: BuildFn,
+    progress: Progress | None = None,
+    found: Scan | None = None,
 ) -> Prepared:
-    """Scans, encodes and orders. Raises UserError(s); what was encoded stays and is found again."""
+    """Scans (unless that was done already), encodes and orders. Raises UserError(s); what was encoded stays."""
     family = resolved.family
-    found = find_items(config, family, progress)
+    found = find_items(config, family, progress) if found is None else found
     notes = found.notes()
     training, held = _split(found.items, config.validation.share, config.run.seed)
+    preview_sizes(config, family)
+    # Whether a batch can be filled does not hang on shapes: told before hours of encoding.
+    Order(training, [0] * len(training), found.sets, config.data.batch_size, config.run.seed)
     prompts = config.preview.prompts if config.preview.every else []
     wanted = sorted({text for prompt in prompts for text in (prompt.text, prompt.negative)})
     cached = _cache(config, resolved, build, found, wanted, progress)
@@ -103,7 +110,7 @@ def prepare_data(
         order=order,
         steps=_steps(config, order),
         shift=_shift(config, family, training),
-        data_hash=_data_hash(found, config),
+        data_hash=data_hash(found, config),
         validation=[stack([cached.sample(item, 0)], cached) for item in chosen],
         held_out=bool(held),
         scenes=[_scene(prompt, family, cached, training[0].size) for prompt in prompts],
@@ -187,28 +194,34 @@ def _shift(config: Config, family: Family, items: list[Item]) -> float:
     return float(family.spec.auto_shift(family.spec.tokens(size, family.stride())))
 
 
-def _data_hash(found: Scan, config: Config) -> str:
+def data_hash(found: Scan, config: Config) -> str:
+    """Changes when something else would be learned from: pictures, captions, sizes, make-up of the sets and batches."""
     return hashlib.blake2b(
         json.dumps([found.digest(), config.validation.share, config.data.batch_size]).encode(), digest_size=16
     ).hexdigest()
+
+
+def preview_sizes(config: Config, family: Family) -> None:
+    """Raises UserError for the first preview whose size this model cannot draw."""
+    stride = family.stride()
+    for index, prompt in enumerate(config.preview.prompts):
+        if prompt.size is not None and any(side % stride for side in prompt.size):
+            near = [max(1, round(side / stride)) * stride for side in prompt.size]
+            raise UserError(
+                "a preview of {width}x{height} is not a multiple of {stride} pixels",
+                where=f"preview.prompts[{index}].size",
+                mend="the nearest that is: {near}",
+                width=prompt.size[0],
+                height=prompt.size[1],
+                stride=stride,
+                near=near,
+            )
 
 
 def _scene(prompt: Prompt, family: Family, cached: Cached, size: Size) -> Scene:
     spec = family.spec
     if prompt.size is not None:
         size = Size(*prompt.size)
-        stride = family.stride()
-        if size.width % stride or size.height % stride:
-            near = [max(1, round(side / stride)) * stride for side in prompt.size]
-            raise UserError(
-                "a preview of {width}x{height} is not a multiple of {stride} pixels",
-                where="preview.prompts.size",
-                mend="the nearest that is: {near}",
-                width=size.width,
-                height=size.height,
-                stride=stride,
-                near=near,
-            )
     cfg = spec.sample_cfg if prompt.cfg is None else prompt.cfg
     fields: Mapping[str, torch.Tensor] = cached.fields(Inputs(prompt.text))
     return Scene(

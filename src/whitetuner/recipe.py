@@ -8,31 +8,27 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from whitetuner.adapters.attach import attach, layer_sizes
-from whitetuner.adapters.choose import choose
-from whitetuner.adapters.shapes import AdapterSettings, reading_limits
-from whitetuner.checkpoint.export import check_names, export_adapter
-from whitetuner.checkpoint.store import Checkpoint, Store, read
+from whitetuner.checkpoint.export import export_adapter
+from whitetuner.checkpoint.store import Store
 from whitetuner.config.landed import refuse_not_landed
 from whitetuner.config.load import Loaded, dump_config
-from whitetuner.config.resume import check_resume
-from whitetuner.config.schema import Config
 from whitetuner.data.loader import Loader
 from whitetuner.diffusion.sigmas import SigmaSettings
-from whitetuner.errors import UserError
+from whitetuner.errors import EXIT_FAILED, UserError
 from whitetuner.family import BuildFn
 from whitetuner.memory.build import build_module
-from whitetuner.prepared import prepare_data
+from whitetuner.prepared import data_hash, find_items, prepare_data
+from whitetuner.rehearsal import adapter_for, optimizer_for, rehearse
 from whitetuner.resolve import Resolved, resolve
+from whitetuner.resuming import find_checkpoint, same_data, same_resolved
 from whitetuner.runs import events
 from whitetuner.runs.board import Board
 from whitetuner.runs.folder import RunFolder
@@ -41,7 +37,7 @@ from whitetuner.signals import Signals, Stopped
 from whitetuner.train.ema import Ema
 from whitetuner.train.learner import Learner
 from whitetuner.train.loop import Hooks, LoopSettings, train
-from whitetuner.train.optim import lr_factor, make_optimizer
+from whitetuner.train.optim import lr_factor
 from whitetuner.train.preview import draw_previews
 from whitetuner.train.step import StepSettings
 from whitetuner.train.validate import sigma_grid, validate
@@ -87,6 +83,7 @@ class Session:
         self.decoder: torch.nn.Module | None = None
         self.board: Board | None = None
         self.step = 0
+        self.begun = False
         self._closing = ExitStack()
         self._batches: Loader | None = None
 
@@ -97,9 +94,10 @@ class Session:
         config = loaded.config
         refuse_not_landed(config)
         resolved = resolve(config)
+        rehearse(config, resolved.family)
         resume = resume or config.run.resume
         path = Path(config.run.output_dir) / config.run.name
-        with RunFolder.open(path, resume=resume is not None) as folder, Signals() as signals:
+        with RunFolder.open(path, resume=resume is not None, config=loaded.path) as folder, Signals() as signals:
             session = cls(loaded, resolved, folder, signals, listeners, resume)
             with session._closing:
                 yield session
@@ -114,25 +112,59 @@ class Session:
             stopped = not self.advance(self.data.steps)
             if stopped:
                 self.save()
+            files = () if stopped else self.finish()
         except Stopped:
-            stopped = True
+            stopped, files = True, ()
         except UserError as error:
-            self.tell(events.Failed(reason=str(error)))
-            write_report(path, "failed")
+            self._failed(error)
             raise
-        files = () if stopped else self.finish()
+        except OSError as error:  # previews, curves, run.json: whatever of the run's folder cannot be written
+            failure = UserError(
+                "the run cannot be written ({reason}); what was saved before is intact",
+                where=str(error.filename or path),
+                mend="make room or mend the folder's rights, then go on with --resume latest",
+                code=EXIT_FAILED,
+                reason=error.strerror or error,
+            )
+            self._failed(failure)
+            raise failure from error
         status = "stopped" if stopped else "finished"
         self.tell(events.Ended(status=status, step=self.step))
-        write_report(path, status)
+        self._report(status)
         return Result(path, self.step, stopped, files)
+
+    def _failed(self, error: UserError) -> None:
+        """Writes down why, unless the run was refused before it began; where even that cannot be written, the screen says it."""
+        if self.begun:
+            with suppress(UserError):
+                self.tell(events.Failed(reason=str(error)))
+            self._report("failed")
+
+    def _report(self, status: str) -> None:
+        """The report is a view of what is on disk already: that it cannot be written fails no run."""
+        try:
+            write_report(self.folder.path, status)
+        except OSError as error:
+            with suppress(UserError):
+                text = f"report.html cannot be written ({error.strerror or error})"
+                self.tell(events.Message(level="warning", text=text))
 
     def prepare(self) -> None:
         """Scans and encodes the pictures, loads the denoiser, attaches the adapter, goes back to a checkpoint if asked."""
         config, folder = self.config, self.folder
-        before = folder.document().get("resolved", {}) if folder.is_run() else {}
+        earlier = folder.document() if folder.is_run() else {}
+        before = earlier.get("resolved", {})
+        # A refused resume must leave the run as it was: all that can refuse it comes before the first write.
+        checkpoint, told = (None, []) if self.resume is None else find_checkpoint(self.resume, folder, earlier, config)
+        found = None
+        if checkpoint is not None:
+            found = find_items(config, self.family)
+            same_data(before, data_hash(found, config))
         document = folder.begin(dump_config(config), self.loaded.document(), origins=dict(self.loaded.origins))
+        self.begun = True
+        if self.resume is not None:
+            folder.cut_events_after(checkpoint.step if checkpoint else 0)
         self.store = Store(folder.checkpoints, document["run_id"], config.save.keep)
-        checkpoint, told = self._checkpoint(document)
         began = checkpoint.step if checkpoint else None
         self.step = began or 0
         self.tell(events.RunStarted(name=config.run.name, resumed_from=began, steps=config.run.steps))
@@ -142,10 +174,10 @@ class Session:
             self.tell(events.Message(level="warning", text=str(advice)))
         if self.resolved.facts()["random_weights"]:
             self.tell(events.Message(level="info", text="the weights of this model are random: it draws noise"))
-        self.data = prepare_data(config, self.resolved, self.build, self._progress)
+        self.data = prepare_data(config, self.resolved, self.build, self._progress, found)
         facts = {**self.resolved.facts(), **self.data.facts()}
         if checkpoint is not None:
-            self._same(before, facts)
+            same_resolved(before, facts)
         folder.update(resolved=facts)
         for note in self.data.notes:
             self.tell(events.Message(level="info", text=note))
@@ -156,78 +188,20 @@ class Session:
             self.learner.load(checkpoint.tensors, checkpoint.documents)
         self._begin_training()
 
-    def _checkpoint(self, document: dict[str, Any]) -> tuple[Checkpoint | None, list[events.Event]]:
-        """What the run goes on from, and what is to be said of it (after the events that will happen again are cut)."""
-        told: list[events.Event] = []
-        resume = self.resume
-        if resume is None:
-            return None, told
-        if resume == "latest":
-            found = self.store.latest(lambda error: told.append(events.Message(level="warning", text=str(error))))
-            if found is None:
-                told.append(events.Message(level="info", text="nothing is saved in this folder yet: the run starts anew"))
-        else:
-            found = read(Path(resume))
-            if found.state.get("run_id") != document["run_id"]:
-                raise UserError(
-                    "this checkpoint belongs to another run",
-                    where=resume,
-                    mend="resume it inside its own run folder, or set method.init_from to begin a new run from its adapter",
-                )
-        if found is not None:
-            told += [events.Message(level="info", text=text) for text in check_resume(found.state["config"], self.config)]
-        self.folder.cut_events_after(found.step if found else 0)
-        return found, told
-
-    def _same(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        """What `auto` came to, and the data, must be what the run began with: otherwise other numbers would come out."""
-        if before.get("data_hash") != now["data_hash"]:
-            raise UserError(
-                "the pictures or captions are not those this run began with",
-                where="[data]",
-                mend="put them back, or start a new run (another run.name; method.init_from takes the adapter along)",
-            )
-        for key in ("dtype", "shift", "device_type"):
-            if before.get(key) != now[key]:
-                raise UserError(
-                    "{key} was {old} when the run began and comes to {new} here",
-                    where="--resume",
-                    mend="set it in the config as it was, or start a new run from the adapter (method.init_from)",
-                    key=key,
-                    old=before.get(key),
-                    new=now[key],
-                )
-
     def _learner(self) -> Learner:
         config, family = self.config, self.family
         part = family.spec.parts(family.options)[0]
         module = family.load(self.build)[part.name]
-        patterns = config.method.targets or list(family.spec.adapter_targets)
-        settings = AdapterSettings(
-            kind=config.method.kind,
-            rank=config.method.rank,
-            alpha=config.method.alpha,
-            factor=config.method.factor,
-            full_matrix=config.method.full_matrix,
-        )
-        paths = choose(module, patterns)
-        for naming in ("comfyui", "diffusers"):  # the two that _final writes
-            check_names(paths, family.keys, naming)
-        for limit in reading_limits(layer_sizes(module, paths), settings):
+        adapter, limits = adapter_for(config, family, module, self.device)
+        for limit in limits:
             self.tell(events.Message(level="warning", text=str(limit)))
-        adapter = attach(module, paths, settings, seed=config.run.seed, device=self.device)
-        if config.method.init_from:
-            adapter.load_file(Path(config.method.init_from), family.keys)
         if config.memory.gradient_checkpointing is True or (
             config.memory.gradient_checkpointing == "auto" and self.device.type == "cuda"
         ):
             module.enable_gradient_checkpointing()
         parameters = list(adapter.parameters())
-        o = config.optimizer
-        optimizer = make_optimizer(
-            o.name, parameters, lr=o.lr, weight_decay=o.weight_decay, betas=o.betas, eps=o.eps, args=o.args
-        )
-        ema = Ema(parameters, o.ema) if o.ema else None
+        optimizer = optimizer_for(config, parameters)
+        ema = Ema(parameters, config.optimizer.ema) if config.optimizer.ema else None
         return Learner(part, module, adapter, config.method.kind, optimizer, ema)
 
     def _step_settings(self) -> StepSettings:

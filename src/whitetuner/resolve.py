@@ -57,7 +57,9 @@ def choose_device(asked: str) -> torch.device:
             raise UserError(
                 "GPU {index} was asked for, but PyTorch sees {count} GPUs",
                 where="--gpus / memory.device",
-                mend="use a number below {count}, or 'cpu'; with a GPU in the machine: install its driver and a CUDA build of PyTorch",
+                mend="use a number below {count}, or 'cpu'"
+                if count
+                else "use 'cpu'; with a GPU in the machine: install its driver and a CUDA build of PyTorch",
                 code=EXIT_ENVIRONMENT,
                 index=index,
                 count=count,

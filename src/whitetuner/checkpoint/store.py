@@ -160,7 +160,7 @@ def read(path: Path, run_id: str | None = None) -> Checkpoint:
 
     def damaged(what: str, **values: object) -> DamagedCheckpoint:
         return DamagedCheckpoint(
-            what, where=str(path), mend="the last whole checkpoint can be used instead", code=EXIT_FAILED, **values
+            what, where=str(path), mend="--resume latest takes the newest whole one", code=EXIT_FAILED, **values
         )
 
     state_file = path / STATE_FILE
@@ -169,21 +169,24 @@ def read(path: Path, run_id: str | None = None) -> Checkpoint:
     try:
         state = json.loads(state_file.read_text(encoding="utf-8"))
         files, step = dict(state["files"]), int(state["step"])
-    except (ValueError, KeyError, TypeError) as error:
+        known = {name: (int(facts["bytes"]), str(facts["sha256"])) for name, facts in files.items()}
+        if not known:
+            raise ValueError("it names no files")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged("training_state.json is damaged ({reason})", reason=error) from error
     if run_id is not None and state.get("run_id") != run_id:
         raise damaged("this checkpoint belongs to another run ({other})", other=state.get("run_id"))
     tensors: dict[str, dict[str, torch.Tensor]] = {}
     documents: dict[str, Any] = {}
-    for name, facts in files.items():
+    for name, (size, digest) in known.items():
         file = path / name
         if not file.resolve().is_relative_to(path.resolve()):
             raise damaged("it names a file outside of itself ({name})", name=name)
         if not file.is_file():
             raise damaged("{name} is missing", name=name)
-        if file.stat().st_size != facts["bytes"]:
-            raise damaged("{name} is torn: {have} of {want} bytes", name=name, have=file.stat().st_size, want=facts["bytes"])
-        if _sha256(file) != facts["sha256"]:
+        if file.stat().st_size != size:
+            raise damaged("{name} is torn: {have} of {want} bytes", name=name, have=file.stat().st_size, want=size)
+        if _sha256(file) != digest:
             raise damaged("{name} was changed after it was saved (its hash differs)", name=name)
         if file.suffix == ".safetensors":
             tensors[name] = load_file(file)

@@ -130,6 +130,15 @@ def build_module(
     return module.eval()
 
 
+def rehearse_module(cls: type, folder: Path, *, keep_precise: Sequence[str] = ()) -> Any:
+    """A BuildFn that reads no weight: the skeleton, held against the headers of its files. Raises UserError."""
+    module = empty_module(cls, folder)
+    with TensorFiles(weight_files(folder)) as source:
+        beside = {*_scales(source).values(), *(name for name in source if _matches(name, _FP8_EXTRAS))}
+        _check(module, source, _target_names(module, [n for n in source if n not in beside]), (), folder)
+    return module
+
+
 def empty_module(cls: Any, folder: Path, overrides: Mapping[str, Any] | None = None) -> Any:
     """The module with parameters on the meta device and real buffers; only config.json is read.
 

@@ -157,11 +157,22 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             raise UserError(
                 "not a safetensors file: its header is not JSON", where=str(path), mend="download it again"
             ) from error
+    if not isinstance(header, dict):
+        raise UserError(
+            "not a safetensors file: its header is no table", where=str(path), mend="download it again"
+        )
     entries: dict[str, TensorEntry] = {}
     end = 0
     for name, entry in header.items():
         if name == "__metadata__":
             continue
+        if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+            raise UserError(
+                "not a safetensors file: its header tells no shape of {name}",
+                where=str(path),
+                mend="download it again",
+                name=name,
+            )
         if entry["dtype"] not in _DTYPES:
             raise UserError(
                 "tensor {name} has the number format {dtype}, which is not known here",

@@ -47,7 +47,15 @@ class TextEncoder:
     def load(self, build: BuildFn) -> None:
         """Raises UserError when the options ask for a layer that the encoder does not have."""
         folder, last = self.paths.component("text_encoder"), max(self.options.text_encoder_out_layers)
-        layers = json.loads((folder / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
+        try:
+            layers = int(json.loads((folder / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                "config.json is not one of a Qwen3 text encoder ({reason})",
+                where=str(folder),
+                mend="download the text_encoder folder of the model again",
+                reason=f"it has no {error}" if isinstance(error, KeyError) else error,
+            ) from error
         if last > layers or min(self.options.text_encoder_out_layers) < 0:
             raise UserError(
                 "layer {last} of the text encoder is asked for, but it has {layers}",

@@ -1,0 +1,72 @@
+"""What a run needs of its model, tried on the model's skeleton before anything big is read or a folder is made.
+
+A wrong optimizer, pattern or adapter file, a torn download and weights of another size are so told in seconds, not after
+hours of encoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from whitetuner.adapters.attach import Adapter, attach, layer_sizes
+from whitetuner.adapters.choose import choose
+from whitetuner.adapters.shapes import AdapterSettings, reading_limits
+from whitetuner.checkpoint.export import check_names
+from whitetuner.config.schema import Config
+from whitetuner.errors import UserError
+from whitetuner.family import Family
+from whitetuner.memory.build import rehearse_module
+from whitetuner.memory.weights import read_header, weight_files
+from whitetuner.prepared import preview_sizes
+from whitetuner.train.optim import make_optimizer
+
+
+def rehearse(config: Config, family: Family) -> None:
+    """Raises UserError for what would stop the run once the model is loaded. Reads headers and config files only."""
+    check_weights(family)
+    preview_sizes(config, family)
+    part = family.spec.parts(family.options)[0]
+    module = family.load(rehearse_module)[part.name]
+    adapter, _ = adapter_for(config, family, module, torch.device("cpu"))
+    optimizer_for(config, list(adapter.parameters()))
+
+
+def check_weights(family: Family) -> None:
+    """Every part that is a model has its weight files, whole by their headers. Raises UserError naming the file."""
+    for name in family.spec.components:
+        component = family.paths.component(name)
+        if (component / "config.json").is_file():  # a tokenizer or a scheduler has no file of this name
+            for file in weight_files(component):
+                read_header(file)
+
+
+def adapter_for(
+    config: Config, family: Family, module: torch.nn.Module, device: torch.device
+) -> tuple[Adapter, list[UserError]]:
+    """The config's adapter on this denoiser, begun from method.init_from if that is set, and who will not read its files."""
+    settings = AdapterSettings(
+        kind=config.method.kind,
+        rank=config.method.rank,
+        alpha=config.method.alpha,
+        factor=config.method.factor,
+        full_matrix=config.method.full_matrix,
+    )
+    paths = choose(module, config.method.targets or list(family.spec.adapter_targets))
+    for naming in ("comfyui", "diffusers"):  # the two that the final files have
+        check_names(paths, family.keys, naming)
+    limits = list(reading_limits(layer_sizes(module, paths), settings))
+    adapter = attach(module, paths, settings, seed=config.run.seed, device=device)
+    if config.method.init_from:
+        adapter.load_file(Path(config.method.init_from), family.keys)
+    return adapter, limits
+
+
+def optimizer_for(config: Config, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """The config's optimizer over these parameters."""
+    o = config.optimizer
+    return make_optimizer(
+        o.name, parameters, lr=o.lr, weight_decay=o.weight_decay, betas=o.betas, eps=o.eps, args=o.args
+    )

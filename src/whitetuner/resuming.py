@@ -1,0 +1,88 @@
+"""What a run goes on from, and whether it may. Nothing is written here: a refused resume leaves the run as it was."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from whitetuner.checkpoint.store import STATE_FILE, Checkpoint, Store, read
+from whitetuner.config.resume import check_resume
+from whitetuner.config.schema import Config
+from whitetuner.errors import EXIT_FAILED, UserError
+from whitetuner.runs import events
+from whitetuner.runs.folder import RunFolder
+
+
+def find_checkpoint(
+    resume: str, folder: RunFolder, earlier: Mapping[str, Any], config: Config
+) -> tuple[Checkpoint | None, list[events.Event]]:
+    """(the checkpoint, None where nothing is saved yet; what is to be said of it).
+
+    resume: "latest" or a checkpoint's folder; earlier: run.json as it is, empty for a new run
+    Raises UserError for no checkpoint, a damaged one, another run's, and for changes of the config that a resume cannot take.
+    """
+    told: list[events.Event] = []
+    if resume == "latest":
+        store = Store(folder.checkpoints, earlier.get("run_id", ""), config.save.keep)
+        found = store.latest(lambda error: told.append(events.Message(level="warning", text=str(error))))
+        if found is None:
+            told.append(events.Message(level="info", text="nothing is saved in this folder yet: the run starts anew"))
+            return None, told
+    else:
+        found = read(_named(resume, folder))
+        if found.state.get("run_id") != earlier.get("run_id"):
+            raise UserError(
+                "this checkpoint belongs to another run",
+                where=resume,
+                mend="resume it inside its own run folder, or set method.init_from to begin a new run from its adapter",
+            )
+    before = found.state.get("config")
+    if not isinstance(before, dict):
+        raise UserError(
+            "the checkpoint does not tell the config it was trained with",
+            where=str(found.path),
+            mend="it is damaged; give --resume an earlier checkpoint",
+            code=EXIT_FAILED,
+        )
+    told += [events.Message(level="info", text=text) for text in check_resume(before, config)]
+    return found, told
+
+
+def _named(resume: str, folder: RunFolder) -> Path:
+    """The folder that --resume names. Raises UserError when it is no checkpoint at all."""
+    path = Path(resume)
+    if (path / STATE_FILE).is_file() or (path.is_dir() and re.fullmatch(r"checkpoint-\d+", path.name)):
+        return path
+    own = Store(folder.checkpoints, "", 0).list()
+    raise UserError(
+        "there is no checkpoint here",
+        where=f"--resume {resume}",
+        mend="give 'latest' or one of this run's: {own}" if own else "give 'latest'; this run has saved none yet",
+        own=", ".join(str(one) for one in own[-3:]),
+    )
+
+
+def same_data(before: Mapping[str, Any], now: str) -> None:
+    """Raises UserError when the data set is not the one the run began with (`prepared.data_hash`)."""
+    if before.get("data_hash") != now:
+        raise UserError(
+            "the pictures or captions are not those this run began with",
+            where="[data]",
+            mend="put them back, or start a new run (another run.name; method.init_from takes the adapter along)",
+        )
+
+
+def same_resolved(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """What `auto` came to must be what the run began with: otherwise other numbers would come out. Raises UserError."""
+    for key in ("dtype", "shift", "device_type"):
+        if before.get(key) != now[key]:
+            raise UserError(
+                "{key} was {old} when the run began and comes to {new} here",
+                where="--resume",
+                mend="set it in the config as it was, or start a new run from the adapter (method.init_from)",
+                key=key,
+                old=before.get(key),
+                new=now[key],
+            )
