@@ -156,7 +156,7 @@ def test_byte_order_mark_and_windows_line_ends_are_read(write: Write) -> None:
 
 
 def test_lines_are_counted_right_after_a_text_of_several_lines(write: Write) -> None:
-    path = write(MODEL + '[data]\nprompt = """\nsteps = 1\n[run]\n"""\n[run]\nsteps = 0\n')
+    path = write(MODEL + '[data]\nprompt = """\n[run]\nsteps = 1\n"""\n[run]\nsteps = 0\n')
     assert "run.steps (my.toml line 9)" in refused(path)
 
 
@@ -235,6 +235,7 @@ def test_an_unknown_key_names_the_nearest_known_one(write: Write, line: str, nea
     [
         ("[run]\nsteps = 0", "0 must be at least 1"),
         ("[run]\nsteps = 2.5", "2.5 is not a whole number"),
+        ("[run]\nsteps = '2.5'", "without quotes: steps = 2.5"),
         ("[run]\nsteps = true", "does not take true or false"),
         ("[run]\nname = 'a/b'", "folder name"),
         ("[run]\nname = 5", "5 is not a text in quotes"),
@@ -262,6 +263,7 @@ def test_a_value_that_does_not_fit_is_told_with_its_place(write: Write, line: st
     assert told in text
     assert "my.toml line" in text
     assert "Value error" not in text and "pydantic" not in text
+    assert text.count("\n  -> ") == 1, "one mistake is told once"
 
 
 def test_a_family_that_is_missing_or_misspelt(write: Write) -> None:

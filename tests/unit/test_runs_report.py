@@ -246,11 +246,10 @@ def test_plain_lines_tell_step_loss_pace_and_time_left(capsys: pytest.CaptureFix
 
 
 def test_one_slow_step_does_not_spoil_the_time_left(capsys: pytest.CaptureFixture[str]) -> None:
-    console = Console(steps=100, plain=True)
+    console = Console(steps=20, plain=True)
     console(step(1, seconds=300.0))
-    for number in range(2, 100):
+    for number in range(2, 21):
         console(step(number))
-    console(step(100))
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.index("ETA") < 30, "a narrow terminal cuts the end off"
     assert "0.10 s/step" in last and "ETA 0:00" in last
