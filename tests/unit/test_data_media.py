@@ -5,6 +5,7 @@ named.
 from __future__ import annotations
 
 import io
+import random
 import struct
 import zlib
 from pathlib import Path
@@ -173,6 +174,20 @@ def test_colour_profiles_are_turned_to_srgb_and_broken_ones_ignored(tmp_path: Pa
         assert read(tmp_path / f"{name}.png").getpixel((0, 0)) == (90, 120, 150), name
 
 
+def test_a_profile_with_other_primaries_changes_the_numbers(tmp_path: Path) -> None:
+    """sRGB with red and green exchanged: what the file calls red is shown, and so learned, as green."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    head = srgb.index(b"rXYZ"), srgb.index(b"gXYZ")
+    swapped = bytearray(srgb)
+    for place, name in zip(head, (b"gXYZ", b"rXYZ"), strict=True):
+        swapped[place : place + 4] = name
+    named = bytes(swapped).replace("sRGB".encode("utf-16-be"), "xxxx".encode("utf-16-be"))
+    Image.new("RGB", (4, 4), (220, 30, 30)).save(tmp_path / "a.png", icc_profile=named)
+    red, green, blue = read(tmp_path / "a.png").getpixel((0, 0))
+    assert green > 200 and red < 60 and blue < 60
+    assert "colour profile" in probe(tmp_path / "a.png").traits
+
+
 def test_large_jpegs_are_decoded_small_and_look_the_same(tmp_path: Path) -> None:
     path = tmp_path / "large.jpg"
     gradient(1600, 1200).save(path, quality=95, exif=exif(6))
@@ -288,3 +303,25 @@ def test_one_pixel_and_very_long_pictures_can_be_cut(tmp_path: Path) -> None:
     Image.new("RGB", (4000, 2), "blue").save(tmp_path / "line.png")
     assert picture(tmp_path / "dot.png", Size(64, 64)).getpixel((60, 60)) == (255, 0, 0)
     assert picture(tmp_path / "line.png", Size(64, 64)).size == (64, 64)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "bmp"])
+def test_random_damage_gives_a_picture_or_a_message_and_nothing_else(tmp_path: Path, kind: str) -> None:
+    stream = io.BytesIO()
+    noise = Image.fromarray(np.random.RandomState(0).randint(0, 255, (24, 24, 3), np.uint8))
+    noise.save(stream, kind, **({"exif": exif(6)} if kind != "bmp" else {}))
+    whole, source, path = stream.getvalue(), random.Random(0), tmp_path / "a"
+    read_well = 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for _ in range(source.choice((1, 3, 20))):
+            damaged[source.randrange(source.choice((64, len(damaged))))] = source.randrange(256)
+        path.write_bytes(damaged[: source.choice((len(damaged), source.randrange(1, len(damaged))))])
+        probe(path)
+        try:
+            assert read(path).mode == "RGB"
+            read_well += 1
+        except UserError as error:
+            assert error.where == str(path) and error.mend
+    assert read_well < 300

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +16,8 @@ from whitetuner.data import digests as digests_module
 from whitetuner.data.captions import convert_captions, guess_encoding, with_trigger
 from whitetuner.data.digests import digests, file_digest
 from whitetuner.data.folders import CACHE_TAG
-from whitetuner.data.scan import Scan, SetOptions, scan, survey
+from whitetuner.data.scan import Scan, SetOptions, scan
+from whitetuner.data.survey import survey
 from whitetuner.errors import UserError, UserErrors
 from whitetuner.records import Size
 
@@ -186,6 +189,27 @@ def test_paths_with_spaces_chinese_and_emoji_work(tmp_path: Path) -> None:
     draw(folder / "第一张 🎨.png", "一只猫 🐈")
     (item,) = look(folder).items
     assert item.caption == "一只猫 🐈" and item.target.parent == folder
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps file names as bytes")
+def test_names_that_are_no_text_are_told_as_they_are_meant(tmp_path: Path) -> None:
+    draw(tmp_path / "a.png", seed=1)
+    draw(tmp_path / "b.png", seed=2).rename(
+        os.fsdecode(os.fsencode(tmp_path) + b"/" + "黑猫.png".encode("gbk"))
+    )
+    with pytest.raises(UserErrors) as caught:
+        look(tmp_path)
+    assert "黑猫.png" in str(caught.value) and "code page" in str(caught.value)
+    str(caught.value).encode("utf-8")
+
+
+def test_a_link_back_up_is_not_followed_for_ever(tmp_path: Path) -> None:
+    draw(tmp_path / "in" / "a.png", seed=1)
+    try:
+        (tmp_path / "in" / "up").symlink_to(tmp_path, target_is_directory=True)
+    except OSError:
+        pytest.skip("may not make links here")
+    assert [item.target.name for item in look(tmp_path, recursive=True).items] == ["a.png"]
 
 
 def test_hidden_files_caches_and_runs_are_passed_over(tmp_path: Path) -> None:

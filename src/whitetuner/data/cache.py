@@ -202,6 +202,8 @@ def _encode(
                     assert complete and set(tensors) <= set(known.fields), (
                         f"{known.name} says {sorted(tensors)}"
                     )
+                    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+                        raise _not_finite(known.name, jobs[key])
                     room.write(cached._path(known.name, key), key, tensors)
                     cached._shapes[key] = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
                 tell(done)
@@ -214,7 +216,8 @@ def _encode(
 def _free(encoder: Encoder) -> None:
     """Gives the encoder's memory back before anything else is loaded.
 
-    Models that hold themselves in a circle stay until a full collection, which takes 0.4 s: only then it is run.
+    Models that hold themselves in a circle stay until a full collection, which takes 0.4 s: only then it is
+    run.
     """
     held = [weakref.ref(value) for value in vars(encoder).values() if isinstance(value, torch.nn.Module)]
     encoder.free()
@@ -222,6 +225,16 @@ def _free(encoder: Encoder) -> None:
         gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _not_finite(encoder: str, inputs: Inputs) -> UserError:
+    return UserError(
+        "the model's part '{encoder}' makes numbers of this that are not finite",
+        where=str(inputs.target or repr(inputs.caption)),
+        mend="its weights are damaged: download this part again; or set memory.dtype = 'fp32'",
+        code=EXIT_FAILED,
+        encoder=encoder,
+    )
 
 
 def _decoded(

@@ -18,7 +18,8 @@ from whitetuner.data.buckets import bucketing, covers, cropped, shapes
 from whitetuner.data.captions import Converted, convert_captions
 from whitetuner.data.digests import digests
 from whitetuner.data.problems import Problem, merged
-from whitetuner.data.scan import Found, PictureSet, SetOptions, Survey, caption_files, place, survey
+from whitetuner.data.scan import place
+from whitetuner.data.survey import Found, PictureSet, SetOptions, Survey, caption_files, survey
 from whitetuner.errors import UserError
 from whitetuner.records import Size
 
@@ -158,14 +159,16 @@ def check_sets(
     deep: bool = False,
     tokens: Callable[[str], int] | None = None,
     max_tokens: int = 512,
+    progress: Callable[[int, int], None] | None = None,
 ) -> CheckReport:
     """Everything that can be said of the sets. Raises nothing for what is wrong with them.
 
     sections: objects with the fields of SetOptions; tokens: counts a caption's tokens as the model does
-    (None: words are counted), of which it reads max_tokens; deep: decode every picture
+    (None: words are counted), of which it reads max_tokens; deep: decode every picture;
+    progress: told (pictures looked at, pictures in all)
     """
     began = time.perf_counter()
-    looked = survey(sections, deep)
+    looked = survey(sections, deep, progress)
     problems = list(looked.problems)
     placed = []
     for found in looked.found:

@@ -35,6 +35,7 @@ class Listing:
     captions: tuple[Path | None, ...]
     unread: tuple[Path, ...]
     orphans: tuple[Path, ...]
+    misnamed: tuple[Path, ...]
     other_captions: Counter[str]
 
 
@@ -61,8 +62,12 @@ def list_folder(
     captions: list[Path | None] = []
     unread: list[Path] = []
     orphans: list[Path] = []
+    misnamed: list[Path] = []
     endings: Counter[str] = Counter()
     for place, names in _walk(folder, recursive, leave_out):
+        broken = [name for name in names if not _is_text(name)]
+        misnamed += [place / _meant(name) for name in broken if Path(name).suffix.lower() in PICTURES]
+        names = [name for name in names if name not in broken]
         exact = set(names)
         folded: dict[str, list[str]] = {}
         for name in names:
@@ -81,7 +86,9 @@ def list_folder(
             if beside is None:
                 endings.update(other for other in CAPTION_ENDINGS if stem + other in exact)
         orphans += [place / name for name in names if fold(name).endswith(fold(ext)) and name not in used]
-    return Listing(folder, tuple(pictures), tuple(captions), tuple(unread), tuple(orphans), endings)
+    return Listing(
+        folder, tuple(pictures), tuple(captions), tuple(unread), tuple(orphans), tuple(misnamed), endings
+    )
 
 
 def fold(name: str) -> str:
@@ -89,6 +96,19 @@ def fold(name: str) -> str:
     same.
     """
     return unicodedata.normalize("NFC", name).casefold()
+
+
+def _is_text(name: str) -> bool:
+    """Linux keeps names as bytes: a zip made on a Chinese Windows leaves GBK, which nothing can print."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _meant(name: str) -> str:
+    return os.fsencode(name).decode("gb18030", "replace")
 
 
 def not_a_folder(folder: Path) -> UserError:
@@ -136,7 +156,12 @@ def _holds_pictures(folder: Path) -> bool:
     return any(Path(entry.name).suffix.lower() in PICTURES for entry in _entries(folder))
 
 
-def _walk(folder: Path, recursive: bool, leave_out: frozenset[Path]) -> Iterator[tuple[Path, list[str]]]:
+def _walk(
+    folder: Path, recursive: bool, leave_out: frozenset[Path], above: tuple[Path, ...] = ()
+) -> Iterator[tuple[Path, list[str]]]:
+    real = folder.resolve()
+    if real in above:  # a link to a folder that it lies in
+        return
     entries = _entries(folder)
     yield (
         folder,
@@ -148,7 +173,7 @@ def _walk(folder: Path, recursive: bool, leave_out: frozenset[Path]) -> Iterator
         )
         for name in inner:
             if folder / name not in leave_out and not _passed_over(folder / name):
-                yield from _walk(folder / name, True, leave_out)
+                yield from _walk(folder / name, True, leave_out, (*above, real))
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -90,7 +90,9 @@ class Loader(Iterator[Batch]):
         return stack(samples, self._cached)
 
     def _fields(self, number: int, uncond: bool) -> Mapping[str, torch.Tensor]:
-        """What the encoders said, from the disk or, while there is room, from memory: a small set is read once."""
+        """What the encoders said, from the disk or, while there is room, from memory: a small set is read
+        once.
+        """
         kept = self._kept.get((number, uncond))
         if kept is not None:
             return kept

@@ -1,0 +1,286 @@
+"""Every picture and caption of all sets is looked at once: what is there, what its text is, what is wrong with it.
+
+Everything wrong is found in one look and told together. Nothing is decoded here; `data/probe.py` reads headers and ends.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+from whitetuner.data.captions import read_caption, tidy, with_trigger
+from whitetuner.data.folders import Listing, kohya_folders, list_folder, not_a_folder, nothing_found
+from whitetuner.data.probe import Probe, probe
+from whitetuner.data.problems import Problem
+from whitetuner.errors import UserError
+
+Small = Literal["refuse", "skip"]
+
+
+@dataclass(frozen=True)
+class SetOptions:
+    """One data set as the config names it ([data] or one of [[data.sets]]).
+
+    caption_dropout: share of visits at which the text is left out; default_caption: for pictures without a
+    caption file (None: that is an error; "": they are learned without text); repeats: visits of every picture
+    in an epoch;
+    weight: the set's part of an epoch instead (see data/order.py); prompt: one caption for all, files are not
+    looked at;
+    too_small: what becomes of pictures below the model's least size
+    """
+
+    images: str | Path | None = None
+    target: str | Path | None = None
+    conditions: tuple[str | Path, ...] = ()
+    prompt: str | None = None
+    videos: str | Path | None = None
+    caption_ext: str = ".txt"
+    default_caption: str | None = None
+    caption_dropout: float = 0.0
+    trigger: str = ""
+    resolution: int | list[int] | tuple[int, ...] = 1024
+    condition_resolution: int | None = None
+    recursive: bool = False
+    upscale: bool = False
+    repeats: int = 1
+    weight: float | None = None
+    too_small: Small = "refuse"
+
+    @classmethod
+    def of(cls, section: object) -> SetOptions:
+        """From any object with (some of) these attributes, as the config's data section."""
+        if isinstance(section, SetOptions):
+            return section
+        given = {
+            field.name: getattr(section, field.name) for field in fields(cls) if hasattr(section, field.name)
+        }
+        if isinstance(given.get("conditions"), list):
+            given["conditions"] = tuple(given["conditions"])
+        if given.get("trigger") is None:
+            given["trigger"] = ""
+        return cls(**given)
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """One folder to learn from, as it was found (a kohya folder gives several of one SetOptions)."""
+
+    name: str
+    folder: Path
+    options: SetOptions
+    repeats: int
+    weight: float | None
+    caption_dropout: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """One picture as it was met: caption None where it has none that can be used."""
+
+    path: Path
+    set_index: int
+    caption: str | None
+    probe: Probe
+
+
+@dataclass(frozen=True)
+class Survey:
+    """All pictures of all sets, good and bad, with every problem that could be seen without decoding."""
+
+    sets: tuple[PictureSet, ...]
+    found: tuple[Found, ...]
+    problems: tuple[Problem, ...]
+
+
+def caption_files(sections: Sequence[object]) -> list[Path]:
+    """Every caption file of all sets. Raises UserError for a set whose folder is missing or empty."""
+    listings = [listing for section in sections for listing, _, _ in _listings(SetOptions.of(section))]
+    return [caption for listing in listings for caption in listing.captions if caption is not None]
+
+
+def survey(
+    sections: Sequence[object], deep: bool = False, progress: Callable[[int, int], None] | None = None
+) -> Survey:
+    """Looks at every picture and caption of all sets; raises nothing for single files.
+
+    deep: decodes every picture; progress: told (pictures looked at, pictures in all)
+    """
+    sets: list[PictureSet] = []
+    problems: list[Problem] = []
+    jobs: list[tuple[int, Path, Path | None]] = []
+    for section in sections:
+        options = SetOptions.of(section)
+        try:
+            listings = list(_listings(options))
+        except UserError as error:
+            problems.append(Problem("folder", "error", Path(options.images or ""), error))
+            continue
+        for listing, repeats, words in listings:
+            index = len(sets)
+            own = options if words is None else replace(options, default_caption=words)
+            sets.append(
+                PictureSet(
+                    listing.folder.name, listing.folder, own, repeats, options.weight, options.caption_dropout
+                )
+            )
+            jobs += [
+                (index, path, beside) for path, beside in zip(listing.pictures, listing.captions, strict=True)
+            ]
+            problems += _listing_problems(listing, own)
+    with ThreadPoolExecutor() as pool:
+        probes: list[Probe] = []
+        for looked in pool.map(lambda job: probe(job[1], deep), jobs):
+            probes.append(looked)
+            if progress is not None:
+                progress(len(probes), len(jobs))
+        texts = list(pool.map(lambda job: _caption(job[1], job[2], sets[job[0]].options), jobs))
+    found = []
+    for (index, path, _), seen, (caption, problem) in zip(jobs, probes, texts, strict=True):
+        problems += [one for one in (seen.problem, problem) if one is not None]
+        found.append(Found(path, index, caption, seen))
+    return Survey(tuple(sets), tuple(found), tuple(problems))
+
+
+def _listings(options: SetOptions) -> list[tuple[Listing, int, str | None]]:
+    """The folders of one set with their repeats, and the words of a kohya folder where they stand in for
+    captions.
+    """
+    if options.images is None:
+        raise UserError(
+            "no folder of pictures is named",
+            where="[data]",
+            mend='set images = "FOLDER" in [data] or in every [[data.sets]]',
+        )
+    folder = Path(options.images).expanduser()
+    if not folder.is_dir():
+        raise not_a_folder(folder)
+    inner = kohya_folders(folder)
+    rest = list_folder(
+        folder, options.caption_ext, options.recursive, frozenset(path for path, _, _ in inner)
+    )
+    listings: list[tuple[Listing, int, str | None]] = [(rest, options.repeats, None)] if rest.pictures else []
+    for path, count, words in inner:
+        listing = list_folder(path, options.caption_ext, options.recursive)
+        if listing.pictures:
+            listings.append(
+                (listing, options.repeats * count, words if options.default_caption is None else None)
+            )
+    if not listings:
+        raise nothing_found(folder)
+    return listings
+
+
+def _listing_problems(listing: Listing, options: SetOptions) -> list[Problem]:
+    """What the names alone tell: kinds that are not read, two pictures with one caption, pictures with
+    none.
+    """
+    problems = [
+        Problem(
+            "not read",
+            "warning",
+            path,
+            UserError(
+                "{kind} files are left out",
+                where=str(path),
+                mend="convert to png, jpg or webp",
+                kind=path.suffix.lower(),
+            ),
+        )
+        for path in listing.unread
+    ]
+    problems += [
+        Problem(
+            "name",
+            "error",
+            path,
+            UserError(
+                "the file name is not UTF-8 (here as it is probably meant), as after unpacking a zip from Windows",
+                where=str(path),
+                mend="rename it, or unpack again with the right code page: unzip -O gbk, or 7z",
+            ),
+        )
+        for path in listing.misnamed
+    ]
+    if options.prompt is None:
+        problems += [
+            Problem(
+                "orphan caption",
+                "note",
+                path,
+                UserError(
+                    "a caption without a picture of its name",
+                    where=str(path),
+                    mend="rename it if it belongs to one",
+                ),
+            )
+            for path in listing.orphans
+        ]
+    shared = Counter(caption for caption in listing.captions if caption is not None)
+    for path, caption in zip(listing.pictures, listing.captions, strict=True):
+        if options.prompt is not None:
+            continue
+        if caption is not None and shared[caption] > 1:
+            error = UserError(
+                "several pictures have the same name up to the ending, and share the caption {caption}",
+                where=str(path),
+                mend="rename one of them with a caption of its own, or delete it",
+                caption=caption.name,
+            )
+            problems.append(Problem("same stem", "error", path, error))
+        if caption is None and options.default_caption is None:
+            problems.append(Problem("no caption", "error", path, _no_caption(path, listing, options)))
+    return problems
+
+
+def _no_caption(path: Path, listing: Listing, options: SetOptions) -> UserError:
+    if listing.other_captions:
+        return UserError(
+            "no caption file ending in {ext} beside the picture, but there are some ending in {other}",
+            where=str(path),
+            mend='set caption_ext = "{other}"',
+            ext=options.caption_ext,
+            other=listing.other_captions.most_common(1)[0][0],
+        )
+    return UserError(
+        "no caption file (same name, ending in {ext}) beside the picture",
+        where=str(path),
+        mend='write one, or set default_caption = "..." for all that lack one ("" = learn without text)',
+        ext=options.caption_ext,
+    )
+
+
+def _caption(picture: Path, beside: Path | None, options: SetOptions) -> tuple[str | None, Problem | None]:
+    """The final text, or what is wrong with the file."""
+    if options.prompt is not None:
+        return with_trigger(tidy(options.prompt), options.trigger), None
+    text, problem = "", None
+    if beside is not None:
+        try:
+            text = read_caption(beside)
+        except UserError as error:
+            return None, Problem("encoding", "error", beside, error)
+        except OSError as error:
+            reason = UserError(
+                "the caption cannot be read ({reason})",
+                where=str(beside),
+                mend="mend its rights",
+                reason=error,
+            )
+            return None, Problem("caption", "error", beside, reason)
+        if not text and not options.default_caption:
+            level: Literal["warning", "note"] = "note" if options.trigger else "warning"
+            empty = UserError(
+                "the caption file is empty: the picture is learned without text",
+                where=str(beside),
+                mend="write what is to be seen, or set default_caption",
+            )
+            problem = Problem("empty caption", level, beside, empty)
+    if not text:
+        if beside is None and options.default_caption is None:
+            return None, None  # told by the listing
+        text = tidy(options.default_caption or "")
+    return with_trigger(text, options.trigger), problem
