@@ -42,6 +42,9 @@ from whitetuner.train.preview import draw_previews
 from whitetuner.train.step import StepSettings
 from whitetuner.train.validate import sigma_grid, validate
 
+#: Seconds between progress events: ten thousand pictures must not make ten thousand lines.
+PROGRESS_EVERY_S = 0.25
+
 Listener = Callable[[events.Event], None]
 
 
@@ -86,6 +89,7 @@ class Session:
         self.begun = False
         self._closing = ExitStack()
         self._batches: Loader | None = None
+        self._told_progress = 0.0
 
     @classmethod
     @contextmanager
@@ -186,6 +190,8 @@ class Session:
         self.step_settings = self._step_settings()
         if checkpoint is not None:
             self.learner.load(checkpoint.tensors, checkpoint.documents)
+            for path in self.store.set_aside_after(checkpoint.step):
+                self.tell(events.Message(level="info", text=f"a later checkpoint was set aside: {path.name}"))
         self._begin_training()
 
     def _learner(self) -> Learner:
@@ -261,9 +267,9 @@ class Session:
         due = lambda every: bool(every) and (step % every == 0 or last)  # noqa: E731 - a word of this paragraph only
         if due(config.validation.every):
             self._validate(step)
-        if due(config.preview.every) or self.folder.take("preview"):
+        if self.folder.take("preview") or due(config.preview.every):
             self._preview(step)
-        if due(config.save.every) or self.folder.take("save") or last:
+        if self.folder.take("save") or due(config.save.every) or last:
             self.save()
 
     def save(self) -> Path:
@@ -351,7 +357,10 @@ class Session:
             raise Stopped
         if done == 0:
             self.tell(events.Phase(name=phase, total=total))
-        self.tell(events.Progress(phase=phase, done=done, total=total))
+        now = time.monotonic()
+        if done == total or now - self._told_progress >= PROGRESS_EVERY_S:
+            self._told_progress = now
+            self.tell(events.Progress(phase=phase, done=done, total=total))
 
     def tell(self, event: events.Event) -> None:
         self.folder.append(event)

@@ -36,7 +36,10 @@ class Resolved:
 def resolve(config: Config) -> Resolved:
     """Checks that the model is there and of the right family, without loading a weight. Raises UserError."""
     device = choose_device(config.memory.device)
-    return Resolved(open_family(config), device, choose_dtype(config.memory.dtype, device))
+    memory = config.memory
+    # base = "bf16" says the same of the frozen weights as dtype does, unless dtype says otherwise.
+    asked = "bf16" if memory.base == "bf16" and memory.dtype == "auto" else memory.dtype
+    return Resolved(open_family(config), device, choose_dtype(asked, device))
 
 
 def open_family(config: Config) -> Family:

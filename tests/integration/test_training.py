@@ -22,6 +22,7 @@ from whitetuner import recipe
 from whitetuner.config.load import dump_config, load_config
 from whitetuner.errors import UserError
 from whitetuner.families import registry
+from whitetuner.records import Batch
 from whitetuner.runs import events
 from whitetuner.evidence import checkpoint, digest, losses, start_training
 from whitetuner.tiny import tiny_values
@@ -126,18 +127,16 @@ def test_nan_stops_before_it_is_applied_and_names_the_module(
 
     original, calls = loop.step_loss, []
 
-    def poisoned(family: Any, modules: Any, part: str, *rest: Any) -> Any:
+    def poisoned(family: Any, modules: Any, part: str, batch: Batch, *rest: Any) -> Any:
         calls.append(1)
-        if len(calls) == 4:
-            blocks = next(iter(modules.values()))
-            layer = next(m for n, m in blocks.named_modules() if n.endswith(".base"))
-            layer.weight.data[0, 0] = float("nan")
-        return original(family, modules, part, *rest)
+        if len(calls) >= 4:
+            batch = Batch(batch.items, batch.visits, {**batch.fields, "latent": batch["latent"] * float("inf")})
+        return original(family, modules, part, batch, *rest)
 
     monkeypatch.setattr(loop, "step_loss", poisoned)
     with pytest.raises(UserError) as caught:
         train(place, "nan", **{"run.steps": 9, "save.every": 0})
-    assert caught.value.code == 1 and "step 4" in str(caught.value) and "blocks.0" in str(caught.value)
+    assert caught.value.code == 1 and "step 4" in str(caught.value) and "x_embedder" in str(caught.value)
     folder = Path(place["run.output_dir"]) / "nan"
     saved = checkpoint(folder, 3)
     assert all(torch.isfinite(tensor).all() for tensor in saved.values() if tensor.is_floating_point())
@@ -230,3 +229,12 @@ def test_the_python_entrance_steps_saves_and_goes_on(place: dict[str, Any]) -> N
     whole = train(place, "api-whole", **{"run.steps": 6})
     assert digest(checkpoint(result.folder, 6)) == digest(checkpoint(whole.folder, 6))
     assert first == [row[1] for row in losses(whole.folder)[:3]]
+
+
+def test_a_base_of_bf16_trains_in_bf16_and_resumes_to_the_bit(place: dict[str, Any]) -> None:
+    more = {"run.steps": 4, "save.every": 2, "memory.base": "bf16"}
+    whole = train(place, "bf16", **more)
+    assert json.loads((whole.folder / "run.json").read_text(encoding="utf-8"))["resolved"]["dtype"] == "bfloat16"
+    train(place, "bf16-parts", **{**more, "run.steps": 2})
+    parts = train(place, "bf16-parts", "latest", **more)
+    assert digest(checkpoint(parts.folder, 4)) == digest(checkpoint(whole.folder, 4))

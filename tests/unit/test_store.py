@@ -157,3 +157,14 @@ def test_every_way_to_be_killed_while_saving_leaves_a_whole_checkpoint(
             continue
         break
     assert at > 8  # the kill really came at many places
+
+
+def test_going_back_sets_the_later_ones_aside_and_keeps_them(tmp_path: Path) -> None:
+    store = Store(tmp_path, "run", keep=0)
+    for step in (1, 2, 3):
+        save(store, step)
+    assert [path.name for path in store.set_aside_after(1)] == ["left-checkpoint-2", "left-checkpoint-3"]
+    assert store.latest(lambda error: pytest.fail(str(error))).step == 1
+    save(store, 3)
+    assert [path.name for path in store.set_aside_after(1)] == ["left-checkpoint-3.1"]
+    assert read(tmp_path / "left-checkpoint-3", "run").step == 3

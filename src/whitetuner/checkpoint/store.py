@@ -139,6 +139,20 @@ class Store:
                 warn(error)
         return None
 
+    def set_aside_after(self, step: int) -> list[Path]:
+        """Renames this run's checkpoints beyond `step`: a run that goes on from an earlier one leaves them behind, and
+        "latest" must not come back to them. Nothing is deleted. Returns their new places.
+        """
+        moved = []
+        for path in self.list():
+            if int(path.name.rpartition("-")[2]) > step and _run_id(path) == self.run_id:
+                number = 0
+                while (target := path.with_name(f"left-{path.name}" + (f".{number}" if number else ""))).exists():
+                    number += 1
+                path.rename(target)
+                moved.append(target)
+        return moved
+
     def _rotate(self, newest: Path) -> None:
         if self.keep <= 0:
             return
