@@ -8,6 +8,7 @@ often the new word, and how often the old vocabulary, is drawn right.
 from __future__ import annotations
 
 import json
+import textwrap
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,10 +47,10 @@ caption_dropout = 0.1
 cache_dir = {cache}
 [[data.sets]]            # the new word
 images = {new}
-weight = 0.6
+weight = 0.5
 [[data.sets]]            # what the model knows already, so that it does not forget
 images = {old}
-weight = 0.4
+weight = 0.5
 
 [method]
 kind = "lokr"
@@ -62,12 +63,12 @@ sigmoid_bias = 0.6
 
 [optimizer]
 name = "adamw"
-lr = 5e-3
+lr = 4e-3
 betas = [0.9, 0.99]
 weight_decay = 0.0
 warmup_steps = 20
 schedule = "linear"
-min_lr_ratio = 0.1
+min_lr_ratio = 0.05
 ema = 0.98
 
 [save]
@@ -113,7 +114,7 @@ class Verdict:
         return found
 
 
-def nano(out: Path, steps: int = 320) -> int:
+def nano(out: Path, steps: int = 360) -> int:
     """Teaches the embedded model a word; 0 when the checker is satisfied, 1 when not.
 
     Writes into `out`: data/, config.toml, the run's folder, before_after.png, timelapse.gif, loss.png, score.json.
@@ -306,9 +307,13 @@ def pictures(run: Path, out: Path) -> None:
         return board
 
     strips = [strip(row, f"step {int(step.name.partition('-')[2])}") for row, step in zip(rows, steps)]
-    grid = Image.new("RGB", (strips[0].width, 2 * strips[0].height), "white")
-    grid.paste(strips[0], (0, 0))
-    grid.paste(strips[-1], (0, strips[0].height))
+    head = 34
+    grid = Image.new("RGB", (strips[0].width, head + 2 * strips[0].height), "white")
+    for column, prompt in enumerate(PREVIEWS):
+        lines = textwrap.fill(prompt, 22)
+        ImageDraw.Draw(grid).multiline_text((gap + column * (side + gap), 4), lines, fill=(90, 90, 90), spacing=1)
+    grid.paste(strips[0], (0, head))
+    grid.paste(strips[-1], (0, head + strips[0].height))
     grid.save(out / "before_after.png")
     strips[0].save(
         out / "timelapse.gif", save_all=True, append_images=[*strips[1:], strips[-1], strips[-1]], duration=450, loop=0
