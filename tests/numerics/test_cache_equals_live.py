@@ -1,4 +1,6 @@
-"""E9: what comes from the cache is what the encoders say live, to the bit, and exactly what changed is encoded anew."""
+"""E9: what comes from the cache is what the encoders say live, to the bit, and exactly what changed is
+encoded anew.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Every kind of picture file comes out as the upright RGB pixels that a viewer shows; broken ones are
-named.
-"""
+"""Every kind of picture file comes out as the upright RGB pixels that a viewer shows; broken ones are named."""
 
 from __future__ import annotations
 

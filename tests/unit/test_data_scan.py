@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -200,6 +201,10 @@ def test_names_that_are_no_text_are_told_as_they_are_meant(tmp_path: Path) -> No
     with pytest.raises(UserErrors) as caught:
         look(tmp_path)
     assert "黑猫.png" in str(caught.value) and "code page" in str(caught.value)
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/" + "白狗".encode("gbk"))
+    draw(Path(folder) / "c.png", seed=3)
+    with pytest.raises(UserErrors, match=r"白狗.c\.png"):
+        look(tmp_path, recursive=True)
     str(caught.value).encode("utf-8")
 
 
@@ -239,6 +244,17 @@ def test_kohya_folders_carry_their_repeats_and_words(tmp_path: Path) -> None:
     draw(tmp_path / "top.png", "plain", seed=4)
     mixed = look(tmp_path, recursive=True)
     assert sorted(item.target.name for item in mixed.items) == ["a.png", "b.png", "c.png", "top.png"]
+
+
+def test_the_folders_of_one_set_share_its_weight(tmp_path: Path) -> None:
+    draw(tmp_path / "k" / "3_one" / "a.png", seed=1)
+    draw(tmp_path / "k" / "1_two" / "b.png", seed=2)
+    draw(tmp_path / "plain" / "c.png", seed=3)
+    kohya, plain = (SetOptions(images=tmp_path / name, resolution=64) for name in ("k", "plain"))
+    assert [one.weight for one in look([kohya, plain]).sets] == [None, None, None]
+    heavy = look([replace(kohya, weight=8.0), plain]).sets
+    assert [(one.name, one.weight) for one in heavy] == [("1_two", 2.0), ("3_one", 6.0), ("plain", 1.0)]
+    assert [one.weight for one in look([kohya, replace(plain, weight=3.0)]).sets] == [0.25, 0.75, 3.0]
 
 
 def test_several_sets_count_their_items(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
-"""Sizes that pictures are trained at: sides are multiples of the model's stride, the area is about the wanted
-resolution squared, the shape is the one that crops the picture least. A picture is never stretched, and never
-enlarged unless asked.
+"""Sizes that pictures are trained at: sides are multiples of the model's stride, the area is about the wanted resolution
+squared, the shape is the one that crops the picture least. A picture is never stretched, and never enlarged unless asked.
 """
 
 from __future__ import annotations
@@ -17,10 +16,8 @@ LONGEST_SHAPE = 4.0
 
 @dataclass(frozen=True)
 class Bucketing:
-    """resolutions: sides of the squares whose areas are aimed at, in pixels; stride_px: all sides are
-    multiples of it;
-    min_size_px: no side gets shorter (half the resolution where that is less); upscale: small pictures may be
-    enlarged.
+    """resolutions: sides of the squares whose areas are aimed at, in pixels; stride_px: all sides are multiples of it;
+    min_size_px: no side gets shorter (half the resolution where that is less); upscale: small pictures may be enlarged.
     """
 
     resolutions: tuple[int, ...]
@@ -41,9 +38,7 @@ def bucketing(
     min_size_px: int = 64,
     upscale: bool = False,
 ) -> Bucketing:
-    """The rules of one set. Raises UserError for a resolution that is no multiple of the stride, with the
-    nearest ones.
-    """
+    """The rules of one set. Raises UserError for a resolution that is no multiple of the stride, with the nearest ones."""
     resolutions = (resolution,) if isinstance(resolution, int) else tuple(resolution)
     if not resolutions:
         raise UserError(
@@ -67,8 +62,8 @@ def bucketing(
 def choose(source: Size, rules: Bucketing) -> Size | None:
     """The size a picture is trained at, or None when it is too small for any.
 
-    The largest resolution whose bucket needs no enlarging; else, with `upscale`, the smallest resolution's
-    bucket; else a bucket of the picture's own: its sides rounded down to the stride.
+    The largest resolution whose bucket needs no enlarging; else, with `upscale`, the smallest resolution's bucket; else a
+    bucket of the picture's own: its sides rounded down to the stride.
     """
     for resolution in sorted(rules.resolutions, reverse=True):
         size = least_crop(source, shapes(resolution, rules.stride_px, rules.shortest_px))
@@ -82,8 +77,8 @@ def choose(source: Size, rules: Bucketing) -> Size | None:
 
 @lru_cache(maxsize=256)
 def shapes(resolution: int, stride_px: int, shortest_px: int) -> tuple[Size, ...]:
-    """All buckets of one resolution, widest last: for each width the greatest height with an area of at most
-    resolution squared, and the same turned by 90 degrees.
+    """All buckets of one resolution, widest last: for each width the greatest height with an area of at most resolution
+    squared, and the same turned by 90 degrees.
     """
     area = resolution * resolution
     found = set()

@@ -1,10 +1,8 @@
 """What the encoders say about every item, kept in files named after what they were asked.
 
-The name of an entry is a hash of the encoder (its files, options, code) and of what it reads of the item, and
-of nothing
-else: a changed file, caption, size or encoder finds no entry and is encoded anew, all else is found, by any
-run and any data set. Encoders run one after the other, each is loaded only if something is missing and freed
-before the next.
+The name of an entry is a hash of the encoder (its files, options, code) and of what it reads of the item, and of
+nothing more: a changed file, caption, size or encoder finds no entry and is encoded anew, all else is found, by any run and
+any data set. Encoders run one after the other, each is loaded only if something is missing and freed before the next.
 """
 
 from __future__ import annotations
@@ -38,8 +36,7 @@ _RECKON_AFTER = 16
 #: Temporary files this old were left by a killed process.
 _STALE_S = 24 * 3600
 
-#: (what is encoded, done, total, seconds since it began); it may raise to stop, everything written so far
-#: stays.
+#: (what is encoded, done, total, seconds since it began); it may raise to stop, everything written so far stays.
 Progress = Callable[[str, int, int, float], None]
 
 
@@ -71,8 +68,8 @@ class Cached:
     def fields(self, inputs: Inputs) -> dict[str, torch.Tensor]:
         """Everything the encoders said, on the CPU, dtypes as encoded.
 
-        Raises UserError when an entry was deleted or damaged since `build_cache`; the damaged file is
-        removed, so that the next start encodes it again.
+        Raises UserError when an entry was deleted or damaged since `build_cache`; the damaged file is removed, so that the
+        next start encodes it again.
         """
         found: dict[str, torch.Tensor] = {}
         for encoder in self.encoders:
@@ -97,9 +94,7 @@ class Cached:
         return Sample(item, visit, self.fields(Inputs.of(item, uncond=uncond)))
 
     def shape_key(self, item: Item) -> tuple[object, ...]:
-        """Items with equal keys can share a batch: sizes of target and conditions, and shapes of all stacked
-        fields.
-        """
+        """Items with equal keys can share a batch: sizes of target and conditions, and shapes of all stacked fields."""
         shapes = self._stacked(Inputs.of(item))
         return (tuple(item.size), tuple(map(tuple, item.condition_sizes)), shapes)
 
@@ -133,12 +128,10 @@ def build_cache(
 
     extra: preview prompts, negatives, validation items; uncond: also every item with an empty caption
     precision: how `build` makes the encoders (their dtype), part of the key
-    workers: threads that decode pictures ahead of the encoder; 0: none, decode in line; None: by the
-    machine's cores
+    workers: threads that decode pictures ahead of the encoder; 0: none, decode in line; None: by the machine's cores
     share: (rank, ranks), each encodes its part; wait: comes back when all ranks have finished an encoder
-    Raises UserError for a full disk or folder that cannot be written, and, after all others are encoded, for
-    every picture that cannot be decoded. Whatever is raised, entries written before are valid and are found
-    again.
+    Raises UserError for a full disk or folder that cannot be written, and, after all others are encoded, for every picture
+    that cannot be decoded. Whatever is raised, entries written before are valid and are found again.
     """
     _prepare(folder)
     facts = [Facts.of(encoder, precision) for encoder in encoders]
@@ -203,7 +196,7 @@ def _encode(
                         f"{known.name} says {sorted(tensors)}"
                     )
                     if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
-                        raise _not_finite(known.name, jobs[key])
+                        raise _not_finite(known, jobs[key])
                     room.write(cached._path(known.name, key), key, tensors)
                     cached._shapes[key] = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
                 tell(done)
@@ -216,8 +209,7 @@ def _encode(
 def _free(encoder: Encoder) -> None:
     """Gives the encoder's memory back before anything else is loaded.
 
-    Models that hold themselves in a circle stay until a full collection, which takes 0.4 s: only then it is
-    run.
+    Models that hold themselves in a circle stay until a full collection, which takes 0.4 s: only then it is run.
     """
     held = [weakref.ref(value) for value in vars(encoder).values() if isinstance(value, torch.nn.Module)]
     encoder.free()
@@ -227,22 +219,20 @@ def _free(encoder: Encoder) -> None:
         torch.cuda.empty_cache()
 
 
-def _not_finite(encoder: str, inputs: Inputs) -> UserError:
+def _not_finite(encoder: Facts, inputs: Inputs) -> UserError:
     return UserError(
         "the model's part '{encoder}' makes numbers of this that are not finite",
-        where=str(inputs.target or repr(inputs.caption)),
+        where=repr(inputs.caption) if encoder.reads == {"caption"} else str(inputs.target),
         mend="its weights are damaged: download this part again; or set memory.dtype = 'fp32'",
         code=EXIT_FAILED,
-        encoder=encoder,
+        encoder=encoder.name,
     )
 
 
 def _decoded(
     known: Facts, jobs: Mapping[str, Inputs], workers: int
 ) -> Generator[tuple[str, EncodeInput | UserError]]:
-    """Every job with its pictures decoded, in order, by threads that stay a few pictures ahead (Pillow frees
-    the lock).
-    """
+    """Every job with its pictures decoded, in order, by threads that stay a few pictures ahead (Pillow frees the lock)."""
 
     def give(inputs: Inputs) -> EncodeInput | UserError:
         try:
@@ -288,9 +278,7 @@ def _verify(cached: Cached, known: Facts, keys: Sequence[str], progress: Progres
 
 
 def _prepare(folder: Path) -> None:
-    """Makes the folder, marks it as a cache (backup programs and our scan pass over it), removes what killed
-    runs left.
-    """
+    """Makes the folder, marks it as a cache (backup programs and our scan pass over it), removes what killed runs left."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / CACHE_TAG).exists():

@@ -1,6 +1,4 @@
-"""Caption files: UTF-8 text beside the picture. What is not UTF-8 is told with the likely encoding, and can
-be converted.
-"""
+"""Caption files: UTF-8 text beside the picture. What is not UTF-8 is told with the likely encoding, and can be converted."""
 
 from __future__ import annotations
 
@@ -19,9 +17,7 @@ CAPTION_ENDINGS = (".txt", ".caption", ".cap", ".captions", ".prompt")
 
 
 def read_caption(path: Path) -> str:
-    """Text of a caption file without byte-order mark and outer blanks. Raises UserError when it is not
-    UTF-8.
-    """
+    """Text of a caption file without byte-order mark and outer blanks. Raises UserError when it is not UTF-8."""
     raw = path.read_bytes()
     try:
         return tidy(raw.decode("utf-8-sig"))
@@ -41,9 +37,7 @@ def tidy(text: str) -> str:
 
 
 def with_trigger(caption: str, trigger: str) -> str:
-    """The trigger word stands before the caption unless it is in there already (as a word of its own, case
-    ignored).
-    """
+    """The trigger word stands before the caption unless it is in there already (as a word of its own, case ignored)."""
     if not trigger:
         return caption
     # Letters of the alphabet end a word; Chinese has no blanks, so \b would never find one there
@@ -72,9 +66,7 @@ def guess_encoding(raw: bytes) -> str:
 
 
 def _readable(raw: bytes, encoding: str) -> float:
-    """Share of the non-ASCII characters that are frequent in texts of that encoding; 0 when it cannot be
-    decoded.
-    """
+    """Share of the non-ASCII characters that are frequent in texts of that encoding; 0 when it cannot be decoded."""
     try:
         text = raw.decode(encoding)
     except UnicodeDecodeError:
@@ -90,9 +82,7 @@ def _gb2312_frequent(char: str) -> bool:
 
 
 def _big5_frequent(char: str) -> bool:
-    """First level of Big5 (5401 frequent characters) or its punctuation; a little less than sure, since GBK
-    overlaps it.
-    """
+    """First level of Big5 (5401 frequent characters) or its punctuation; a little less than sure, since GBK overlaps it."""
     code = char.encode("big5")
     return 0xA1 <= code[0] <= 0xC6
 

@@ -1,5 +1,4 @@
-"""A look over data sets before anything is loaded: every problem at once, and what training would make of
-each picture.
+"""A look over data sets before anything is loaded: every problem at once, and what training would make of each picture.
 
 From headers and file ends, ten thousand pictures in seconds; `deep` decodes them.
 """
@@ -26,20 +25,16 @@ from whitetuner.records import Size
 #: A larger part of a picture being cut off is worth a word.
 CROPPED_TOO_MUCH = 0.2
 
-#: Words and Chinese characters of a caption beyond which, without a tokenizer, it is called long: about 512
-#: tokens.
+#: Words and Chinese characters of a caption beyond which, without a tokenizer, it is called long: about 512 tokens.
 LONG_CAPTION = 380
 
-#: Visits of each picture that trainers of these models advise, and the steps they don't go below
-#: (docs/datasets.md).
+#: Visits of each picture that trainers of these models advise, and the steps they don't go below (docs/datasets.md).
 VISITS, LEAST_STEPS, MOST_STEPS = 60, 500, 6000
 
 
 @dataclass(frozen=True)
 class Placed:
-    """One picture and what training makes of it. cropped: share of its area that is cut off; size None:
-    cannot be used.
-    """
+    """One picture and what training makes of it. cropped: share of its area that is cut off; size None: cannot be used."""
 
     path: Path
     set_index: int
@@ -163,8 +158,8 @@ def check_sets(
 ) -> CheckReport:
     """Everything that can be said of the sets. Raises nothing for what is wrong with them.
 
-    sections: objects with the fields of SetOptions; tokens: counts a caption's tokens as the model does
-    (None: words are counted), of which it reads max_tokens; deep: decode every picture;
+    sections: objects with the fields of SetOptions; tokens: counts a caption's tokens as the model does (None: words are
+    counted), of which it reads max_tokens; deep: decode every picture;
     progress: told (pictures looked at, pictures in all)
     """
     began = time.perf_counter()
@@ -216,17 +211,13 @@ def check_sets(
 
 
 def suggested_steps(pictures: int, batch_size: int) -> int:
-    """Optimizer steps to begin with: each picture seen sixty times, within sensible bounds, rounded to
-    fifties.
-    """
+    """Optimizer steps to begin with: each picture seen sixty times, within sensible bounds, rounded to fifties."""
     wanted = min(MOST_STEPS, max(LEAST_STEPS, VISITS * pictures)) / batch_size
     return max(50, round(wanted / 50) * 50)
 
 
 def convert_sets(sections: Sequence[object], encoding: str | None = None) -> list[Converted]:
-    """Brings every caption of the sets that is not UTF-8 to UTF-8, the originals kept beside. Raises
-    UserError.
-    """
+    """Brings every caption of the sets that is not UTF-8 to UTF-8, the originals kept beside. Raises UserError."""
     return convert_captions(dict.fromkeys(caption_files(sections)), encoding)
 
 

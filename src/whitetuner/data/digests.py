@@ -12,8 +12,8 @@ from pathlib import Path
 
 from whitetuner.data.media import naming
 
-#: Files changed less than this before they were hashed are hashed again next time: a second change within the
-#: clock's grain would leave size and time as they are (FAT counts in 2 s).
+#: Files changed less than this before they were hashed are hashed again next time: a second change within the clock's grain
+#: would leave size and time as they are (FAT counts in 2 s).
 SETTLED_S = 3.0
 
 _READ_BYTES = 1 << 20
@@ -71,8 +71,7 @@ def _workers() -> int:
 class _Index:
     """What was hashed of one folder: file name -> size in bytes, times of change in ns, digest.
 
-    The second time is the system's own (on Windows: of creation), which a copy that keeps the first does not
-    keep.
+    The second time is the system's own (on Windows: of creation), which a copy that keeps the first does not keep.
 
     Several processes may write it at once; the last one wins and what it lacks is hashed again.
     """

@@ -1,7 +1,7 @@
 """One cache entry: a safetensors file that says what it belongs to and proves that it is whole.
 
-Written beside and renamed, so that a reader (of this or another process) meets an entry that is whole or
-none. There is no fsync per file: after a power cut a file may be short or empty, and reading it says so.
+Written beside and renamed, so that a reader (of this or another process) meets an entry that is whole or none. There is no
+fsync per file: after a power cut a file may be short or empty, and reading it says so.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ _numbers = itertools.count()
 
 
 def write_entry(path: Path, key: str, tensors: Mapping[str, torch.Tensor]) -> int:
-    """Writes an entry whole or not at all; returns its bytes. Raises OSError when the disk does not take
-    it.
-    """
+    """Writes an entry whole or not at all; returns its bytes. Raises OSError when the disk does not take it."""
     # safetensors refuses tensors that share memory, and views keep more than they show
     owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     data = save(owned, metadata={"key": key, "checksum": checksum(owned)})
@@ -49,9 +47,7 @@ def write_entry(path: Path, key: str, tensors: Mapping[str, torch.Tensor]) -> in
 
 
 def read_entry(path: Path, key: str) -> dict[str, torch.Tensor] | None:
-    """The tensors of an entry, dtypes as written; None when it is missing, cut off, changed, or another
-    key's.
-    """
+    """The tensors of an entry, dtypes as written; None when it is missing, cut off, changed, or another key's."""
     try:
         raw = path.read_bytes()
         length = int.from_bytes(raw[:8], "little")

@@ -14,8 +14,7 @@ from whitetuner.data.captions import CAPTION_ENDINGS
 from whitetuner.data.media import OTHER_PICTURES, PICTURES
 from whitetuner.errors import UserError
 
-#: kohya's convention: a sub-folder "10_sks dog" is learned ten times an epoch, "sks dog" where a caption is
-#: missing.
+#: kohya's convention: a sub-folder "10_sks dog" is learned ten times an epoch, "sks dog" where a caption is missing.
 _KOHYA = re.compile(r"^(\d+)_(.+)$")
 
 #: Written into every cache folder (bford.info/cachedir); a folder with it is nobody's data set.
@@ -26,8 +25,8 @@ CACHE_TAG = "CACHEDIR.TAG"
 class Listing:
     """Pictures of one folder (its sub-folders too, if asked), in an order that no machine changes.
 
-    captions: one text file each, or None; unread: pictures of kinds that are not read; orphans: captions
-    without picture
+    captions: one text file each, or None; unread: pictures of kinds that are not read; orphans: captions without
+    picture; misnamed: pictures whose names are not UTF-8, as they are probably meant
     """
 
     folder: Path
@@ -52,9 +51,7 @@ def kohya_folders(folder: Path) -> list[tuple[Path, int, str]]:
 def list_folder(
     folder: Path, caption_ext: str, recursive: bool, leave_out: frozenset[Path] = frozenset()
 ) -> Listing:
-    """Raises UserError when the folder is missing or a file. Hidden files and what this program wrote are
-    passed over.
-    """
+    """Raises UserError when the folder is missing or a file. Hidden files and what this program wrote are passed over."""
     if not folder.is_dir():
         raise not_a_folder(folder)
     ext = caption_ext if caption_ext.startswith(".") else f".{caption_ext}"
@@ -65,8 +62,8 @@ def list_folder(
     misnamed: list[Path] = []
     endings: Counter[str] = Counter()
     for place, names in _walk(folder, recursive, leave_out):
-        broken = [name for name in names if not _is_text(name)]
-        misnamed += [place / _meant(name) for name in broken if Path(name).suffix.lower() in PICTURES]
+        broken = {name for name in names if not _is_text(str(place / name))}
+        misnamed += [_meant(place / name) for name in sorted(broken) if Path(name).suffix.lower() in PICTURES]
         names = [name for name in names if name not in broken]
         exact = set(names)
         folded: dict[str, list[str]] = {}
@@ -92,9 +89,7 @@ def list_folder(
 
 
 def fold(name: str) -> str:
-    """Names that differ only in capitals, or in how an accent is stored (macOS takes it apart), fold to the
-    same.
-    """
+    """Names that differ only in capitals, or in how an accent is stored (macOS takes it apart), fold to the same."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
@@ -107,8 +102,11 @@ def _is_text(name: str) -> bool:
     return True
 
 
-def _meant(name: str) -> str:
-    return os.fsencode(name).decode("gb18030", "replace")
+def _meant(path: Path) -> Path:
+    """The path with the parts that are no text read as Chinese Windows would."""
+    return Path(
+        *(part if _is_text(part) else os.fsencode(part).decode("gb18030", "replace") for part in path.parts)
+    )
 
 
 def not_a_folder(folder: Path) -> UserError:
@@ -126,9 +124,7 @@ def not_a_folder(folder: Path) -> UserError:
 
 
 def nothing_found(folder: Path) -> UserError:
-    """What to say of a folder without a single picture: what is there instead, and where pictures might be
-    meant.
-    """
+    """What to say of a folder without a single picture: what is there instead, and where pictures might be meant."""
     names = [entry.name for entry in _entries(folder) if entry.is_file()]
     names.sort()
     kinds = Counter(Path(name).suffix.lower() or "without ending" for name in names)

@@ -1,6 +1,4 @@
-"""What encoders can be asked, and the name under which the answer is kept: a hash of the encoder and of what
-it reads.
-"""
+"""What encoders can be asked, and the name under which the answer is kept: a hash of the encoder and of what it reads."""
 
 from __future__ import annotations
 
@@ -82,9 +80,7 @@ class Facts:
         return hashlib.blake2b(json.dumps(parts).encode("utf-8"), digest_size=20).hexdigest()
 
     def give(self, inputs: Inputs) -> EncodeInput:
-        """Decodes what this encoder says it reads, and hands it nothing else: a result cannot hang on more
-        than its key.
-        """
+        """Decodes what this encoder says it reads, and hands it nothing else: a result cannot hang on more than its key."""
         size: Size | None = None
         target: tuple[Image.Image, ...] = ()
         conditions: tuple[Image.Image, ...] = ()
@@ -104,9 +100,7 @@ class Facts:
 
 
 def _content(path: Path, digest: str) -> bytes:
-    """The file's bytes. Raises UserError when they are not those that were scanned: the entry's name would
-    lie.
-    """
+    """The file's bytes. Raises UserError when they are not those that were scanned: the entry's name would lie."""
     with naming(path):
         data = path.read_bytes()
     if digest_of(data) != digest:

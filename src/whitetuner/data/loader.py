@@ -56,9 +56,7 @@ class Loader(Iterator[Batch]):
             self._read_next()
 
     def __next__(self) -> Batch:
-        """Raises what the reading thread met (UserError for a damaged cache entry); StopIteration after
-        `close`.
-        """
+        """Raises what the reading thread met (UserError for a damaged cache entry); StopIteration after `close`."""
         if not self._ahead:
             raise StopIteration
         batch = self._ahead.popleft().result()
@@ -90,9 +88,7 @@ class Loader(Iterator[Batch]):
         return stack(samples, self._cached)
 
     def _fields(self, number: int, uncond: bool) -> Mapping[str, torch.Tensor]:
-        """What the encoders said, from the disk or, while there is room, from memory: a small set is read
-        once.
-        """
+        """What the encoders said, from the disk or, while there is room, from memory: a small set is read once."""
         kept = self._kept.get((number, uncond))
         if kept is not None:
             return kept

@@ -1,9 +1,7 @@
-"""A picture file becomes upright RGB pixels, and those are cut to a size: scaled to cover, centre-cropped,
-never stretched.
+"""A picture file becomes upright RGB pixels, and those are cut to a size: scaled to cover, centre-cropped, never stretched.
 
-Traps that are handled here (measured on real files): EXIF rotation; transparency, which PIL's convert would
-drop onto whatever colour lies underneath; 16-bit greys, which convert would clip to white; palettes, CMYK and
-colour profiles.
+Traps that are handled here (measured on real files): EXIF rotation; transparency, which PIL's convert would drop onto
+whatever colour lies underneath; 16-bit greys, which convert would clip to white; palettes, CMYK and colour profiles.
 """
 
 from __future__ import annotations
@@ -61,17 +59,15 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Pillow's own guard warns from 89 megapixels on, which real phones exceed, and raises at 179. `opened` has
-# the limit above.
+# Pillow's own guard warns from 89 megapixels on, which real phones exceed, and raises at 179. `opened` has the limit above.
 Image.MAX_IMAGE_PIXELS = None
 
 
 def read(path: Path, cover: Size | None = None, data: bytes | None = None) -> Image.Image:
-    """Upright RGB picture: rotated by EXIF, transparency over white, 16 bits scaled to 8, colour profile
-    turned to sRGB.
+    """Upright RGB picture: rotated by EXIF, transparency over white, 16 bits scaled to 8, colour profile turned to sRGB.
 
-    cover: what it will be cut to; a JPEG at least twice as large is then decoded at a fraction by its DCT (a
-    third of the time for 12 megapixels, 48.7 dB from the full decode).
+    cover: what it will be cut to; a JPEG at least twice as large is then decoded at a fraction by its DCT (a third of the
+    time for 12 megapixels, 48.7 dB from the full decode).
     data: the file's content where it was read already
     Raises UserError when the file is missing, not a picture, damaged or too large.
     """
@@ -84,9 +80,7 @@ def read(path: Path, cover: Size | None = None, data: bytes | None = None) -> Im
 
 
 def crop_box(source: Size, size: Size) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom of what is kept of a picture, in its own pixels: the largest centred part of
-    the wanted shape.
-    """
+    """Left, top, right, bottom of what is kept, in the picture's own pixels: the largest centred part of the shape."""
     scale = max(size.width / source.width, size.height / source.height)
     width, height = min(source.width, size.width / scale), min(source.height, size.height / scale)
     left, top = (source.width - width) / 2, (source.height - height) / 2
@@ -96,9 +90,7 @@ def crop_box(source: Size, size: Size) -> tuple[float, float, float, float]:
 
 
 def cut(image: Image.Image, size: Size) -> Image.Image:
-    """Scales with one factor so that the picture covers `size`, then keeps the middle: one Lanczos pass for
-    both.
-    """
+    """Scales with one factor so that the picture covers `size`, then keeps the middle: one Lanczos pass for both."""
     box = crop_box(Size(*image.size), size)
     return image.resize((size.width, size.height), Image.Resampling.LANCZOS, box=box)
 
@@ -111,7 +103,7 @@ def picture(path: Path, size: Size, data: bytes | None = None) -> Image.Image:
 def orientation(image: Image.Image) -> int:
     """EXIF orientation 1..8 from what of the file was read so far; 5 and up swap width and height.
 
-    PNG: `Image.getexif` would decode all of it to look behind the pixels, so the base class is asked.
+    PNG: its `getexif` would decode all of it to look behind the pixels, so the base class is asked.
     Broken EXIF counts as none, as in viewers.
     """
     try:
@@ -123,9 +115,7 @@ def orientation(image: Image.Image) -> int:
 
 @contextmanager
 def opened(path: Path, data: bytes | None = None) -> Iterator[Image.Image]:
-    """The file as Pillow sees it, pixels not decoded yet; whatever breaks inside becomes a UserError that
-    names the file.
-    """
+    """The file as Pillow sees it, pixels not decoded yet; whatever breaks inside becomes a UserError that names the file."""
     with naming(path), io.BytesIO(data) if data is not None else path.open("rb") as file:
         kind = sniff(file.read(64))
         file.seek(0)
@@ -260,9 +250,7 @@ def _formats(path: Path, kind: str) -> list[str]:
 
 
 def _at_least(source: tuple[int, int], cover: Size, turned: bool) -> tuple[int, int]:
-    """Size before rotation that a JPEG must keep so that cutting to `cover` never enlarges. At most the
-    source itself.
-    """
+    """Size before rotation that a JPEG must keep so that cutting to `cover` never enlarges. At most the source itself."""
     width, height = (cover.height, cover.width) if turned else (cover.width, cover.height)
     scale = min(1.0, max(width / source[0], height / source[1]))
     return math.ceil(source[0] * scale), math.ceil(source[1] * scale)
@@ -284,9 +272,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """Colours as a viewer shows them (phones store Display P3, print files CMYK). A broken profile counts as
-    none, as in viewers.
-    """
+    """Colours as viewers show them (phones store Display P3, print files CMYK); a broken profile counts as none."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if "srgb" in ImageCms.getProfileDescription(source).lower():

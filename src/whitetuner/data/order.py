@@ -1,10 +1,9 @@
-"""In which order items are visited: a pure function of (seed, index), so that resume, workers and ranks
-cannot change it.
+"""In which order items are visited: a pure function of (seed, index), so that resume, workers and ranks cannot change it.
 
-Every set has its own endless row of shuffled passes; an epoch takes the next so many of each row. The visit
-number of an item is how often it was drawn before: its pass. Draws of an epoch are shuffled, put into
-micro-batches of one shape, and the micro-batches shuffled again. Only Python's `random.Random(int).random()`
-is used, whose numbers are guaranteed not to change between versions; nothing hangs on file names.
+Every set has its own endless row of shuffled passes; an epoch takes the next so many of each row. The visit number of an
+item is how often it was drawn before: its pass. Draws of an epoch are shuffled, put into micro-batches of one shape, and
+the micro-batches shuffled again. Only Python's `random.Random(int).random()` is used, whose numbers are guaranteed not to
+change between versions; nothing hangs on file names.
 """
 
 from __future__ import annotations
@@ -21,9 +20,7 @@ from whitetuner.records import Item
 
 
 class SetShare(Protocol):
-    """repeats: visits of each item in an epoch; weight: share of the epoch's draws relative to other sets,
-    instead.
-    """
+    """repeats: visits of each item in an epoch; weight: share of the epoch's draws relative to other sets, instead."""
 
     @property
     def repeats(self) -> int: ...
@@ -43,9 +40,8 @@ MicroBatch = tuple[Draw, ...]
 
 
 class Order:
-    """An endless sequence of micro-batches. Step s with accumulation k on W ranks uses number s k W up to (s
-    + 1) k W - 1, and rank r every W-th of them from r on: which samples a step sees does not depend on how
-    many ranks share it.
+    """An endless sequence of micro-batches. Step s with accumulation k on W ranks uses number s k W up to (s + 1) k W - 1,
+    and rank r every W-th of them from r on: which samples a step sees does not depend on how many ranks share it.
     """
 
     def __init__(
@@ -56,11 +52,10 @@ class Order:
         batch_size: int,
         seed: int,
     ) -> None:
-        """shape_keys: one for each item; items in one micro-batch have equal ones. Sets that no item is of
-        are passed over.
+        """shape_keys: one for each item; items in one micro-batch have equal ones. Sets that no item is of are passed over.
 
-        With any weight given, an epoch keeps its length (sum of items x repeats) and is shared out by weight
-        (a set without counts 1; the largest remainders are rounded up; every set gets at least one draw).
+        With any weight given, an epoch keeps its length (sum of items x repeats) and is shared out by weight (a set without
+        counts 1; the largest remainders are rounded up; every set gets at least one draw).
         Raises UserError when a batch would be larger than an epoch.
         """
         assert len(items) == len(shape_keys) and items, "one shape key for each of at least one item"
@@ -91,16 +86,12 @@ class Order:
 
     @property
     def batches_per_epoch(self) -> int:
-        """Micro-batches of the first epoch; later ones differ only where sets have weights and batches are
-        mixed of shapes.
-        """
+        """Micro-batches of the first epoch; later ones differ only where sets have weights and batches are mixed of shapes."""
         return len(self._epoch(0))
 
     @property
     def small_batches(self) -> int:
-        """Micro-batches of the first epoch with fewer than batch_size samples: a shape's items do not divide
-        evenly.
-        """
+        """Micro-batches of the first epoch with fewer than batch_size samples: a shape's items do not divide evenly."""
         return sum(len(batch) < self.batch_size for batch in self._epoch(0))
 
     def batch(self, index: int) -> MicroBatch:

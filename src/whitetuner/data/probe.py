@@ -1,8 +1,8 @@
-"""What a picture file says of itself, from its header and its end: size, kind, damage. Pixels are decoded
-only on suspicion.
+"""What a picture file says of itself, from its header and its end: size, kind, damage. Pixels are decoded only on
+suspicion.
 
-Ten thousand files are looked at in seconds. A file whose end is missing is told without decoding; because
-some programs leave a proper end away, a suspect is decoded before it is called damaged.
+Ten thousand files are looked at in seconds. A file whose end is missing is told without decoding; because some programs
+leave a proper end away, a suspect is decoded before it is called damaged.
 """
 
 from __future__ import annotations
@@ -20,16 +20,13 @@ from whitetuner.data.problems import Problem
 from whitetuner.errors import UserError
 from whitetuner.records import Size
 
-#: PNG chunks behind the pixels that could carry an orientation; only with one of them is the file read to its
-#: end.
+#: PNG chunks behind the pixels that could carry an orientation; only with one of them is the file read to its end.
 _LATE_METADATA = (b"eXIf", b"iTXt", b"zTXt", b"tEXt")
 
 
 @dataclass(frozen=True)
 class Probe:
-    """size: after EXIF rotation, None when the file cannot be read; kind: what it really is; traits: what is
-    done to it.
-    """
+    """size: after EXIF rotation, None when the file cannot be read; kind: what it really is; traits: what is done to it."""
 
     size: Size | None
     kind: str = ""
@@ -38,9 +35,7 @@ class Probe:
 
 
 def probe(path: Path, deep: bool = False) -> Probe:
-    """Size and soundness of one picture. deep: decode every pixel, whatever the file's ends say. Never raises
-    for a bad file.
-    """
+    """Size and soundness of one picture; never raises for a bad file. deep: decode all of it, whatever its ends say."""
     try:
         with naming(path), path.open("rb") as file:
             kind = sniff(file.read(64))
@@ -83,9 +78,7 @@ def _traits(image: Image.Image, turn: int) -> tuple[str, ...]:
 
 
 def _ends_well(file: BinaryIO, kind: str) -> tuple[bool, bool]:
-    """Whether the file has the end its format prescribes, and whether a PNG keeps text or EXIF behind its
-    pixels.
-    """
+    """Whether the file has the end its format prescribes, and whether a PNG keeps text or EXIF behind its pixels."""
     length = file.seek(0, os.SEEK_END)
     file.seek(0)
     if kind == "png":
@@ -115,11 +108,11 @@ def _png_ends(file: BinaryIO, length: int) -> tuple[bool, bool]:
 
 
 def _jpeg_ends(file: BinaryIO, length: int) -> bool:
-    """An end-of-image marker follows the start of the scan; inside the scan FF is always followed by 00 (ITU
-    T.81, B.1.1.5).
+    """An end-of-image marker follows the start of the scan; inside the scan FF is always followed by 00 (ITU T.81,
+    B.1.1.5).
 
-    Searched from the end, since phones append more than a megabyte behind it (motion photos). The thumbnail
-    inside the header has an end marker of its own, which must not count.
+    Searched from the end, since phones append more than a megabyte behind it (motion photos). The thumbnail inside the
+    header has an end marker of its own, which must not count.
     """
     file.seek(max(0, length - 2))
     if file.read(2) == b"\xff\xd9":
@@ -154,8 +147,7 @@ def _scan_start(file: BinaryIO, length: int) -> int | None:
 
 
 def _webp(file: BinaryIO) -> Probe | None:
-    """Size, orientation and traits from the chunks (WebP container specification); None: let Pillow say what
-    it thinks.
+    """Size, orientation and traits from the chunks (WebP container specification); None: let Pillow say what it thinks.
 
     Pillow unpacks the whole file to tell the size, ten times the time that all other kinds need.
     """

@@ -1,6 +1,4 @@
-"""What is wrong with a file of a data set: collected, so that everything is told at once, and merged, so that
-it stays short.
-"""
+"""What is wrong with the files of a data set: collected, to tell everything at once, and merged, to tell it briefly."""
 
 from __future__ import annotations
 
@@ -19,9 +17,7 @@ NAMED = 5
 
 @dataclass(frozen=True)
 class Problem:
-    """One finding. kind: stable word for programs ("truncated"); error: its text; an "error" stops a run,
-    others don't.
-    """
+    """One finding. kind: stable word for programs ("truncated"); error: its text; an "error" stops a run, others don't."""
 
     kind: str
     level: Level

@@ -1,6 +1,4 @@
-"""Small data sets in the formats that users have, drawn from a seed: for `whitetuner testdata`, demos and
-tests.
-"""
+"""Small data sets in the formats that users have, drawn from a seed: for `whitetuner testdata`, demos and tests."""
 
 from __future__ import annotations
 

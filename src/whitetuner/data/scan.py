@@ -21,9 +21,7 @@ __all__ = ["PictureSet", "Scan", "SetOptions", "caption_files", "place", "scan"]
 
 @dataclass(frozen=True)
 class Scan:
-    """items: in scan order; sets: `Item.set_index` counts them; problems: warnings and notes, nothing that
-    stops a run.
-    """
+    """items: in scan order; sets: `Item.set_index` counts them; problems: warnings and notes, nothing that stops a run."""
 
     items: tuple[Item, ...]
     sets: tuple[PictureSet, ...]
@@ -34,9 +32,7 @@ class Scan:
         return [str(error) for error in merged(self.problems)]
 
     def digest(self) -> str:
-        """Changes when a picture, a caption, a size or the make-up of the sets does; not when files are
-        renamed.
-        """
+        """Changes when a picture, a caption, a size or the make-up of the sets does; not when files are renamed."""
         rows = sorted([item.id, item.caption, list(item.size), item.set_index] for item in self.items)
         sets = [[one.repeats, one.weight, one.caption_dropout] for one in self.sets]
         return hashlib.blake2b(json.dumps([rows, sets]).encode(), digest_size=16).hexdigest()
@@ -90,9 +86,7 @@ def scan(
 def place(
     found: Found, of: PictureSet, stride_px: int, min_size_px: int
 ) -> tuple[Size | None, Problem | None]:
-    """The size a picture is trained at, or what is wrong with its size. (None, None): it could not be read at
-    all.
-    """
+    """The size a picture is trained at, or what is wrong with its size. (None, None): it could not be read at all."""
     if found.probe.size is None:
         return None, None
     options = of.options

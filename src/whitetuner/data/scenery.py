@@ -65,9 +65,7 @@ def scenes(count: int, seed: int) -> list[Scene]:
 
 
 def paint(scene: Scene, width: int, height: int, *, thing: bool = True, grain: float = 4.0) -> Image.Image:
-    """The scene as an RGB picture. thing: without it the place is empty; grain: deviation of sensor noise,
-    0..255.
-    """
+    """The scene as an RGB picture. thing: without it the place is empty; grain: deviation of sensor noise, 0..255."""
     wide, high = width * _FINER, height * _FINER
     sky = _blend(*SKIES[scene.sky], wide, high)
     land = _blend(*LANDS[scene.land], wide, high)
@@ -121,9 +119,7 @@ def _stand(image: Image.Image, scene: Scene) -> None:
 
 
 def _thing(image: Image.Image, name: str, across: float, foot: float, extent: float) -> None:
-    """Drawn standing with its middle at `across` and its foot at `foot`; extent: half its width, in
-    pixels.
-    """
+    """Drawn standing with its middle at `across` and its foot at `foot`; extent: half its width, in pixels."""
     pen = ImageDraw.Draw(image)
     colour = THINGS[name]
     dark = tuple(value * 6 // 10 for value in colour)

@@ -25,11 +25,9 @@ Small = Literal["refuse", "skip"]
 class SetOptions:
     """One data set as the config names it ([data] or one of [[data.sets]]).
 
-    caption_dropout: share of visits at which the text is left out; default_caption: for pictures without a
-    caption file (None: that is an error; "": they are learned without text); repeats: visits of every picture
-    in an epoch;
-    weight: the set's part of an epoch instead (see data/order.py); prompt: one caption for all, files are not
-    looked at;
+    caption_dropout: share of visits at which the text is left out; default_caption: for pictures without a caption file
+    (None: that is an error; "": they are learned without text); repeats: visits of every picture in an epoch;
+    weight: the set's part of an epoch instead (see data/order.py); prompt: one caption for all, files are not looked at;
     too_small: what becomes of pictures below the model's least size
     """
 
@@ -112,20 +110,27 @@ def survey(
     sets: list[PictureSet] = []
     problems: list[Problem] = []
     jobs: list[tuple[int, Path, Path | None]] = []
-    for section in sections:
-        options = SetOptions.of(section)
+    given = [SetOptions.of(section) for section in sections]
+    weighted = any(options.weight is not None for options in given)
+    for options in given:
         try:
             listings = list(_listings(options))
         except UserError as error:
             problems.append(Problem("folder", "error", Path(options.images or ""), error))
             continue
+        visits = sum(len(listing.pictures) * repeats for listing, repeats, _ in listings)
         for listing, repeats, words in listings:
             index = len(sets)
             own = options if words is None else replace(options, default_caption=words)
+            weight = options.weight
+            if weight is None and weighted:
+                weight = 1.0
+            if (
+                weight is not None and visits
+            ):  # the folders of one set share its weight, so that it counts as one
+                weight *= len(listing.pictures) * repeats / visits
             sets.append(
-                PictureSet(
-                    listing.folder.name, listing.folder, own, repeats, options.weight, options.caption_dropout
-                )
+                PictureSet(listing.folder.name, listing.folder, own, repeats, weight, options.caption_dropout)
             )
             jobs += [
                 (index, path, beside) for path, beside in zip(listing.pictures, listing.captions, strict=True)
@@ -146,9 +151,7 @@ def survey(
 
 
 def _listings(options: SetOptions) -> list[tuple[Listing, int, str | None]]:
-    """The folders of one set with their repeats, and the words of a kohya folder where they stand in for
-    captions.
-    """
+    """The folders of one set with their repeats, and the words of a kohya folder where they stand in for captions."""
     if options.images is None:
         raise UserError(
             "no folder of pictures is named",
@@ -162,10 +165,12 @@ def _listings(options: SetOptions) -> list[tuple[Listing, int, str | None]]:
     rest = list_folder(
         folder, options.caption_ext, options.recursive, frozenset(path for path, _, _ in inner)
     )
-    listings: list[tuple[Listing, int, str | None]] = [(rest, options.repeats, None)] if rest.pictures else []
+    listings: list[tuple[Listing, int, str | None]] = (
+        [(rest, options.repeats, None)] if rest.pictures or rest.misnamed else []
+    )
     for path, count, words in inner:
         listing = list_folder(path, options.caption_ext, options.recursive)
-        if listing.pictures:
+        if listing.pictures or listing.misnamed:
             listings.append(
                 (listing, options.repeats * count, words if options.default_caption is None else None)
             )
@@ -175,9 +180,7 @@ def _listings(options: SetOptions) -> list[tuple[Listing, int, str | None]]:
 
 
 def _listing_problems(listing: Listing, options: SetOptions) -> list[Problem]:
-    """What the names alone tell: kinds that are not read, two pictures with one caption, pictures with
-    none.
-    """
+    """What the names alone tell: kinds that are not read, two pictures with one caption, pictures with none."""
     problems = [
         Problem(
             "not read",
