@@ -57,11 +57,11 @@ The autoencoder's error is {rmse:.3f} (root mean square, pixels in [-1, 1]); the
 {known:.1%} of its reconstructions, and {new:.1%} of those of an outline it was never trained on.
 
 Scores of the files beside this card, {steps} steps, guidance {cfg:g}, `max_sequence_length={length}` (which
-it needs: padding is attended to, and another length is new to it). An edge counts as clean up to {edge:g} px
-wide.
+it needs: padding is attended to, and another length is new to it). Fit: overlap with
+the nearest ideal outline (of drawings: .99). An edge counts as clean up to {edge:g} px wide (of drawings: 1).
 
-| captions | pictures | all right | shape | colour | background | edge (px) | clean edges |
-|---|---|---|---|---|---|---|---|
+| captions | pictures | all right | shape | colour | background | fit | edge (px) | clean edges |
+|---|---|---|---|---|---|---|---|---|
 {scores}
 """
 
@@ -77,7 +77,7 @@ def write_card(
     """Writes folder/README.md. scores: what the captions were -> how they came out."""
     rows = [
         f"| {name} | {s.n} | {s.all:.1%} | {s.shape:.1%} | {s.colour:.1%} | {s.background:.1%} "
-        f"| {s.edge_px:.2f} | {s.clean_edge:.1%} |"
+        f"| {s.fit:.3f} | {s.edge_px:.2f} | {s.clean_edge:.1%} |"
         for name, s in scores.items()
     ]
     card = _TEXT.format(

@@ -38,7 +38,7 @@ FEWEST_PIXELS = 40
 LEAST_FIT = 0.72
 SIZE_BORDER_PX = (RADIUS_PX["small"][1] + RADIUS_PX["big"][0]) / 2 - 0.2
 #: A drawing straight from `draw` measures 1.0 to 1.2 px; beyond this an edge looks soft at a glance.
-CLEAN_EDGE_PX = 2.0
+CLEAN_EDGE_PX = 2.5
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ from whitetuner.nano.fit import Fit, Plan
 from whitetuner.nano.score import draw_with, evaluation_prompts, load_pipeline, score
 
 VAE_PLAN = Plan(steps=5000, warmup=50, decay=0.5, ema=0.998)
-DECODER_PLAN = Plan(steps=4000, warmup=50, decay=0.6, ema=0.998)
-DIT_PLAN = Plan(steps=5000, warmup=100, decay=0.4, ema=0.998)
+DECODER_PLAN = Plan(steps=2000, warmup=50, decay=0.6, ema=0.998)
+DIT_PLAN = Plan(steps=3500, warmup=100, decay=0.45, ema=0.998)
 #: The last steps run in float32, to end where the pipeline computes.
 HALF_SHARE = 0.85
 #: Pictures a score is taken from: at 95 % its standard error is 1.5 points.

@@ -26,14 +26,17 @@ _SEED_STRIDE = 1_000_003
 class Score:
     """Shares in [0, 1] of n pictures. all: shape, colour and background right at once.
 
-    edge_px:    mean width of the edges in pixels, over pictures with a shape (`check`: a drawing has about
-    1). clean_edge: share of those pictures whose edge is at most `check.CLEAN_EDGE_PX` wide.
+    fit:        mean overlap in [0, 1] with the nearest ideal outline (`check`: a drawing has at least .96):
+                how straight the edges run.
+    edge_px:    mean width of the edges in pixels (`check`: a drawing has about 1): how sharp they are.
+    clean_edge: share whose edge is at most `check.CLEAN_EDGE_PX` wide. All three over pictures with a shape.
     """
 
     all: float
     shape: float
     colour: float
     background: float
+    fit: float
     edge_px: float
     clean_edge: float
     n: int
@@ -46,14 +49,15 @@ def score(images: Sequence[Image], labels: Sequence[Label]) -> Score:
     if not images:
         raise ValueError("there is nothing to score")
     verdicts = [judge(image, label) for image, label in zip(images, labels, strict=True)]
-    edges = [seen.edge_px for seen in map(look, images) if seen.edge_px > 0]
+    shapes = [seen for seen in map(look, images) if seen.edge_px > 0]
     return Score(
         all=fmean(verdict.all for verdict in verdicts),
         shape=fmean(verdict.shape for verdict in verdicts),
         colour=fmean(verdict.colour for verdict in verdicts),
         background=fmean(verdict.background for verdict in verdicts),
-        edge_px=fmean(edges) if edges else 0.0,
-        clean_edge=fmean(edge <= CLEAN_EDGE_PX for edge in edges) if edges else 0.0,
+        fit=fmean(seen.fit for seen in shapes) if shapes else 0.0,
+        edge_px=fmean(seen.edge_px for seen in shapes) if shapes else 0.0,
+        clean_edge=fmean(seen.edge_px <= CLEAN_EDGE_PX for seen in shapes) if shapes else 0.0,
         n=len(images),
     )
 
