@@ -10,7 +10,8 @@ from typing import Any
 from whitetuner.config.landed import refuse_not_landed
 from whitetuner.config.load import load_config
 from whitetuner.config.schema import Config
-from whitetuner.data.check import CheckReport, check_sets, convert_sets
+from whitetuner.data.captions import convert_captions
+from whitetuner.data.check import CheckReport, caption_files, check_sets
 from whitetuner.data.check_page import write_check_html
 from whitetuner.data.scan import SetOptions
 from whitetuner.errors import UserError, UserErrors
@@ -60,10 +61,10 @@ class Findings:
 def check_folder(folder: Path, *, deep: bool, convert: bool | str) -> Findings:
     """A bare folder, as a data set for a model of the usual size; the page goes to output/check/FOLDER/report.html."""
     section = SetOptions(images=folder, resolution=FOLDER_RESOLUTION)
-    notes = _convert([section], convert) if convert else []
+    notes, errors = _convert([section], convert)
     report = check_sets([section], FOLDER_STRIDE_PX, deep=deep)
-    page = Path("output") / "check" / (folder.resolve().name or "folder") / "report.html"
-    return Findings(report, page=write_check_html(report, page), notes=notes)
+    page = _page(report, Path("output") / "check" / (folder.resolve().name or "folder") / "report.html", errors)
+    return Findings(report, errors, page=page, notes=notes)
 
 
 def check_config(path: Path, overrides: Sequence[str], *, deep: bool, model: bool, convert: bool | str) -> Findings:
@@ -81,12 +82,21 @@ def check_config(path: Path, overrides: Sequence[str], *, deep: bool, model: boo
         except UserError as error:
             errors.append(error)
     if paths is not None:
+        from whitetuner.rehearsal import rehearse  # torch and diffusers, seconds to import
+
         advice += spec.advice(config.model_options(), paths)
+        try:
+            rehearse(config, registry.load(spec.name, config.model_options(), paths))
+        except UserErrors as several:
+            errors += several.errors
+        except UserError as error:
+            errors.append(error)
     try:
         sections = config.data_sets()
     except UserError as error:
         return Findings(None, [*errors, error], advice)
-    notes = _convert(sections, convert) if convert else []
+    notes, refused = _convert(sections, convert)
+    errors += refused
     report = check_sets(
         sections,
         spec.stride_px if paths is None else spec.stride(paths),
@@ -96,8 +106,9 @@ def check_config(path: Path, overrides: Sequence[str], *, deep: bool, model: boo
         tokens=None if paths is None else _counter(paths, spec.template_tokens),
         max_tokens=getattr(config.model_options(), "max_sequence_length", 512),
     )
-    page = Path(config.run.output_dir) / "check" / config.run.name / "report.html"
-    return Findings(report, errors, advice, write_check_html(report, page), notes + _enough(config, report))
+    errors += _batch(config, report)
+    page = _page(report, Path(config.run.output_dir) / "check" / config.run.name / "report.html", errors)
+    return Findings(report, errors, advice, page, notes + _enough(config, report))
 
 
 def _counter(paths: ModelPaths, template: int) -> Callable[[str], int] | None:
@@ -114,12 +125,49 @@ def _counter(paths: ModelPaths, template: int) -> Callable[[str], int] | None:
     return lambda text: template + len(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def _convert(sections: Sequence[object], encoding: bool | str) -> list[str]:
-    """Shows what came out, since the encoding may have been guessed."""
-    done = convert_sets(sections, encoding if isinstance(encoding, str) else None)
-    return [f"{one.path}: {one.encoding} -> UTF-8: {one.text[:60]!r} (kept: {one.kept.name})" for one in done]
+def _convert(sections: Sequence[object], encoding: bool | str) -> tuple[list[str], list[UserError]]:
+    """(what came out, since the encoding may have been guessed; why others stay). encoding: a name, True: guessed, False: off."""
+    told: list[str] = []
+    errors: list[UserError] = []
+    try:
+        files = list(dict.fromkeys(caption_files(sections))) if encoding else []
+    except UserError:  # a folder that is not there: the check itself says so
+        files = []
+    for file in files:
+        try:
+            done = convert_captions([file], encoding if isinstance(encoding, str) else None)
+        except UserError as error:
+            errors.append(error)
+        else:
+            told += [f"{one.path}: {one.encoding} -> UTF-8: {one.text[:60]!r} (kept: {one.kept.name})" for one in done]
+    return told, errors
 
 
+def _page(report: CheckReport, path: Path, errors: list[UserError]) -> Path | None:
+    """The report that was written; that it could not be is one more finding, and no reason to hide the others."""
+    try:
+        return write_check_html(report, path)
+    except UserError as error:
+        errors.append(error)
+        return None
+
+
+def _batch(config: Config, report: CheckReport) -> list[UserError]:
+    """The same words as the run's own, see data/order.py."""
+    samples = sum(
+        report.sets[one.set_index].repeats for one in report.pictures if one.size is not None and one.caption is not None
+    )
+    if not samples or config.data.batch_size <= samples:
+        return []
+    return [
+        UserError(
+            "batch_size = {batch} is more than the {samples} samples of a whole epoch",
+            where="data.batch_size",
+            mend="set data.batch_size to at most {samples}, or raise repeats of the sets",
+            batch=config.data.batch_size,
+            samples=samples,
+        )
+    ]
 
 def _enough(config: Config, report: CheckReport) -> list[str]:
     steps = config.run.steps

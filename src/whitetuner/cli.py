@@ -124,13 +124,7 @@ def make_parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="print the findings as JSON")
     check.add_argument("--deep", action="store_true", help="decode every picture")
     check.add_argument("--no-model", action="store_true", help="do not look at the model folder")
-    check.add_argument(
-        "--convert-captions",
-        nargs="?",
-        const="auto",
-        metavar="ENCODING",
-        help="rewrite captions that are not UTF-8 (keeps NAME.txt.bak); the encoding is guessed unless named",
-    )
+    check.add_argument("--convert-captions", action="store_true", help="rewrite captions that are not UTF-8 (keeps NAME.txt.bak)")
     check.add_argument("--encoding", metavar="NAME", help="of the captions to convert (gb18030, ...); else guessed")
     _settings(check)
 

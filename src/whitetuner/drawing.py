@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -10,14 +11,19 @@ import torch
 from whitetuner.adapters.attach import attach_state
 from whitetuner.adapters.files import load_adapter
 from whitetuner.config.load import load_config
-from whitetuner.errors import UserError
+from whitetuner.errors import EXIT_FAILED, UserError
 from whitetuner.families import registry
 from whitetuner.family import Family, ModelPaths
 from whitetuner.memory.build import build_module
-from whitetuner.records import EncodeInput, Size
 from whitetuner.models import check_model, family_of, model_folder
+from whitetuner.records import EncodeInput, Size
+from whitetuner.rehearsal import check_weights
 from whitetuner.resolve import choose_device, choose_dtype
 from whitetuner.runs.folder import RunFolder
+
+#: Longest side that is drawn; larger ones are a slip of the finger that would ask for terabytes.
+LARGEST_PX = 8192
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def sample(
@@ -36,6 +42,8 @@ def sample(
 ) -> Path:
     """Draws one picture and writes it. model: run folder, model folder or builtin:nano; strength: factor of the adapter."""
     options: dict[str, object] = {}
+    check_numbers(steps, cfg, seed, strength)
+    check_place(out)
     run = RunFolder(Path(model))
     if run.is_run():
         config = load_config(run.config_file).config
@@ -55,7 +63,18 @@ def sample(
         options = default_options(model)
     family = registry.load(family_name, spec.options(**options), ModelPaths(folder))
     check_model(spec, family.paths)
+    check_weights(family)
+    given = None if adapter is None else load_adapter(adapter, family.keys)
     size = size or default_size(model, spec.default_size)
+    if not all(0 < side <= LARGEST_PX for side in (size.width, size.height)):
+        raise UserError(
+            "{width}x{height} is no size to draw",
+            where="--size",
+            mend="give sides from 16 to {largest} pixels",
+            width=size.width,
+            height=size.height,
+            largest=LARGEST_PX,
+        )
     stride = family.stride()
     if size.width % stride or size.height % stride:
         near = Size(max(1, round(size.width / stride)) * stride, max(1, round(size.height / stride)) * stride)
@@ -73,15 +92,15 @@ def sample(
     scenes = encode_prompts(family, build, [prompt, negative])
     part = spec.parts(family.options)[0].name
     modules = family.load(build)
-    if adapter is not None:
-        settings, tensors = load_adapter(adapter, family.keys)
-        attached = attach_state(modules[part], settings, tensors)
+    if given is not None:
+        attached = attach_state(modules[part], *given)
         attached.strength = strength
+    decoder = family.load_decoder(build)
     guidance = spec.sample_cfg if cfg is None else cfg
     with torch.no_grad():
         frames = family.generate(
             modules,
-            family.load_decoder(build),
+            decoder,
             scenes[0],
             scenes[1] if guidance > 1 else None,
             size=size,
@@ -89,9 +108,53 @@ def sample(
             cfg=guidance,
             seed=seed,
         )
+    if all(low == high == 0 for low, high in frames[0].convert("RGB").getextrema()):
+        check_finite({**modules, "vae": decoder}, scenes[0])
     out.parent.mkdir(parents=True, exist_ok=True)
     frames[0].save(out)
     return out
+
+
+def check_numbers(steps: int | None, cfg: float | None, seed: int, strength: float) -> None:
+    """Raises UserError for the first that cannot be drawn with."""
+    wrong = [
+        ("--steps", steps, "give 1 or more", steps is None or steps >= 1),
+        ("--cfg", cfg, "give a number from 0 on", cfg is None or 0 <= cfg < float("inf")),
+        ("--seed", seed, "give a whole number from 0 to 2^63 - 1", 0 <= seed < 2**63),
+        ("--strength", strength, "give a number, e.g. 1.0", abs(strength) < float("inf")),
+    ]
+    for where, value, mend, right in wrong:
+        if not right:
+            raise UserError("{value} does not do here", where=where, mend="{range}", value=value, range=mend)
+
+
+def check_place(out: Path) -> None:
+    """Raises UserError when no picture can be written there: told before the model is loaded, not after."""
+    if out.suffix.lower() not in PICTURE_ENDINGS:
+        raise UserError(
+            "{name} does not end like a picture",
+            where="--out",
+            mend="end it in one of {endings}",
+            name=out.name,
+            endings=", ".join(PICTURE_ENDINGS),
+        )
+    if out.is_dir():
+        raise UserError("{path} is a folder", where="--out", mend="give the name of a file", path=out)
+
+
+def check_finite(modules: Mapping[str, torch.nn.Module], prompt: Mapping[str, torch.Tensor]) -> None:
+    """Why a picture came out black. Raises UserError naming the part that holds or made NaN; a picture may be black."""
+    bad = [name for name, tensor in prompt.items() if not torch.isfinite(tensor).all()]
+    for part, module in modules.items():
+        bad += [f"{part} {name}" for name, tensor in module.state_dict().items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise UserError(
+            "the picture is not one: there are values that are not finite in {name}",
+            where="sample",
+            mend="download this part of the model again (or use another adapter)",
+            code=EXIT_FAILED,
+            name=bad[0],
+        )
 
 
 def encode_prompts(family: Family, build: object, prompts: list[str], task: str = "t2i") -> list[dict[str, torch.Tensor]]:

@@ -24,7 +24,7 @@ import torch
 from whitetuner.data.entries import FULL, read_entry, write_entry
 from whitetuner.data.folders import CACHE_TAG
 from whitetuner.data.inputs import Facts, Inputs
-from whitetuner.errors import EXIT_FAILED, UserError, UserErrors
+from whitetuner.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError, UserErrors
 from whitetuner.family import BuildFn, Encoder, Layout
 from whitetuner.records import EncodeInput, Item, Sample
 
@@ -288,6 +288,7 @@ def _prepare(folder: Path) -> None:
             "the cache folder cannot be written ({reason})",
             where=str(folder),
             mend="mend its rights, or set data.cache_dir to another folder",
+            code=EXIT_ENVIRONMENT,
             reason=error.strerror or error,
         ) from error
     before = time.time() - _STALE_S

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -108,10 +109,12 @@ class _Index:
     def save(self) -> None:
         if self.path is None or not self.changed:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(json.dumps(self.rows), encoding="utf-8")
             temporary.replace(self.path)
         except OSError:
-            temporary.unlink(missing_ok=True)  # only a shortcut: a full disk is told by what needs the room
+            # only a shortcut: a full disk, or a folder that cannot be written, is told by what needs it
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)

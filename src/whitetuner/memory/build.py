@@ -8,7 +8,6 @@ one read: neither host nor device holds the bf16 model whole when a quantised on
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 
 from whitetuner.errors import UserError
 from whitetuner.memory.quantize import Kind, QuantLinear, quantize_linears, quantize_weight
+from whitetuner.memory.skeleton import empty_module, float32_names
 from whitetuner.memory.weights import TensorFiles, first_five, weight_files
 
 #: How the scale of a ready-made fp8 weight is named beside `X.weight` (ComfyUI scaled files, fp8 exporters).
@@ -96,7 +95,7 @@ def build_module(
             module, [n for n in source if not _matches(n, _FP8_EXTRAS) and n not in scales.values()]
         )
         _check(module, source, names, ignore, folder)
-        precise = _float32_names(module, dtype)
+        precise = float32_names(module, dtype)
         if quantize is not None:
             kept = frozenset(
                 n for n, _ in module.named_parameters() if _matches(n, keep_precise) or n in precise
@@ -131,70 +130,12 @@ def build_module(
 
 
 def rehearse_module(cls: type, folder: Path, *, keep_precise: Sequence[str] = ()) -> Any:
-    """A BuildFn that reads no weight: the skeleton, held against the headers of its files. Raises UserError."""
+    """A BuildFn that reads no weight: the skeleton, held against the headers of its files."""
     module = empty_module(cls, folder)
     with TensorFiles(weight_files(folder)) as source:
         beside = {*_scales(source).values(), *(name for name in source if _matches(name, _FP8_EXTRAS))}
         _check(module, source, _target_names(module, [n for n in source if n not in beside]), (), folder)
     return module
-
-
-def empty_module(cls: Any, folder: Path, overrides: Mapping[str, Any] | None = None) -> Any:
-    """The module with parameters on the meta device and real buffers; only config.json is read.
-
-    Raises UserError when config.json is missing, unreadable, or of another class.
-    """
-    settings = _read_config(folder)
-    if "quantization_config" in settings:
-        raise UserError(
-            "these weights are already quantised by another program ({method})",
-            where=str(folder / "config.json"),
-            mend="use the bf16 version of the model; it is quantised while it loads (memory.base)",
-            method=settings["quantization_config"].get("quant_method", "unknown"),
-        )
-    with init_empty_weights(include_buffers=False):
-        if hasattr(cls, "from_config") and hasattr(cls, "load_config"):
-            named = settings.get("_class_name", cls.__name__)
-            if named != cls.__name__:
-                raise UserError(
-                    "the folder holds a {named}, but a {wanted} is needed here",
-                    where=str(folder / "config.json"),
-                    mend="point this part of the model at the folder that belongs to it",
-                    named=named,
-                    wanted=cls.__name__,
-                )
-            module = cls.from_config({**settings, **(overrides or {})})
-        else:
-            config = cls.config_class.from_pretrained(str(folder), local_files_only=True, **(overrides or {}))
-            module = cls(config)
-            if (folder / "generation_config.json").is_file() and module.can_generate():
-                kind = type(module.generation_config)
-                module.generation_config = kind.from_pretrained(str(folder), local_files_only=True)
-    if hasattr(module, "tie_weights"):  # once more: moving parameters to meta has cut the ties made inside
-        module.tie_weights()
-    return module
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not folder.is_dir() or not path.is_file():
-        raise UserError(
-            "there is no config.json in the model folder",
-            where=str(folder),
-            mend="check the path; a component folder (transformer, vae) holds config.json and *.safetensors",
-        )
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(
-            "config.json cannot be read ({error})",
-            where=str(path),
-            mend="download this file again",
-            error=error,
-        ) from error
-    if not isinstance(settings, dict):
-        raise UserError("config.json holds no settings", where=str(path), mend="download this file again")
-    return settings
 
 
 def _target_names(module: nn.Module, source_names: list[str]) -> dict[str, str]:
@@ -284,17 +225,6 @@ def _belongs_elsewhere(module: nn.Module, name: str, wanted: Mapping[str, torch.
         return True
     first = name.split(".")[0]
     return not any(other.split(".")[0] == first for other in wanted)
-
-
-def _float32_names(module: nn.Module, dtype: torch.dtype) -> frozenset[str]:
-    """Names that the class keeps in float32 when `dtype` is smaller, by its library's own rule."""
-    if dtype not in (torch.float16, torch.bfloat16):
-        return frozenset()
-    kept = set(getattr(module, "_keep_in_fp32_modules", None) or ())
-    if hasattr(module, "base_model_prefix"):  # transformers: the plain list guards float16 only
-        kept = kept if dtype == torch.float16 else set()
-        kept |= set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
-    return frozenset(n for n in module.state_dict() if kept.intersection(n.split(".")))
 
 
 def _holders(module: nn.Module) -> dict[str, list[tuple[nn.Module, str, bool]]]:

@@ -52,10 +52,26 @@ def first_bad_module(
     return found[0] if found else None
 
 
+def damaged_weights(module: torch.nn.Module, culprit: str) -> NotFinite | None:
+    """The error to raise when the first bad layer's own frozen weights are what is not finite; None when they are sound."""
+    path = culprit.removesuffix(".base")
+    layer = dict(module.named_modules()).get(culprit)
+    frozen = [] if layer is None else [p for p in layer.parameters(recurse=False) if not p.requires_grad]
+    if all(bool(torch.isfinite(p).all()) for p in frozen):
+        return None
+    return NotFinite(
+        "the model's weights of {layer} are not finite numbers",
+        where="model.path",
+        mend="its file is damaged: download this part of the model again",
+        code=EXIT_FAILED,
+        layer=path,
+    )
+
+
 def not_finite(step: int, what: str, culprit: str, items: str) -> NotFinite:
     return NotFinite(
         "the {quantity} of step {step} is not a finite number; first bad: {culprit}; pictures: {items}. "
-        "The state of step {last} was saved",
+        "Nothing of it was applied; the state of step {last} is the last good one",
         where="training",
         mend="look at these pictures, lower optimizer.lr, or set memory.dtype = 'fp32'; then --resume latest",
         code=EXIT_FAILED,

@@ -11,7 +11,7 @@ import torch
 from whitetuner.family import Family
 from whitetuner.records import Batch
 from whitetuner.runs.events import StepDone
-from whitetuner.train.guard import first_bad_module, not_finite
+from whitetuner.train.guard import damaged_weights, first_bad_module, not_finite
 from whitetuner.train.learner import Learner
 from whitetuner.train.optim import clip_grad_norm
 from whitetuner.train.step import StepLoss, StepSettings, step_loss
@@ -141,6 +141,9 @@ def _refuse(
             )
     learner.optimizer.zero_grad(set_to_none=True)
     hooks.on_bad(step - 1)
+    damaged = None if culprit is None else damaged_weights(learner.module, culprit)
+    if damaged is not None:
+        raise damaged
     names = ", ".join(item.target.name for batch in micro for item in batch.items)
     what = "gradient" if _finite(loss) else "loss"
     where = culprit or (
