@@ -6,23 +6,33 @@ chcp 65001 >nul 2>nul
 set "PYTHONUTF8=1"
 set "HERE=%~dp0"
 set "FITS=import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))"
+set "RUN="
 
 rem 1. a Python that came with the folder  2. the py launcher  3. python on the PATH (the Store's stand-in fails the test)
-set RUN="%HERE%python\python.exe"
-if exist %RUN% goto run
-for %%V in (3.12 3.13 3.11 3.10 3.14) do py -%%V -c "%FITS%" >nul 2>nul && set "RUN=py -%%V" && goto run
-for %%P in (python python3) do %%P -c "%FITS%" >nul 2>nul && set "RUN=%%P" && goto run
-echo error: White Tuner needs Python 3.10 to 3.14, and none was found
-echo 错误：需要 Python 3.10 至 3.14
-echo   -^> install Python 3.12 from python.org (tick "Add python.exe to PATH") and start again
-set "CODE=3"
-goto ended
+if exist "%HERE%python\python.exe" set RUN="%HERE%python\python.exe"
+for %%V in (3.12 3.13 3.11 3.10 3.14) do call :try py -%%V
+for %%P in (python python3) do call :try %%P
+if not defined RUN goto none
 
-:run
 %RUN% "%HERE%launch.py" %*
 set "CODE=%ERRORLEVEL%"
+goto ended
+
+:try
+if defined RUN exit /b 0
+%* -c "%FITS%" >nul 2>nul
+if "%ERRORLEVEL%"=="0" set "RUN=%*"
+exit /b 0
 
 :ended
 rem The window of a double click stays open when something went wrong; 130 is a stop that was asked for.
 if not "%CODE%"=="0" if not "%CODE%"=="130" if not defined CI pause
 exit /b %CODE%
+
+rem Last, since some versions of Windows lose count of what follows a line that is not ASCII.
+:none
+echo error: White Tuner needs Python 3.10 to 3.14, and none was found
+echo   -^> install Python 3.12 from python.org (tick "Add python.exe to PATH") and start again
+set "CODE=3"
+echo 错误：需要 Python 3.10 至 3.14
+goto ended
