@@ -64,6 +64,16 @@ def test_the_users_index_wins(system: str, driver: Driver | None) -> None:
     assert build.choose(system, driver, "pip").index is None
 
 
+def test_an_index_of_pytorch_gives_its_own_build_or_none() -> None:
+    asked = build.choose("linux", None, "cu126").requirement("torch==2.13.0")
+    assert asked == "torch==2.13.0+cu126"
+    assert (
+        build.choose("linux", None, "https://mirror.example/whl").requirement("torch==2.13.0")
+        == "torch==2.13.0"
+    )
+    assert build.choose("linux", None, "pip").requirement("torch==2.13.0") == "torch==2.13.0"
+
+
 def test_linux_without_nvidia_takes_the_cpu_build_where_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "answers", lambda index: index == CPU)
     assert build.choose("linux", None).index == CPU

@@ -308,14 +308,16 @@ def explain(text: str, log: Path) -> UserError:
         return UserError(
             "the package source could not be reached",
             where=where,
-            mend="check the connection and start again, it goes on; a nearer mirror: pip config set global.index-url URL",
+            mend="check the connection and start again, it goes on. Another source: pip config set global.index-url URL, "
+            "for torch --torch-index URL (or pip: whatever pip is configured for)",
             code=EXIT_ENVIRONMENT,
         )
-    if seen("No matching distribution found"):
+    if seen("No matching distribution found", "ResolutionImpossible"):
         return UserError(
             "the package source has no build of a package for this system (the lines above name it)",
             where=where,
-            mend="another Python (3.12), or another source: pip config set global.index-url URL; torch: --torch-index URL",
+            mend="take another Python (3.12) or another source: pip config set global.index-url URL, for torch "
+            "--torch-index URL (or pip: whatever pip is configured for)",
             code=EXIT_ENVIRONMENT,
         )
     if seen("Permission denied", "Errno 13", "WinError 5", "WinError 32"):

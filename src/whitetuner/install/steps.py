@@ -221,7 +221,7 @@ def _take_torch(
     words = ["install", "--no-deps", *(["--force-reinstall"] if changed else [])]
     try:
         source = ["--index-url", chosen.index] if chosen.index else []
-        env.pip(environment, [*words, *source, pinned], root, temporary)
+        env.pip(environment, [*words, *source, chosen.requirement(pinned)], root, temporary)
     except UserError:
         if chosen.must or chosen.index is None:
             raise

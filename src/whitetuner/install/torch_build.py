@@ -39,6 +39,15 @@ class TorchBuild:
     disk_mb: int
     must: bool = False
 
+    def requirement(self, pinned: str) -> str:
+        """`torch==VERSION`, and exactly this build where the index is PyTorch's own, which name it in the version.
+
+        Otherwise a folder of wheels in pip's configuration could put a build for the CPU in the place of one for CUDA.
+        """
+        if self.index is None or not self.index.startswith(INDEXES):
+            return pinned
+        return f"{pinned}+{self.index.rstrip('/').rpartition('/')[2]}"
+
 
 def index_url(name: str) -> str | None:
     """`cpu`, `cu130` and the like are PyTorch's own indexes, `pip` is pip's configuration, anything else an address."""
