@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from whitetuner.memory.blocks import Patch, Which, blocks_of, chosen
@@ -49,8 +50,21 @@ class Recompute:
         def checkpointed(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
                 return counted(*args, **kwargs)
+            # All tensors by position: only those a checkpoint saves through autograd, where `keep_inputs`
+            # sees them.
+            leaves, spec = tree_flatten((args, kwargs))
+            places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+
+            def call(*tensors: torch.Tensor) -> Any:
+                filled = list(leaves_without)
+                for place, tensor in zip(places, tensors, strict=True):
+                    filled[place] = tensor
+                given, named = tree_unflatten(filled, spec)
+                return counted(*given, **named)
+
+            leaves_without = [None if i in places else leaf for i, leaf in enumerate(leaves)]
             with self._keep_inputs():
-                return checkpoint(counted, *args, use_reentrant=False, **kwargs)
+                return checkpoint(call, *(leaves[i] for i in places), use_reentrant=False)
 
         return checkpointed
 

@@ -1,0 +1,234 @@
+"""What a training step needs besides the weights, measured on tensors that have shapes and no memory.
+
+The step runs under torch's FakeTensorMode: every operator of the real forward and backward, no numbers. So
+the bytes that autograd saves, the peak of everything that is alive and the floating-point operations are
+those of this model at this resolution, batch and adapter, with no weights loaded and no device. (Kernels'
+own scratch memory is not seen.)
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from whitetuner.memory.blocks import Patch, blocks_of
+from whitetuner.memory.recompute import checkpoint_blocks
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """One block at one shape, in bytes and operations.
+
+    saved_bytes: kept from forward to backward when it is not computed again;  input_bytes: when it is
+    flops:       of its forward
+    """
+
+    path: str
+    saved_bytes: int
+    input_bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One step of forward and backward, weights and optimizer aside.
+
+    peak_bytes:         the most that is alive at once with every block computed again
+    peak_bytes_plain:   and with none
+    flops_forward, flops_backward: of the whole model, nothing computed again
+    """
+
+    blocks: tuple[BlockCost, ...]
+    peak_bytes: int
+    peak_bytes_plain: int
+    flops_forward: int
+    flops_backward: int
+
+    def peak_with(self, plain: Sequence[int]) -> int:
+        """Peak when these blocks keep what they save and the others are computed again."""
+        more = sum(self.blocks[i].saved_bytes - self.blocks[i].input_bytes for i in plain)
+        return min(self.peak_bytes + more, max(self.peak_bytes_plain, self.peak_bytes))
+
+    def flops_again(self, plain: Sequence[int]) -> int:
+        """Operations of the second computation when these blocks have none."""
+        kept = frozenset(plain)
+        return sum(block.flops for i, block in enumerate(self.blocks) if i not in kept)
+
+
+def measure_step(
+    module: nn.Module, block_lists: Sequence[str], step: Callable[[], torch.Tensor], *, fake: bool = True
+) -> StepCost:
+    """Runs `step` (it returns the scalar loss) with and without recomputation, and measures.
+
+    module: on any device, the meta device too; what trains must require gradients. Left as it was.
+    step:   may read real tensors; with `fake` they are turned into tensors without content where they meet
+            the model
+    fake:   False runs the real thing, for tests
+    """
+    blocks = blocks_of(module, block_lists)
+    with _without_content(module) if fake else _as_it_is():
+        plain = _run(module, block_lists, blocks, step, "none")
+        again = _run(module, block_lists, blocks, step, "all")
+    costs = [
+        BlockCost(path, plain.saved[i], again.saved[i], plain.flops_of_block[i])
+        for i, (path, _) in enumerate(blocks)
+    ]
+    return StepCost(tuple(costs), again.peak, plain.peak, plain.flops_forward, plain.flops_backward)
+
+
+@dataclass
+class _Seen:
+    saved: list[int]
+    flops_of_block: list[int]
+    peak: int = 0
+    flops_forward: int = 0
+    flops_backward: int = 0
+
+
+def _run(
+    module: nn.Module,
+    block_lists: Sequence[str],
+    blocks: Sequence[tuple[str, nn.Module]],
+    step: Callable[[], torch.Tensor],
+    which: str,
+) -> _Seen:
+    seen = _Seen([0] * len(blocks), [0] * len(blocks))
+    weights = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
+    counted: dict[int, Any] = {}
+    watch = _Watch(weights)
+
+    def tap(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights and storage._cdata not in counted:
+                counted[storage._cdata] = storage  # kept alive, so that its address is not used again
+                seen.saved[index] += storage.nbytes()
+            return tensor
+
+        def tapped(*args: Any, **kwargs: Any) -> Any:
+            before = watch.flops
+            with saved_tensors_hooks(pack, lambda tensor: tensor):
+                result = forward(*args, **kwargs)
+            seen.flops_of_block[index] += watch.flops - before
+            return result
+
+        return tapped
+
+    before = {parameter: parameter.grad for parameter in module.parameters() if parameter.requires_grad}
+    handle = checkpoint_blocks(module, block_lists, which)
+    patches = [Patch(block, tap(i, block.forward)) for i, (_, block) in enumerate(blocks)]
+    try:
+        with watch:
+            loss = step()
+            seen.flops_forward = watch.flops
+            counted.clear()
+            loss.backward()
+            seen.flops_backward = watch.flops - seen.flops_forward
+        seen.peak = watch.peak
+    finally:
+        for patch in reversed(patches):
+            patch.remove()
+        handle.remove()
+        for parameter, gradient in before.items():
+            parameter.grad = gradient
+    return seen
+
+
+class _Watch(TorchDispatchMode):
+    """Follows the bytes of all storages that operators make, their largest sum, and counts operations."""
+
+    def __init__(self, ignore: set[int]) -> None:
+        super().__init__()
+        self.bytes, self.peak, self.flops = 0, 0, 0
+        self._ignore = ignore
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.flops += _flops(func._overloadpacket, args, kwargs or {}, result)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._meet(tensor)
+        return result
+
+    def _meet(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known or key in self._ignore:
+            return
+        self._known.add(key)
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+        weakref.finalize(storage, self._part, key, size)
+
+    def _part(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.bytes -= size
+
+
+def _flops(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+    """Operations of one call, by torch's own formulas; it has none for the attention kernels of the CPU."""
+    if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        return sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
+    if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        return sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4]))
+    if packet in flop_registry:
+        return flop_registry[packet](*args, **kwargs, out_val=result)
+    return 0
+
+
+@contextmanager
+def _as_it_is() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _without_content(module: nn.Module) -> Iterator[None]:
+    """Within it the module's parameters and buffers are fake tensors on the CPU, and so is all that is
+    computed.
+    """
+    kept = [(child, dict(child._parameters), dict(child._buffers)) for child in module.modules()]
+    made: dict[int, torch.Tensor] = {}
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in made:
+            made[id(tensor)] = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        return made[id(tensor)]
+
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for child, parameters, buffers in kept:
+                for name, parameter in parameters.items():
+                    if parameter is not None:
+                        child._parameters[name] = _parameter(fake(parameter), parameter.requires_grad, made)
+                for name, buffer in buffers.items():
+                    if buffer is not None and buffer.is_meta:
+                        child._buffers[name] = fake(buffer)
+            yield
+    finally:
+        for child, parameters, buffers in kept:
+            child._parameters.update(parameters)
+            child._buffers.update(buffers)
+
+
+def _parameter(tensor: torch.Tensor, requires_grad: bool, made: dict[int, torch.Tensor]) -> nn.Parameter:
+    """One Parameter for one fake tensor, so that ties stay ties."""
+    key = -id(tensor)
+    if key not in made:
+        made[key] = nn.Parameter(tensor, requires_grad=requires_grad)
+    parameter = made[key]
+    assert isinstance(parameter, nn.Parameter)
+    return parameter

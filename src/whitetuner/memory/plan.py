@@ -1,0 +1,362 @@
+"""How a model fits a card: which base, which blocks stay, which are computed again, from real shapes and one
+number.
+
+    seconds = max(T_f, V_f / link) + max(T_b, V_b / link)
+with T the computing time of a pass and V the bytes of the blocks that it has to load. All bytes come from
+the model's own shapes (`weigh`, measure.measure_step); the speeds come from machine.py and are corrected by
+the first steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from whitetuner.errors import EXIT_ENVIRONMENT, UserError
+from whitetuner.memory.blocks import blocks_of
+from whitetuner.memory.machine import CONTEXT_BYTES, GIB, Machine
+from whitetuner.memory.measure import StepCost
+from whitetuner.memory.swap.host import PIN_SHARE
+from whitetuner.memory.swap.layout import SMALLEST_BYTES, layouts_of, padded, spread, units
+
+#: Bases from the most precise to the smallest, with the time of a step relative to bf16 (the dequantising of
+#: a weight costs as much as 1/N of its products with N tokens; measured 1.03 for int8 at N = 2048).
+BASES = {"fp32": 1.0, "bf16": 1.0, "int8": 1.03, "fp8": 1.04, "nf4": 1.08}
+#: A more precise base is taken when it is at most this much slower than the fastest.
+_WORTH = 1.05
+#: Unusable remainders between tensors in the caching allocator, as a share of what is not weights.
+_FRAGMENTS = 0.05
+#: The process itself on the host: interpreter, libraries, data loading.
+HOST_BASE_BYTES = 3 * GIB
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of a model in one base. blocks: what of each block can move;  rest: all else, adapters aside."""
+
+    blocks: tuple[int, ...]
+    rest: int
+    trained: int = 0
+
+
+def weigh(module: nn.Module, block_lists: Sequence[str], smallest_bytes: int = SMALLEST_BYTES) -> Weights:
+    """From a module on any device, the meta device too. trained: number of weights that require gradients."""
+    layouts = layouts_of(blocks_of(module, block_lists), smallest_bytes)
+    moved = {id(entry.tensor) for layout in layouts for entry in layout.entries}
+    rest = trained = 0
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.requires_grad:
+            trained += tensor.numel()
+        elif id(tensor) not in moved:
+            rest += tensor.numel() * tensor.element_size()
+    return Weights(tuple(layout.num_bytes for layout in layouts), rest, trained)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to fit. residents: blocks that stay;  plain: blocks that are not computed again;  bytes and
+    seconds.
+    """
+
+    base: str
+    residents: tuple[int, ...]
+    plain: tuple[int, ...]
+    slots: int
+    blocks: int
+    peak_bytes: int
+    host_bytes: int
+    computing_s: float
+    seconds: float
+    parts: Mapping[str, int] = field(compare=False)
+
+    @property
+    def streamed(self) -> int:
+        return self.blocks - len(self.residents)
+
+    def sentence(self) -> str:
+        """'int8 weights, 11 of 25 blocks streamed, 20 computed again: 10.9 GB, about 1.9 s a step.'"""
+        blocks = "all blocks on the card"
+        if self.streamed:
+            blocks = f"{self.streamed} of {self.blocks} blocks streamed from host memory"
+        again = self.blocks - len(self.plain)
+        kept = "no activations computed again"
+        if again:
+            kept = "activations computed again" if again == self.blocks else f"{again} blocks computed again"
+        lost = self.seconds / self.computing_s - 1
+        speed = "full speed" if lost < 0.01 else f"{lost:.0%} of it added by waiting for weights"
+        return (
+            f"{self.base} weights, {blocks}, {kept}: {self.peak_bytes / GIB:.1f} GB on the card, "
+            f"{self.host_bytes / GIB:.0f} GB on the host, about {self.seconds:.2g} s a step ({speed})"
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Up to three choices, the recommended one first, and what two more GB would change."""
+
+    machine: Machine
+    choices: tuple[Choice, ...]
+    why: str
+    seconds_with_2gb_more: float
+
+    @property
+    def best(self) -> Choice:
+        return self.choices[0]
+
+    def words(self) -> list[str]:
+        """The plan in sentences."""
+        speeds = "measured" if self.machine.measured else "assumed"
+        lines = [
+            f"{self.machine.vram_bytes / GIB:.1f} GB on {self.machine.name} "
+            f"({self.machine.flops_per_s / 1e12:.0f} TFLOP/s, link {self.machine.link_bytes_per_s / 1e9:.0f} GB/s, {speeds})",
+            f"chosen: {self.best.sentence()}",
+            self.why,
+        ]
+        lines += [f"or: {choice.sentence()}" for choice in self.choices[1:]]
+        gain = 1 - self.seconds_with_2gb_more / self.best.seconds
+        lines.append(
+            f"2 GB more would save {gain:.0%} of the time"
+            if gain > 0.005
+            else "2 GB more would not make it faster"
+        )
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "machine": asdict(self.machine),
+            "why": self.why,
+            "seconds_with_2gb_more": self.seconds_with_2gb_more,
+            "choices": [{**asdict(choice), "sentence": choice.sentence()} for choice in self.choices],
+        }
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the config fixes; None is left to the plan.
+
+    blocks_to_swap: how many blocks wait on the host;  recompute: all blocks (True) or none (False)
+    state_bytes:    of the optimizer for each trained weight, beside the weight and its gradient (4 bytes
+                    each)
+    """
+
+    base: str | None = None
+    blocks_to_swap: int | None = None
+    recompute: bool | None = None
+    slots: int = 2
+    state_bytes: int = 8
+
+
+def make_plan(
+    weights: Mapping[str, Weights], cost: StepCost, machine: Machine, wishes: Wishes = Wishes()
+) -> Plan:
+    """weights: base -> bytes in it, of the bases that may be chosen; cost: of one step at the training
+    resolution.
+
+    Raises UserError when nothing fits: the least that is needed, what drives it, and the nearest that does
+    fit.
+    """
+    if wishes.base is not None:
+        weights = {wishes.base: weights[wishes.base]}
+    count = len(cost.blocks)
+    if wishes.blocks_to_swap is not None and wishes.blocks_to_swap > count:
+        raise UserError(
+            "{asked} blocks are to wait on the host, but the model has {count}",
+            where="memory.blocks_to_swap",
+            mend='give at most {count}, or "auto"',
+            asked=wishes.blocks_to_swap,
+            count=count,
+        )
+    every = [choice for base in weights for choice in _choices(base, weights[base], cost, machine, wishes)]
+    fitting = [c for c in every if c.peak_bytes <= machine.vram_bytes]
+    if not fitting:
+        raise _too_small(every, machine)
+    affordable = [c for c in fitting if _host_has_room(c, machine)]
+    if not affordable:
+        least = min(fitting, key=lambda c: c.host_bytes)
+        raise UserError(
+            "the host has {have:.0f} GB of memory, of which {share:.0%} can be pinned: too little for any way to fit the card",
+            where="memory.vram_gb",
+            mend="the nearest that fits needs {need:.0f} GB: {way}",
+            code=EXIT_ENVIRONMENT,
+            have=machine.host_bytes / GIB,
+            share=PIN_SHARE,
+            need=least.host_bytes / GIB,
+            way=least.sentence(),
+        )
+    chosen, why = _recommend(affordable)
+    others = [
+        min(affordable, key=lambda c: (_rank(c), c.seconds, c.streamed)),
+        min(affordable, key=lambda c: (c.seconds, c.streamed)),
+        min(affordable, key=lambda c: (c.peak_bytes, c.seconds)),
+    ]
+    choices = list(dict.fromkeys([chosen, *others]))[:3]
+    larger = replace(machine, vram_bytes=machine.vram_bytes + 2 * GIB)
+    more = [c for base in weights for c in _choices(base, weights[base], cost, larger, wishes)]
+    seconds = [c.seconds for c in more if c.peak_bytes <= larger.vram_bytes and _host_has_room(c, machine)]
+    return Plan(machine, tuple(choices), why, min([*seconds, chosen.seconds]))
+
+
+def _host_has_room(choice: Choice, machine: Machine) -> bool:
+    """Memory for the process and the streamed weights, and these within what may be pinned."""
+    masters = choice.host_bytes - HOST_BASE_BYTES
+    return choice.host_bytes <= machine.host_bytes and masters <= PIN_SHARE * machine.host_bytes
+
+
+def _rank(choice: Choice) -> int:
+    return list(BASES).index(choice.base)
+
+
+def _recommend(choices: Sequence[Choice]) -> tuple[Choice, str]:
+    fastest = min(choices, key=lambda c: (c.seconds, _rank(c), c.peak_bytes))
+    near = [c for c in choices if c.seconds <= fastest.seconds * _WORTH]
+    chosen = min(near, key=lambda c: (_rank(c), c.seconds, c.streamed, c.peak_bytes))
+    bases = {c.base for c in choices}
+    if len(bases) == 1:
+        return chosen, f"{chosen.base} was asked for or is the only base that fits"
+    better = [base for base in BASES if base in bases and list(BASES).index(base) < _rank(chosen)]
+    if not better:
+        return chosen, f"{chosen.base} is taken because it fits at (nearly) full speed"
+    slower = min(c.seconds for c in choices if c.base == better[-1]) / chosen.seconds - 1
+    return (
+        chosen,
+        f"{chosen.base} rather than {better[-1]}, which would be {slower:.0%} slower in this memory",
+    )
+
+
+def _too_small(every: Sequence[Choice], machine: Machine) -> UserError:
+    least = min(every, key=lambda c: c.peak_bytes)
+    parts = sorted(least.parts.items(), key=lambda item: -item[1])
+    return UserError(
+        "{have:.1f} GB are too little: at least {need:.1f} GB are needed ({parts})",
+        where="memory.vram_gb",
+        mend="the least that works: {way}. A lower data.resolution, batch size or number of frames needs less still",
+        code=EXIT_ENVIRONMENT,
+        have=machine.vram_bytes / GIB,
+        need=least.peak_bytes / GIB,
+        parts=", ".join(f"{name} {size / GIB:.2f}" for name, size in parts if size > 0.005 * GIB),
+        way=least.sentence(),
+    )
+
+
+def _choices(base: str, weights: Weights, cost: StepCost, machine: Machine, wishes: Wishes) -> list[Choice]:
+    """Every number of residents with as many blocks not computed again as fit beside them."""
+    sizes = weights.blocks
+    count, total = len(sizes), sum(weights.blocks)
+    if wishes.blocks_to_swap is not None:
+        budgets = [_bytes_of(sizes, count - wishes.blocks_to_swap)]
+    else:
+        budgets = [total * k // count for k in range(count)] + [total]
+    found = {spread(sizes, budget) for budget in budgets}
+    return [
+        _choice(base, weights, cost, machine, wishes, kept)
+        for kept in sorted(found, key=lambda k: (len(k), sorted(k)))
+    ]
+
+
+def _bytes_of(sizes: Sequence[int], residents: int) -> int:
+    """The bytes with which `spread` keeps this many blocks, or as many as it can below."""
+    low, high = 0, sum(sizes)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if len(spread(sizes, middle)) <= residents:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _choice(
+    base: str, weights: Weights, cost: StepCost, machine: Machine, wishes: Wishes, residents: frozenset[int]
+) -> Choice:
+    sizes = weights.blocks
+    streamed = [i for i in range(len(sizes)) if i not in residents]
+    groups = units(sizes, streamed)
+    room = [sum(padded(sizes[i]) for i in group) for group in groups]
+    slots = min(wishes.slots, len(groups)) * max(room, default=0)
+    fixed = {
+        "context": CONTEXT_BYTES,
+        "resident blocks": sum(sizes[i] for i in residents),
+        "slots": slots,
+        "other weights": weights.rest,
+        "adapter and optimizer": weights.trained * (8 + wishes.state_bytes),
+    }
+    plain = _plain(cost, machine, wishes, sum(fixed.values()))
+    activations = int(cost.peak_with(plain) * (1 + _FRAGMENTS))
+    parts = {**fixed, "activations": activations}
+    slower = BASES[base]
+    forward = cost.flops_forward * slower / machine.flops_per_s
+    backward = (cost.flops_backward + cost.flops_again(plain)) * slower / machine.flops_per_s
+    moved = sum(sizes[i] for i in streamed)
+    at_turn = wishes.slots
+    first = sum(sizes[i] for group in groups[:at_turn] for i in group)
+    last = sum(
+        sizes[i] for group in groups[len(groups) - at_turn if len(groups) > at_turn else 0 :] for i in group
+    )
+    seconds = max(forward, (moved - first) / machine.link_bytes_per_s)
+    seconds += max(backward, (moved - last) / machine.link_bytes_per_s)
+    host = HOST_BASE_BYTES + (sum(sizes) if streamed else 0)
+    return Choice(
+        base,
+        tuple(sorted(residents)),
+        tuple(sorted(plain)),
+        wishes.slots,
+        len(sizes),
+        sum(parts.values()),
+        host,
+        forward + backward,
+        seconds,
+        parts,
+    )
+
+
+def _plain(cost: StepCost, machine: Machine, wishes: Wishes, fixed: int) -> list[int]:
+    """Blocks not to compute again, those that save the most time for their bytes first, as many as fit."""
+    if wishes.recompute is not None:
+        return [] if wishes.recompute else list(range(len(cost.blocks)))
+    order = sorted(
+        range(len(cost.blocks)),
+        key=lambda i: -cost.blocks[i].flops / max(1, cost.blocks[i].saved_bytes - cost.blocks[i].input_bytes),
+    )
+    low, high = 0, len(order)
+    while low < high:  # the peak grows with the number, so the largest that fits is found by halving
+        middle = (low + high + 1) // 2
+        if fixed + cost.peak_with(order[:middle]) * (1 + _FRAGMENTS) <= machine.vram_bytes:
+            low = middle
+        else:
+            high = middle - 1
+    return order[:low]
+
+
+def corrected(
+    plan: Plan, cost: StepCost, *, forward_s: float, backward_s: float, peak_bytes: int
+) -> tuple[StepCost, Machine]:
+    """What the plan was made from, after its chosen way has been run: the computing speed and activations as
+    seen.
+
+    forward_s, backward_s: median of some steps without waiting for weights (resident, or with the waits
+    taken off)
+    """
+    chosen = plan.best
+    machine = replace(
+        plan.machine,
+        flops_per_s=plan.machine.flops_per_s * chosen.computing_s / (forward_s + backward_s),
+        measured=True,
+    )
+    seen = peak_bytes - (chosen.peak_bytes - chosen.parts["activations"])
+    factor = max(0.25, seen / max(1, chosen.parts["activations"]))
+    blocks = tuple(
+        replace(b, saved_bytes=int(b.saved_bytes * factor), input_bytes=int(b.input_bytes * factor))
+        for b in cost.blocks
+    )
+    return (
+        replace(
+            cost,
+            blocks=blocks,
+            peak_bytes=int(cost.peak_bytes * factor),
+            peak_bytes_plain=int(cost.peak_bytes_plain * factor),
+        ),
+        machine,
+    )
