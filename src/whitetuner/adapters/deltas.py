@@ -7,9 +7,9 @@ A LoRA delta is B (out, r) @ A (r, in) (Hu et al. 2021, arXiv 2106.09685; names 
 
 Neither is ever multiplied out while training. x is seen as (tokens, b, d): one factor works on d, the other
 on b, and W1 is applied where the tensor is smallest: in rank space when W2 is low-rank, else on the narrower
-side of the layer. That costs 1.2x (rank 16) to 1.4x (full W2, factor 8) of the frozen layer alone, forward
-and backward, where building the dense delta costs 2.5x to 4x and keeps a matrix of the layer's size for the
-backward of every layer (benchmarks/cpu/adapter_layer.py). It also keeps what a sum W + delta in bf16 rounds
+side of the layer. Forward and backward then cost 1.26x (rank 16) to 1.52x (full W2, factor 8) of the frozen
+layer alone; building the dense delta costs four times that and keeps a matrix of the layer's size for the
+backward of every layer (benchmarks/results/adapter_layer.json). It also keeps what a sum W + delta in bf16 rounds
 away: after ten Adam steps at 1e-4 half of the delta.
 
 The factors are float32 masters, cast to x's dtype at use; the scale alpha / rank is folded into the smallest
