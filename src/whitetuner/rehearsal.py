@@ -47,6 +47,7 @@ def adapter_for(
     config: Config, family: Family, module: torch.nn.Module, device: torch.device
 ) -> tuple[Adapter, list[UserError]]:
     """The config's adapter on this denoiser, begun from method.init_from if that is set, and who will not read its files."""
+    assert config.method.kind != "full", "refused as not landed before"
     settings = AdapterSettings(
         kind=config.method.kind,
         rank=config.method.rank,
