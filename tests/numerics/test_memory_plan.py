@@ -158,6 +158,15 @@ def test_what_the_config_fixes_is_kept() -> None:
     assert plan(16, blocks_to_swap=13).best.streamed in (13, 14)
 
 
+def test_inputs_on_the_host_make_room_on_the_card() -> None:
+    here, there = (plan(8, base="int8", recompute=True, inputs_on_host=away).best for away in (False, True))
+    _, cost = real()
+    sent = sum(block.input_bytes for block in cost.blocks)
+    assert there.host_bytes >= sent
+    saved = here.parts["activations"] - there.parts["activations"]
+    assert 0.8 * sent < saved < 1.06 * sent
+
+
 def told(**asked: object) -> str:
     with pytest.raises(UserError) as caught:
         plan(**asked)  # type: ignore[arg-type]

@@ -57,11 +57,11 @@ def typical_machine(vram_gb: float, host_gb: float | None = None) -> Machine:
 def this_machine(device: torch.device, vram_gb: float | None = None) -> Machine:
     """The machine with this CUDA or ROCm device, its speeds measured (about a second).
 
-    vram_gb: that may be used; None: what is free now
+    vram_gb: that may be used, of what is free now; None: all of that
     """
     assert device.type == "cuda"
-    free, total = torch.cuda.mem_get_info(device)
-    allowed = free if vram_gb is None else min(total, int(vram_gb * GIB))
+    free, _ = torch.cuda.mem_get_info(device)
+    allowed = free if vram_gb is None else min(free, int(vram_gb * GIB))
     link = DeviceBackend(device).link_bytes_per_s()
     flops = _product_flops(device) * _EFFICIENCY / 0.8  # a large product alone reaches about 0.8 of the peak
     return Machine(torch.cuda.get_device_name(device), allowed, host_bytes(), flops, link, measured=True)

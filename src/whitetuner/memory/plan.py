@@ -147,6 +147,7 @@ class Wishes:
     recompute: bool | None = None
     slots: int = 2
     state_bytes: int = 8
+    inputs_on_host: bool = False
 
 
 def make_plan(
@@ -284,7 +285,8 @@ def _choice(
         "adapter and optimizer": weights.trained * (8 + wishes.state_bytes),
     }
     plain = _plain(cost, machine, wishes, sum(fixed.values()))
-    activations = int(cost.peak_with(plain) * (1 + _FRAGMENTS))
+    activations = _activations(cost, wishes, plain)
+    sent = _sent(cost, wishes, plain)
     parts = {**fixed, "activations": activations}
     slower = BASES[base]
     forward = cost.flops_forward * slower / machine.flops_per_s
@@ -296,8 +298,8 @@ def _choice(
         sizes[i] for group in groups[len(groups) - at_turn if len(groups) > at_turn else 0 :] for i in group
     )
     seconds = max(forward, (moved - first) / machine.link_bytes_per_s)
-    seconds += max(backward, (moved - last) / machine.link_bytes_per_s)
-    host = HOST_BASE_BYTES + (sum(sizes) if streamed else 0)
+    seconds += max(backward, (moved - last + sent) / machine.link_bytes_per_s)
+    host = HOST_BASE_BYTES + (sum(sizes) if streamed else 0) + sent
     return Choice(
         base,
         tuple(sorted(residents)),
@@ -312,6 +314,22 @@ def _choice(
     )
 
 
+def _sent(cost: StepCost, wishes: Wishes, plain: Sequence[int]) -> int:
+    """Bytes of inputs that wait on the host."""
+    kept = frozenset(plain)
+    return (
+        sum(b.input_bytes for i, b in enumerate(cost.blocks) if i not in kept) if wishes.inputs_on_host else 0
+    )
+
+
+def _activations(cost: StepCost, wishes: Wishes, plain: Sequence[int]) -> int:
+    peak = cost.peak_with(plain)
+    sent = _sent(cost, wishes, plain)
+    if sent:  # two are on the device: the one in use and the one that comes
+        peak -= max(0, sent - 2 * max(block.input_bytes for block in cost.blocks))
+    return int(peak * (1 + _FRAGMENTS))
+
+
 def _plain(cost: StepCost, machine: Machine, wishes: Wishes, fixed: int) -> list[int]:
     """Blocks not to compute again, those that save the most time for their bytes first, as many as fit."""
     if wishes.recompute is not None:
@@ -323,7 +341,7 @@ def _plain(cost: StepCost, machine: Machine, wishes: Wishes, fixed: int) -> list
     low, high = 0, len(order)
     while low < high:  # the peak grows with the number, so the largest that fits is found by halving
         middle = (low + high + 1) // 2
-        if fixed + cost.peak_with(order[:middle]) * (1 + _FRAGMENTS) <= machine.vram_bytes:
+        if fixed + _activations(cost, wishes, order[:middle]) <= machine.vram_bytes:
             low = middle
         else:
             high = middle - 1
