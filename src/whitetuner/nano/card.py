@@ -44,12 +44,11 @@ A FLUX.2 Klein pipeline small enough to ship inside White Tuner {version}: `Flux
 ordinary classes, made small. It draws one flat shape on a flat background, 64x64, as its caption says:
 circle, square, triangle, cross, star or ring; eight colours; small or big.
 
-Trained from scratch on pictures that `whitetuner.nano.draw` draws; nothing else went into it. Seed {seed},
-{threads} threads:
+Trained from scratch on pictures that `whitetuner.nano.draw` draws; nothing else went into it. Seed {seed}:
 
     python -m whitetuner.nano.pretrain --out DIR
 
-| stage | steps | seconds |
+| stage | steps | seconds (wall time) |
 |---|---|---|
 {stages}
 
@@ -57,8 +56,8 @@ The autoencoder's error is {rmse:.3f} (root mean square, pixels in [-1, 1]); the
 {known:.1%} of its reconstructions, and {new:.1%} of those of an outline it was never trained on.
 
 Scores of the files beside this card, {steps} steps, guidance {cfg:g}, `max_sequence_length={length}` (which
-it needs: padding is attended to, and another length is new to it). Fit: overlap with
-the nearest ideal outline (of drawings: .99). An edge counts as clean up to {edge:g} px wide (of drawings: 1).
+it needs: padding is attended to, and another length is new to it). Fit: overlap with the nearest ideal
+outline (drawings have .99). An edge counts as clean up to {edge:g} px wide (drawings have 1).
 
 | captions | pictures | all right | shape | colour | background | fit | edge (px) | clean edges |
 |---|---|---|---|---|---|---|---|---|
@@ -69,7 +68,6 @@ the nearest ideal outline (of drawings: .99). An edge counts as clean up to {edg
 def write_card(
     folder: Path,
     seed: int,
-    threads: int,
     stages: list[Training],
     drawn_back: Reconstruction,
     scores: dict[str, Score],
@@ -83,7 +81,6 @@ def write_card(
     card = _TEXT.format(
         version=__version__,
         seed=seed,
-        threads=threads,
         stages="\n".join(
             f"| {stage.name} | {stage.steps} of {stage.planned} | {stage.seconds:.0f} |" for stage in stages
         ),

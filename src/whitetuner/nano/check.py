@@ -20,11 +20,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
+from PIL.Image import Image
 
 from whitetuner.nano.draw import COLOURS, NEW_SHAPE, PALETTE_RGB, RADIUS_PX, SHAPES, SIZE_PX, Label, coverage
+
+Picture: TypeAlias = Image | NDArray
 
 UNKNOWN = "?"
 #: Distance in RGB (0..255) up to which a colour takes a palette name; the two nearest, red and orange, lie 98
@@ -38,7 +42,7 @@ FEWEST_PIXELS = 40
 LEAST_FIT = 0.72
 SIZE_BORDER_PX = (RADIUS_PX["small"][1] + RADIUS_PX["big"][0]) / 2 - 0.2
 #: A drawing straight from `draw` measures 1.0 to 1.2 px; beyond this an edge looks soft at a glance.
-CLEAN_EDGE_PX = 2.5
+CLEAN_EDGE_PX = 2.0
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Verdict:
         return self.shape and self.colour and self.background
 
 
-def judge(image: ArrayLike, label: Label) -> Verdict:
+def judge(image: Picture, label: Label) -> Verdict:
     """image: (64, 64, 3), 0..255, or a PIL picture of that size."""
     seen = look(image)
     return Verdict(
@@ -79,7 +83,7 @@ def judge(image: ArrayLike, label: Label) -> Verdict:
     )
 
 
-def look(image: ArrayLike) -> Seen:
+def look(image: Picture) -> Seen:
     """image: (64, 64, 3), 0..255, or a PIL picture of that size. Raises ValueError for another size."""
     pixels = np.asarray(image, dtype=np.float64)
     if pixels.shape != (SIZE_PX, SIZE_PX, 3):

@@ -9,6 +9,9 @@ Muon on the blocks' matrices, AdamW on the rest: outlines come sooner than with 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
@@ -60,7 +63,8 @@ def new_transformer(seed: int) -> Flux2Transformer2DModel:
 
 
 def optimizers(transformer: Flux2Transformer2DModel) -> list[torch.optim.Optimizer]:
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, weight in transformer.named_parameters():
         (matrices if weight.ndim == 2 and "transformer_blocks" in name else rest).append(weight)
     return [
@@ -93,7 +97,7 @@ class Lesson:
         self.image_ids = torch.cartesian_prod(*(torch.arange(k) for k in (1, GRID, GRID, 1)))
         self.text_ids = torch.cartesian_prod(*(torch.arange(k) for k in (1, 1, 1, MAX_SEQUENCE_LENGTH)))
 
-    def loss_of(self, transformer: nn.Module, generator: Generator, half: bool) -> Tensor:
+    def loss_of(self, transformer: Callable[..., Any], generator: Generator, half: bool) -> Tensor:
         """Mean squared error of one batch's velocity. half: in bf16, faster where the processor has it."""
         chosen = torch.randint(len(self.tokens), (BATCH,), generator=generator)
         clean = self.tokens[chosen]

@@ -117,7 +117,7 @@ def draw_set(
     sizes: list[str] = []
     captions: list[str] = []
     while len(labels) < n:
-        shape = shapes[rng.integers(len(shapes))]
+        shape = shapes[int(rng.integers(len(shapes)))]
         foreground = int(rng.integers(len(COLOURS)))
         background = COLOURS[(foreground + 1 + rng.integers(len(COLOURS) - 1)) % len(COLOURS)]
         colour = COLOURS[foreground]

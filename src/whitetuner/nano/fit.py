@@ -30,7 +30,7 @@ class Plan:
     warmup: int
     decay: float
     ema: float
-    save_every: int = 500
+    save_every: int = 100
 
     def rate(self, step: int) -> float:
         """Factor on the learning rate, (0, 1]."""

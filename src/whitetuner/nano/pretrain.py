@@ -31,7 +31,7 @@ from whitetuner.nano.score import draw_with, evaluation_prompts, load_pipeline, 
 
 VAE_PLAN = Plan(steps=5000, warmup=50, decay=0.5, ema=0.998)
 DECODER_PLAN = Plan(steps=2000, warmup=50, decay=0.6, ema=0.998)
-DIT_PLAN = Plan(steps=3500, warmup=100, decay=0.45, ema=0.998)
+DIT_PLAN = Plan(steps=2700, warmup=100, decay=0.36, ema=0.998)
 #: The last steps run in float32, to end where the pipeline computes.
 HALF_SHARE = 0.85
 #: Pictures a score is taken from: at 95 % its standard error is 1.5 points.
@@ -91,7 +91,7 @@ def pretrain(options: argparse.Namespace) -> None:
         captions, labels = evaluation_prompts(SCORED, seed, **choice)
         scores[name] = score(draw_with(pipeline, captions, seed), labels)
         print(name, scores[name], flush=True)
-    write_card(folder, options.seed, options.threads, run.trainings, drawn_back, scores)
+    write_card(folder, options.seed, run.trainings, drawn_back, scores)
 
 
 class _Run:

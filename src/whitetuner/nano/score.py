@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from whitetuner.nano.builtin import CFG, MAX_SEQUENCE_LENGTH, STEPS, builtin_path
-from whitetuner.nano.check import CLEAN_EDGE_PX, judge, look
+from whitetuner.nano.check import CLEAN_EDGE_PX, Picture, judge, look
 from whitetuner.nano.draw import SHAPES, SIZE_PX, Label, draw_set
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Score:
     n: int
 
 
-def score(images: Sequence[Image], labels: Sequence[Label]) -> Score:
+def score(images: Sequence[Picture], labels: Sequence[Label]) -> Score:
     """Judges picture i by label i. images: PIL or (64, 64, 3) arrays in 0..255. Raises ValueError if there
     are none.
     """
