@@ -40,9 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Before torch loads: threads that spin while they wait took 3.2 s for a step that takes 0.7 s when they sleep, on two
-    # cores with another program running (the demo's training, 2 threads).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Before torch loads: libgomp's threads spin long before they sleep. The demo's step on two cores, seconds: quiet 0.12 by
+    # default, 0.14 with this, 0.18 with sleeping at once; beside one busy core 0.66 to 1.4, 0.27 and 0.24 (docs/log.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     parser = make_parser()
     given = parser.parse_args(arguments)
     if given.word is None:

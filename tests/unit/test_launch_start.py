@@ -268,6 +268,8 @@ def test_ctrl_c_while_installing_ends_with_130_and_a_sentence(checkout: Path, tm
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        # As a terminal starts it: a job in the background inherits that SIGINT is ignored, and CI may be one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not (copy / ".venv/whitetuner-install.json").exists():
         time.sleep(0.01)
