@@ -62,16 +62,7 @@ class Trainer:
 
     def train(self) -> recipe.Result:
         """All steps that are left, then the final files."""
-        if self.session is None:
-            self.result = recipe.run(self.loaded, resume=self.resume)
-            return self.result
-        session = self.session
-        stopped = not session.advance(session.data.steps)
-        if stopped:
-            session.save()
-        files = () if stopped else session.finish()
-        session.tell(events.Ended(status="stopped" if stopped else "finished", step=session.step))
-        self.result = recipe.Result(session.folder.path, session.step, stopped, files)
+        self.result = recipe.run(self.loaded, resume=self.resume) if self.session is None else self.session.run()
         return self.result
 
     def save_checkpoint(self) -> Path:

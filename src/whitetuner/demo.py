@@ -209,7 +209,7 @@ def family(name: str, task: str | None, method: str, out: Path) -> int:
     refuse_not_landed(loaded.config)
     print(f"1/4  a random tiny {spec.title} and 6 pictures", flush=True)
     registry.make_tiny(name, str(out / "model"), variant or None)
-    make_testdata(task, out / "data", 6, 0)
+    make_testdata("edit" if task == "edit" else "t2i" if task == "t2i" else "video", out / "data", 6, 0)
     config = out / "config.toml"
     config.write_text(dump_config(loaded.config), encoding="utf-8")
     print("2/4  check", flush=True)
@@ -323,11 +323,12 @@ def pictures(run: Path, out: Path) -> None:
 
 def loss_curve(run: Path, width: int = 640, height: int = 320) -> Image.Image:
     """Loss over steps: each step thin, the running mean bold, validation as dots."""
-    from whitetuner.runs.events import read
+    from whitetuner.runs.curves import smooth
+    from whitetuner.runs.events import StepDone, Validation, read
 
-    events, _ = read(run / "events.jsonl", 0)
-    losses = [(event.step, event.loss) for event in events if event.kind == "step"]
-    validation = [(event.step, event.loss) for event in events if event.kind == "validation"]
+    events, _ = read(run / "events.jsonl")
+    losses = [(event.step, event.loss) for event in events if isinstance(event, StepDone)]
+    validation = [(event.step, event.loss) for event in events if isinstance(event, Validation)]
     board = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(board)
     top = max(value for _, value in losses + validation) * 1.05
@@ -344,11 +345,7 @@ def loss_curve(run: Path, width: int = 640, height: int = 320) -> Image.Image:
     draw.text((left, bottom + 6), "step 0", fill=(90, 90, 90))
     draw.text((width - 60, bottom + 6), f"step {last}", fill=(90, 90, 90))
     draw.line([at(*point) for point in losses], fill=(190, 205, 235))
-    mean, smooth = losses[0][1], []
-    for step, value in losses:
-        mean += (value - mean) * 0.05
-        smooth.append(at(step, mean))
-    draw.line(smooth, fill=(30, 80, 200), width=3)
+    draw.line([at(*point) for point in smooth(losses)], fill=(30, 80, 200), width=3)
     for step, value in validation:
         x, y = at(step, value)
         draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=(220, 90, 30))

@@ -13,9 +13,9 @@ from whitetuner.adapters.files import load_adapter
 from whitetuner.config.load import load_config
 from whitetuner.errors import EXIT_FAILED, UserError
 from whitetuner.families import registry
-from whitetuner.family import Family, ModelPaths
+from whitetuner.family import BuildFn, Family, ModelPaths
 from whitetuner.memory.build import build_module
-from whitetuner.models import check_model, family_of, model_folder
+from whitetuner.models import check_model, check_size, family_of, model_folder
 from whitetuner.records import EncodeInput, Size
 from whitetuner.rehearsal import check_weights
 from whitetuner.resolve import choose_device, choose_dtype
@@ -75,18 +75,7 @@ def sample(
             height=size.height,
             largest=LARGEST_PX,
         )
-    stride = family.stride()
-    if size.width % stride or size.height % stride:
-        near = Size(max(1, round(size.width / stride)) * stride, max(1, round(size.height / stride)) * stride)
-        raise UserError(
-            "{width}x{height} is not a multiple of {stride} pixels",
-            where="--size",
-            mend="the nearest that is: {near}",
-            width=size.width,
-            height=size.height,
-            stride=stride,
-            near=f"{near.width}x{near.height}",
-        )
+    check_size(size, family.stride(), "--size")
     device = choose_device("auto")
     build = partial(build_module, dtype=choose_dtype("auto", device), device=device)
     scenes = encode_prompts(family, build, [prompt, negative])
@@ -157,12 +146,12 @@ def check_finite(modules: Mapping[str, torch.nn.Module], prompt: Mapping[str, to
         )
 
 
-def encode_prompts(family: Family, build: object, prompts: list[str], task: str = "t2i") -> list[dict[str, torch.Tensor]]:
+def encode_prompts(family: Family, build: BuildFn, prompts: list[str], task: str = "t2i") -> list[dict[str, torch.Tensor]]:
     """The fields of every encoder that reads nothing but the caption, for each prompt."""
     found: list[dict[str, torch.Tensor]] = [{} for _ in prompts]
     for encoder in family.encoders(task):
         if encoder.reads <= {"caption"}:
-            encoder.load(build)  # type: ignore[arg-type]
+            encoder.load(build)
             for fields, prompt in zip(found, prompts):
                 fields.update(encoder.encode(EncodeInput(caption=prompt)))
             encoder.free()

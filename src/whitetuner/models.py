@@ -11,6 +11,7 @@ from whitetuner.config.schema import Config
 from whitetuner.errors import UserError
 from whitetuner.families import registry
 from whitetuner.family import FamilySpec, ModelPaths
+from whitetuner.records import Size
 
 BUILTIN = "builtin:nano"
 SINGLE_PARTS = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder", "tokenizer")
@@ -96,6 +97,24 @@ def check_model(spec: FamilySpec, paths: ModelPaths) -> None:
                 title=spec.title,
                 wanted=spec.transformer_class,
             )
+
+
+def check_size(size: Size, stride_px: int, where: str, written: str = "{}x{}") -> None:
+    """Raises UserError, proposing the nearest, when this model cannot draw pictures of this size.
+
+    written: how a size is typed at that place, as a format of width and height
+    """
+    if size.width % stride_px or size.height % stride_px:
+        near = [max(1, round(side / stride_px)) * stride_px for side in (size.width, size.height)]
+        raise UserError(
+            "a picture of {width}x{height} is not a multiple of {stride} pixels",
+            where=where,
+            mend="the nearest that is: {near}",
+            width=size.width,
+            height=size.height,
+            stride=stride_px,
+            near=written.format(*near),
+        )
 
 
 def class_name(component: Path) -> str:

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from whitetuner.data.order import Order
 from whitetuner.data.scan import PictureSet, Scan, scan
 from whitetuner.errors import UserError
 from whitetuner.family import BuildFn, Family
+from whitetuner.memory.build import build_module
+from whitetuner.models import check_size
 from whitetuner.records import Batch, Item, Size
 from whitetuner.resolve import Resolved, resolve
 from whitetuner.train.preview import Scene
@@ -109,7 +112,7 @@ def prepare_data(
         cached=cached,
         order=order,
         steps=_steps(config, order),
-        shift=_shift(config, family, training),
+        shift=shift_of(config, family, found),
         data_hash=data_hash(found, config),
         validation=[stack([cached.sample(item, 0)], cached) for item in chosen],
         held_out=bool(held),
@@ -120,10 +123,6 @@ def prepare_data(
 
 def cache_only(config: Config) -> tuple[int, float]:
     """(pictures encoded or found so, seconds): the `cache` word."""
-    from functools import partial
-
-    from whitetuner.memory.build import build_module
-
     began = time.perf_counter()
     resolved = resolve(config)
     build = partial(build_module, dtype=resolved.dtype, device=resolved.device)
@@ -180,7 +179,8 @@ def _steps(config: Config, order: Order) -> int:
     return 2000 if config.run.steps is None else config.run.steps
 
 
-def _shift(config: Config, family: Family, items: list[Item]) -> float:
+def shift_of(config: Config, family: Family, found: Scan) -> float:
+    """Of the noise schedule: the config's, or the model's own for the most frequent size. Raises UserError if it has none."""
     if config.noise.shift != "auto":
         return float(config.noise.shift)
     if family.spec.auto_shift is None:
@@ -190,7 +190,8 @@ def _shift(config: Config, family: Family, items: list[Item]) -> float:
             mend="give a number, e.g. 3.0",
             title=family.spec.title,
         )
-    size = Counter(item.size for item in items).most_common(1)[0][0]
+    training, _ = _split(found.items, config.validation.share, config.run.seed)
+    size = Counter(item.size for item in training).most_common(1)[0][0]
     return float(family.spec.auto_shift(family.spec.tokens(size, family.stride())))
 
 
@@ -203,19 +204,9 @@ def data_hash(found: Scan, config: Config) -> str:
 
 def preview_sizes(config: Config, family: Family) -> None:
     """Raises UserError for the first preview whose size this model cannot draw."""
-    stride = family.stride()
     for index, prompt in enumerate(config.preview.prompts):
-        if prompt.size is not None and any(side % stride for side in prompt.size):
-            near = [max(1, round(side / stride)) * stride for side in prompt.size]
-            raise UserError(
-                "a preview of {width}x{height} is not a multiple of {stride} pixels",
-                where=f"preview.prompts[{index}].size",
-                mend="the nearest that is: {near}",
-                width=prompt.size[0],
-                height=prompt.size[1],
-                stride=stride,
-                near=near,
-            )
+        if prompt.size is not None:
+            check_size(Size(*prompt.size), family.stride(), f"preview.prompts[{index}].size", "[{}, {}]")
 
 
 def _scene(prompt: Prompt, family: Family, cached: Cached, size: Size) -> Scene:
@@ -241,4 +232,3 @@ def _smallest(config: Config) -> list[int]:
     for one in config.data_sets():
         found += one.resolution if isinstance(one.resolution, list) else [one.resolution]
     return found
-

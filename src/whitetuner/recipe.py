@@ -25,7 +25,8 @@ from whitetuner.diffusion.sigmas import SigmaSettings
 from whitetuner.errors import EXIT_FAILED, UserError
 from whitetuner.family import BuildFn
 from whitetuner.memory.build import build_module
-from whitetuner.prepared import data_hash, find_items, prepare_data
+from whitetuner.memory.recompute import checkpoint_blocks
+from whitetuner.prepared import data_hash, find_items, prepare_data, shift_of
 from whitetuner.rehearsal import adapter_for, optimizer_for, rehearse
 from whitetuner.resolve import Resolved, resolve
 from whitetuner.resuming import find_checkpoint, same_data, same_resolved
@@ -109,10 +110,11 @@ class Session:
     # -- the run ---------------------------------------------------------------------------------------------------
 
     def run(self) -> Result:
-        """From the check to the final files; saved and stopped in between when asked to."""
+        """All that is left: prepared if it is not yet, to the final files; saved and stopped in between when asked to."""
         path = self.folder.path
         try:
-            self.prepare()
+            if not self.begun:
+                self.prepare()
             stopped = not self.advance(self.data.steps)
             if stopped:
                 self.save()
@@ -164,6 +166,8 @@ class Session:
         if checkpoint is not None:
             found = find_items(config, self.family)
             same_data(before, data_hash(found, config))
+            now = {**self.resolved.facts(), "shift": shift_of(config, self.family, found)}
+            same_resolved(before, now)
         document = folder.begin(dump_config(config), self.loaded.document(), origins=dict(self.loaded.origins))
         self.begun = True
         if self.resume is not None:
@@ -179,10 +183,7 @@ class Session:
         if self.resolved.facts()["random_weights"]:
             self.tell(events.Message(level="info", text="the weights of this model are random: it draws noise"))
         self.data = prepare_data(config, self.resolved, self.build, self._progress, found)
-        facts = {**self.resolved.facts(), **self.data.facts()}
-        if checkpoint is not None:
-            same_resolved(before, facts)
-        folder.update(resolved=facts)
+        folder.update(resolved={**self.resolved.facts(), **self.data.facts()})
         for note in self.data.notes:
             self.tell(events.Message(level="info", text=note))
         self.tell(events.Phase(name="load"))
@@ -204,7 +205,7 @@ class Session:
         if config.memory.gradient_checkpointing is True or (
             config.memory.gradient_checkpointing == "auto" and self.device.type == "cuda"
         ):
-            module.enable_gradient_checkpointing()
+            checkpoint_blocks(module, part.block_lists)
         parameters = list(adapter.parameters())
         optimizer = optimizer_for(config, parameters)
         ema = Ema(parameters, config.optimizer.ema) if config.optimizer.ema else None
@@ -251,7 +252,7 @@ class Session:
             on_step=self.tell,
             after_step=self._between,
             stop_asked=lambda: self.signals.asked or self.folder.asked("stop"),
-            on_bad=lambda step: self.save() if step > start else None,
+            on_bad=lambda step: self._save_last_good(step > start),
         )
         assert self._batches is not None, "advance before prepare"
         outcome = train(
@@ -280,6 +281,10 @@ class Session:
         where = path.relative_to(self.folder.path).as_posix()
         self.tell(events.Saved(step=self.step, path=where, seconds=time.perf_counter() - began))
         return path
+
+    def _save_last_good(self, learned: bool) -> None:
+        if learned:
+            self.save()
 
     def _validate(self, step: int) -> None:
         learner, data = self.learner, self.data
@@ -364,8 +369,10 @@ class Session:
 
     def tell(self, event: events.Event) -> None:
         self.folder.append(event)
-        for listener in (*self.listeners, *([self.board] if self.board else [])):
+        for listener in self.listeners:
             listener(event)
+        if self.board is not None:
+            self.board(event)
 
 
 def _same_file(source: Path, target: Path) -> None:

@@ -16,9 +16,10 @@ from whitetuner.families import registry
 from whitetuner.family import Family
 from whitetuner.models import is_random, model_paths
 
+
 @dataclass(frozen=True)
 class Resolved:
-    """family: with options and paths; device; dtype of the frozen weights; shift of the noise schedule (None: unused)."""
+    """family: with options and paths; device; dtype of the frozen weights that are not quantised."""
 
     family: Family
     device: torch.device

@@ -55,7 +55,7 @@ def _named(resume: str, folder: RunFolder) -> Path:
     path = Path(resume)
     if (path / STATE_FILE).is_file() or (path.is_dir() and re.fullmatch(r"checkpoint-\d+", path.name)):
         return path
-    own = Store(folder.checkpoints, "", 0).list()
+    own = Store(folder.checkpoints, "", 0).found()
     raise UserError(
         "there is no checkpoint here",
         where=f"--resume {resume}",

@@ -29,6 +29,7 @@ from whitetuner.evidence import checkpoint, digest, gradients, losses, start_tra
 from whitetuner.families import contract, registry
 from whitetuner.family import Family, ModelPaths
 from whitetuner.memory.build import build_module
+from whitetuner.memory.recompute import checkpoint_blocks
 from whitetuner.records import Batch, Size
 from whitetuner.runs import events
 from whitetuner.tiny import TINY_SIZE_PX, tiny_options, tiny_values
@@ -223,7 +224,7 @@ class Bench:
         ask = partial(gradients, family, part, module, adapter, seed=1)
         one, two = ask(batches=[both]), ask(batches=singles)
         error = max(float((one[k] - two[k]).norm() / one[k].norm().clamp(min=1e-12)) for k in one)
-        module.enable_gradient_checkpointing()
+        checkpoint_blocks(module, self.spec.parts(family.options)[0].block_lists)
         again = digest(ask(batches=[both])) == digest(one)
         return error < 1e-5 and again, f"{error:.1e} < 1e-05", "recompute: " + ("bits equal" if again else "BITS DIFFER")
 

@@ -47,7 +47,7 @@ def child(values: dict[str, object], resume: bool) -> int:
         return pid
     code = 1
     try:
-        with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
             os.dup2(nowhere.fileno(), 1)
             recipe.run(load_config(None, base=values), resume="latest" if resume else None)
         code = 0

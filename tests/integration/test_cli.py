@@ -58,7 +58,9 @@ def test_the_run_left_what_the_seed_promised(place: Path) -> None:
         assert (run / path).is_file(), path
 
 
-def test_check_of_a_config_and_of_a_folder(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_of_a_config_and_of_a_folder(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(place)
     pictures = str(place / "pictures")
     assert main(["check", str(place / "config.toml"), "--set", f"data.images={pictures}", "--json"]) == 0

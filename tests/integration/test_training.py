@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from whitetuner import recipe
 from whitetuner.config.load import dump_config, load_config
 from whitetuner.errors import UserError
+from whitetuner.evidence import checkpoint, digest, losses, start_training
 from whitetuner.families import registry
 from whitetuner.records import Batch
 from whitetuner.runs import events
-from whitetuner.evidence import checkpoint, digest, losses, start_training
 from whitetuner.tiny import tiny_values
 
 FAMILIES = list(registry.FAMILIES)
@@ -238,3 +238,13 @@ def test_a_base_of_bf16_trains_in_bf16_and_resumes_to_the_bit(place: dict[str, A
     train(place, "bf16-parts", **{**more, "run.steps": 2})
     parts = train(place, "bf16-parts", "latest", **more)
     assert digest(checkpoint(parts.folder, 4)) == digest(checkpoint(whole.folder, 4))
+
+
+@pytest.mark.parametrize("change", [{"memory.dtype": "bf16"}, {"noise.shift": 2.0}, {"data.batch_size": 1}])
+def test_a_refused_resume_leaves_every_file_as_it_was(place: dict[str, Any], change: dict[str, Any]) -> None:
+    name = "refused-" + next(iter(change))
+    result = train(place, name, **{"run.steps": 3, "save.every": 2})
+    before = {path: path.read_bytes() for path in sorted(result.folder.rglob("*")) if path.is_file()}
+    with pytest.raises(UserError):
+        train(place, name, "latest", **{"run.steps": 5, **change})
+    assert {path: path.read_bytes() for path in sorted(result.folder.rglob("*")) if path.is_file()} == before

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from whitetuner.memory.quantize import Kind, quantize_linears
 from whitetuner.memory.recompute import checkpoint_blocks
-from whitetuner.memory.swap.backend import Backend, CpuBackend, Counters
+from whitetuner.memory.swap.backend import Backend, Counters, CpuBackend
 from whitetuner.memory.swap.engine import SwapEngine
 
 torch.set_num_threads(1)

@@ -44,14 +44,14 @@ def test_the_oldest_own_go_and_the_newest_and_foreign_stay(tmp_path: Path) -> No
     store = Store(folder, "run", keep=2)
     for step in (10, 20, 30, 100):
         save(store, step)
-    assert [path.name for path in store.list()] == ["checkpoint-1", "checkpoint-2", "checkpoint-30", "checkpoint-100"]
+    assert [path.name for path in store.found()] == ["checkpoint-1", "checkpoint-2", "checkpoint-30", "checkpoint-100"]
 
 
 def test_keep_one_keeps_the_newest(tmp_path: Path) -> None:
     store = Store(tmp_path, "run", keep=1)
     for step in (1, 2, 3):
         save(store, step)
-        assert [path.name for path in store.list()] == [f"checkpoint-{step}"]
+        assert [path.name for path in store.found()] == [f"checkpoint-{step}"]
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "no_state", "torn_state", "not_json_object"])
@@ -127,8 +127,8 @@ def test_every_way_to_be_killed_while_saving_leaves_a_whole_checkpoint(
 
     calls = {"n": 0, "at": 0}
 
-    def counted(function):  # noqa: ANN001, ANN202
-        def call(*args, **kwargs):  # noqa: ANN002, ANN003, ANN202
+    def counted(function):
+        def call(*args, **kwargs):
             calls["n"] += 1
             if calls["n"] == calls["at"]:
                 raise Killed

@@ -120,19 +120,19 @@ class Store:
         self._rotate(final)
         return final
 
-    def list(self) -> list[Path]:
+    def found(self) -> list[Path]:
         """Checkpoint folders, oldest step first, whole or not."""
-        found = []
+        numbered = []
         if self.folder.is_dir():
             for path in self.folder.iterdir():
                 match = re.fullmatch(r"checkpoint-(\d+)", path.name)
                 if match and path.is_dir():
-                    found.append((int(match[1]), path))
-        return [path for _, path in sorted(found)]
+                    numbered.append((int(match[1]), path))
+        return [path for _, path in sorted(numbered)]
 
     def latest(self, warn: Callable[[UserError], None]) -> Checkpoint | None:
         """The newest whole checkpoint of this run; damaged ones are told to `warn` and passed over. None if there is none."""
-        for path in reversed(self.list()):
+        for path in reversed(self.found()):
             try:
                 return read(path, self.run_id)
             except DamagedCheckpoint as error:
@@ -144,7 +144,7 @@ class Store:
         "latest" must not come back to them. Nothing is deleted. Returns their new places.
         """
         moved = []
-        for path in self.list():
+        for path in self.found():
             if int(path.name.rpartition("-")[2]) > step and _run_id(path) == self.run_id:
                 number = 0
                 while (target := path.with_name(f"left-{path.name}" + (f".{number}" if number else ""))).exists():
@@ -156,7 +156,7 @@ class Store:
     def _rotate(self, newest: Path) -> None:
         if self.keep <= 0:
             return
-        own = [path for path in self.list() if path != newest and _run_id(path) == self.run_id]
+        own = [path for path in self.found() if path != newest and _run_id(path) == self.run_id]
         for path in own[: max(0, len(own) - (self.keep - 1))]:
             gone = path.with_name(f".{path.name}.removing")
             path.rename(gone)  # first out of sight: a kill in the middle of rmtree must not leave half a checkpoint

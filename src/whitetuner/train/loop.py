@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -45,7 +46,6 @@ class Hooks:
 class Outcome:
     step: int
     stopped: bool
-    losses: list[float] = field(default_factory=list)
 
 
 def train(
@@ -64,10 +64,10 @@ def train(
     Raises NotFinite, before anything is applied, when loss or gradients are NaN or infinite.
     """
     modules = {learner.part.name: learner.module}
-    step, change, losses = start, 0.0, []
+    step, change = start, 0.0
     while step < settings.steps:
         if hooks.stop_asked():
-            return Outcome(step, True, losses)
+            return Outcome(step, True)
         began = time.perf_counter()
         micro = [next(batches) for _ in range(settings.accumulate)]
         samples = sum(len(batch) for batch in micro)
@@ -90,7 +90,6 @@ def train(
         if learner.ema is not None:
             learner.ema.update()
         step += 1
-        losses.append(value)
         if step % WEIGHT_CHANGE_EVERY == 0 or step == settings.steps or step == start + 1:
             change = learner.weight_change()
         hooks.on_step(
@@ -108,7 +107,7 @@ def train(
             )
         )
         hooks.after_step(step)
-    return Outcome(step, False, losses)
+    return Outcome(step, False)
 
 
 def _refuse(
@@ -137,7 +136,7 @@ def _refuse(
         if culprit is None:
             culprit = first_bad_module(
                 learner.module.named_modules(),
-                lambda batch=batch: step_loss(family, modules, learner.part.name, batch, settings, device),
+                partial(step_loss, family, modules, learner.part.name, batch, settings, device),
             )
     learner.optimizer.zero_grad(set_to_none=True)
     hooks.on_bad(step - 1)

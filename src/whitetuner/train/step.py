@@ -68,7 +68,9 @@ def loss_at(
 ) -> StepLoss:
     """Loss of a batch at given noise levels. sigma: (B,) float32; noise: like x0, float32."""
     batch = batch.to(device)
-    x0, sigma, noise = batch["latent"].float(), sigma.to(device), noise.to(device)
+    x0 = batch["latent"]
+    assert isinstance(x0, torch.Tensor), "the target's latent is a stacked field"
+    x0, sigma, noise = x0.float(), sigma.to(device), noise.to(device)
     prediction = family.predict(modules, part, batch, noisy(x0, noise, sigma), sigma)
     plain = sample_losses(prediction, velocity(x0, noise))
     weights = weighting(settings.loss_weighting, sigma) * loss_weight(settings.sigmas, sigma)
