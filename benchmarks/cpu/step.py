@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-
 from benchmarks.paired import environment, paired
+
 from whitetuner.config.load import load_config
 from whitetuner.demo import draw_folder, write_config
 from whitetuner.recipe import Session
@@ -30,7 +30,13 @@ def main() -> None:
         draw_folder(folder / "data" / "new", 16, 1)
         draw_folder(folder / "data" / "old", 16, 2)
         config = write_config(folder, 100_000)
-        more = ["preview.every=0", "validation.every=0", "save.every=0", "optimizer.ema=0", "data.batch_size=8"]
+        more = [
+            "preview.every=0",
+            "validation.every=0",
+            "save.every=0",
+            "optimizer.ema=0",
+            "data.batch_size=8",
+        ]
         with Session.open(load_config(config, more)) as session:
             session.prepare()
             learner, family = session.learner, session.family
@@ -43,7 +49,11 @@ def main() -> None:
                 noise = torch.randn_like(x0)
                 level = sigma.view(-1, 1, 1, 1)
                 said = family.predict(
-                    {"transformer": learner.module}, "transformer", batch, (1 - level) * x0 + level * noise, sigma
+                    {"transformer": learner.module},
+                    "transformer",
+                    batch,
+                    (1 - level) * x0 + level * noise,
+                    sigma,
                 )
                 torch.nn.functional.mse_loss(said, noise - x0).backward()
                 clip_grad_norm(learner.parameters, 1.0)
@@ -57,7 +67,10 @@ def main() -> None:
     found["extra_ms"] = 1000 * (found["a_seconds"] - found["b_seconds"])
     found["text_tokens"] = text.shape[1]
     print(json.dumps(found, indent=1))
-    RESULT.write_text(json.dumps({"step": found, "environment": environment("torch", "diffusers")}, indent=1), encoding="utf-8")
+    RESULT.write_text(
+        json.dumps({"step": found, "environment": environment("torch", "diffusers")}, indent=1),
+        encoding="utf-8",
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The Python entrance: a Config and a Trainer with the verbs people know, a thin face over recipe.Session.
 
-    from whitetuner import Config, Trainer
-    with Trainer("config.toml") as trainer:
-        trainer.train()
+from whitetuner import Config, Trainer
+with Trainer("config.toml") as trainer:
+    trainer.train()
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ class Trainer:
 
     def train(self) -> recipe.Result:
         """All steps that are left, then the final files."""
-        self.result = recipe.run(self.loaded, resume=self.resume) if self.session is None else self.session.run()
+        self.result = (
+            recipe.run(self.loaded, resume=self.resume) if self.session is None else self.session.run()
+        )
         return self.result
 
     def save_checkpoint(self) -> Path:

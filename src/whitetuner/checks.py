@@ -63,11 +63,15 @@ def check_folder(folder: Path, *, deep: bool, convert: bool | str) -> Findings:
     section = SetOptions(images=folder, resolution=FOLDER_RESOLUTION)
     notes, errors = _convert([section], convert)
     report = check_sets([section], FOLDER_STRIDE_PX, deep=deep)
-    page = _page(report, Path("output") / "check" / (folder.resolve().name or "folder") / "report.html", errors)
+    page = _page(
+        report, Path("output") / "check" / (folder.resolve().name or "folder") / "report.html", errors
+    )
     return Findings(report, errors, page=page, notes=notes)
 
 
-def check_config(path: Path, overrides: Sequence[str], *, deep: bool, model: bool, convert: bool | str) -> Findings:
+def check_config(
+    path: Path, overrides: Sequence[str], *, deep: bool, model: bool, convert: bool | str
+) -> Findings:
     """A config, its model folder (unless model is False) and its pictures. Raises UserError when the config cannot be read."""
     config = load_config(path, overrides).config
     errors: list[UserError] = []
@@ -139,7 +143,10 @@ def _convert(sections: Sequence[object], encoding: bool | str) -> tuple[list[str
         except UserError as error:
             errors.append(error)
         else:
-            told += [f"{one.path}: {one.encoding} -> UTF-8: {one.text[:60]!r} (kept: {one.kept.name})" for one in done]
+            told += [
+                f"{one.path}: {one.encoding} -> UTF-8: {one.text[:60]!r} (kept: {one.kept.name})"
+                for one in done
+            ]
     return told, errors
 
 
@@ -155,7 +162,9 @@ def _page(report: CheckReport, path: Path, errors: list[UserError]) -> Path | No
 def _batch(config: Config, report: CheckReport) -> list[UserError]:
     """The same words as the run's own, see data/order.py."""
     samples = sum(
-        report.sets[one.set_index].repeats for one in report.pictures if one.size is not None and one.caption is not None
+        report.sets[one.set_index].repeats
+        for one in report.pictures
+        if one.size is not None and one.caption is not None
     )
     if not samples or config.data.batch_size <= samples:
         return []
@@ -168,6 +177,7 @@ def _batch(config: Config, report: CheckReport) -> list[UserError]:
             samples=samples,
         )
     ]
+
 
 def _enough(config: Config, report: CheckReport) -> list[str]:
     steps = config.run.steps

@@ -36,7 +36,9 @@ GROUPS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one word; returns the exit code: 0 ok, 1 the run failed, 2 wrong use, 3 environment, 130 stopped and saved."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a Windows console in a legacy code page must not fail on a caption
+        if hasattr(
+            stream, "reconfigure"
+        ):  # a Windows console in a legacy code page must not fail on a caption
             stream.reconfigure(errors="replace")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -96,10 +98,14 @@ def make_parser() -> argparse.ArgumentParser:
         return one
 
     demo = add("demo", _demo, "teach the embedded model a new word and prove it (3 minutes, no GPU)")
-    demo.add_argument("family", nargs="?", metavar="FAMILY[:VARIANT]", help="a random tiny model of that family instead")
+    demo.add_argument(
+        "family", nargs="?", metavar="FAMILY[:VARIANT]", help="a random tiny model of that family instead"
+    )
     demo.add_argument("--task", help="t2i, edit, ... (default: the family's first)")
     demo.add_argument("--method", default="lokr", choices=("lokr", "lora", "full"))
-    demo.add_argument("--out", type=Path, default=Path("output/demo"), help="folder of the results (default: %(default)s)")
+    demo.add_argument(
+        "--out", type=Path, default=Path("output/demo"), help="folder of the results (default: %(default)s)"
+    )
 
     selftest = add("selftest", _selftest, "prove the equalities on this machine (3 minutes)")
     selftest.add_argument("family", nargs="?", help="only this family")
@@ -119,7 +125,12 @@ def make_parser() -> argparse.ArgumentParser:
 
     init = add("init", _init, "write a commented config from a preset")
     init.add_argument("preset", nargs="?", help="preset name (none: list them)")
-    init.add_argument("--tiny", type=Path, metavar="DIR", help="a config that trains the tiny or embedded model on this folder")
+    init.add_argument(
+        "--tiny",
+        type=Path,
+        metavar="DIR",
+        help="a config that trains the tiny or embedded model on this folder",
+    )
     init.add_argument("-o", "--out", type=Path, help="file to write (none: to the screen)")
 
     check = add("check", _check, "look a config or a picture folder over: every problem at once")
@@ -127,13 +138,21 @@ def make_parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="print the findings as JSON")
     check.add_argument("--deep", action="store_true", help="decode every picture")
     check.add_argument("--no-model", action="store_true", help="do not look at the model folder")
-    check.add_argument("--convert-captions", action="store_true", help="rewrite captions that are not UTF-8 (keeps NAME.txt.bak)")
-    check.add_argument("--encoding", metavar="NAME", help="of the captions to convert (gb18030, ...); else guessed")
+    check.add_argument(
+        "--convert-captions",
+        action="store_true",
+        help="rewrite captions that are not UTF-8 (keeps NAME.txt.bak)",
+    )
+    check.add_argument(
+        "--encoding", metavar="NAME", help="of the captions to convert (gb18030, ...); else guessed"
+    )
     _settings(check)
 
     train = add("train", _train, "train")
     train.add_argument("config", type=Path)
-    train.add_argument("--resume", metavar="latest|DIR", help="go on from the newest checkpoint, or from this one")
+    train.add_argument(
+        "--resume", metavar="latest|DIR", help="go on from the newest checkpoint, or from this one"
+    )
     train.add_argument("--gpus", help="which devices, e.g. 0 or cpu (several: not yet)")
     _settings(train)
 
@@ -155,7 +174,13 @@ def make_parser() -> argparse.ArgumentParser:
     sample.add_argument("--strength", type=float, default=1.0)
     sample.add_argument("--prompt", default="")
     sample.add_argument("--negative", default="")
-    sample.add_argument("--image", type=Path, action="append", default=[], help="reference picture (edit tasks; may be repeated)")
+    sample.add_argument(
+        "--image",
+        type=Path,
+        action="append",
+        default=[],
+        help="reference picture (edit tasks; may be repeated)",
+    )
     sample.add_argument("--out", type=Path, default=Path("sample.png"))
     sample.add_argument("--family", help="needed only when the model folder does not tell")
     sample.add_argument("--size", help="WIDTHxHEIGHT")
@@ -184,7 +209,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="a.b=value", help="change a setting (may be repeated)"
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="a.b=value",
+        help="change a setting (may be repeated)",
     )
 
 

@@ -26,18 +26,26 @@ def init(preset: str | None, tiny: Path | None, out: Path | None) -> int:
         print(text)
         return 0
     if out.exists():
-        raise UserError("{path} is there already", where="-o", mend="give another name, or remove it first", path=out)
+        raise UserError(
+            "{path} is there already", where="-o", mend="give another name, or remove it first", path=out
+        )
     out.write_text(text, encoding="utf-8")
-    print(f"wrote {out}; next: set the paths in it, then\n  python launch.py check {out}\n  python launch.py train {out}")
+    print(
+        f"wrote {out}; next: set the paths in it, then\n  python launch.py check {out}\n  python launch.py train {out}"
+    )
     return 0
 
 
-def check(what: Path, overrides: Sequence[str], *, as_json: bool, deep: bool, model: bool, convert: bool | str) -> int:
+def check(
+    what: Path, overrides: Sequence[str], *, as_json: bool, deep: bool, model: bool, convert: bool | str
+) -> int:
     """A folder of pictures, or a config with everything it names. Exit code 2 when something stands in the way."""
     from whitetuner.checks import check_config, check_folder
 
-    report = check_folder(what, deep=deep, convert=convert) if what.is_dir() else check_config(
-        what, overrides, deep=deep, model=model, convert=convert
+    report = (
+        check_folder(what, deep=deep, convert=convert)
+        if what.is_dir()
+        else check_config(what, overrides, deep=deep, model=model, convert=convert)
     )
     print(json.dumps(report.as_json(), indent=1, ensure_ascii=False) if as_json else report.as_text())
     return EXIT_USE if report.errors else 0
@@ -52,7 +60,9 @@ def train(config: Path, overrides: Sequence[str], resume: str | None, gpus: str 
     if gpus is not None:
         if "," in gpus:
             raise UserError(
-                "training on several devices is not there yet", where="--gpus", mend="give one, e.g. --gpus 0 or --gpus cpu"
+                "training on several devices is not there yet",
+                where="--gpus",
+                mend="give one, e.g. --gpus 0 or --gpus cpu",
             )
         overrides.append(f'memory.device="{gpus}"')
     loaded = load_config(config, overrides)
@@ -61,7 +71,9 @@ def train(config: Path, overrides: Sequence[str], resume: str | None, gpus: str 
     console = Console(every=loaded.config.log.console_every)
     result = recipe.run(loaded, resume=resume, listeners=(console,))
     if result.stopped:
-        print(f"stopped and saved at step {result.step}; go on with: whitetuner train {config} --resume latest")
+        print(
+            f"stopped and saved at step {result.step}; go on with: whitetuner train {config} --resume latest"
+        )
         return EXIT_STOPPED
     print("\n".join(["done:", *(f"  {path}" for path in result.final), f"  {result.folder / 'report.html'}"]))
     return 0
@@ -119,7 +131,9 @@ def families(*, as_json: bool) -> int:
 
     specs = [registry.spec(name) for name in registry.FAMILIES]
     if as_json:
-        rows = [{"name": s.name, "title": s.title, "tasks": s.tasks, "variants": dict(s.variants)} for s in specs]
+        rows = [
+            {"name": s.name, "title": s.title, "tasks": s.tasks, "variants": dict(s.variants)} for s in specs
+        ]
         print(json.dumps(rows, indent=1))
         return 0
     for s in specs:
@@ -140,11 +154,18 @@ def sample(given: argparse.Namespace) -> int:
             width, height = (int(side) for side in given.size.lower().split("x"))
         except ValueError as error:
             raise UserError(
-                "{given} is no size", where="--size", mend="write WIDTHxHEIGHT, e.g. 1024x768", given=given.size
+                "{given} is no size",
+                where="--size",
+                mend="write WIDTHxHEIGHT, e.g. 1024x768",
+                given=given.size,
             ) from error
         size = Size(width, height)
     if given.image:
-        raise UserError("reference pictures need an edit task, which is not there yet", where="--image", mend="leave --image out")
+        raise UserError(
+            "reference pictures need an edit task, which is not there yet",
+            where="--image",
+            mend="leave --image out",
+        )
     path = drawing.sample(
         given.model,
         adapter=given.adapter,
@@ -175,7 +196,9 @@ def export(source: Path, target: Path, naming: str, family_name: str | None) -> 
         found = inspect_file(source, {name: registry.keys(name) for name in registry.FAMILIES})
         family_name = found.get("family")
         if found["what"] != "adapter" or "cannot_be_read" in found:
-            load_adapter(source, registry.keys(next(iter(registry.FAMILIES))))  # says what is wrong with the file
+            load_adapter(
+                source, registry.keys(next(iter(registry.FAMILIES)))
+            )  # says what is wrong with the file
         if family_name is None:
             raise UserError(
                 "the file does not tell which model it is for",

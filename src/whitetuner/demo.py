@@ -123,9 +123,16 @@ def nano(out: Path, steps: int = 360) -> int:
     out = out.resolve()
     if (out / "score.json").exists() or (out / "zorp").exists():
         raise UserError(
-            "{out} holds an earlier demo", where="--out", mend="give another folder, or remove this one", code=EXIT_USE, out=out
+            "{out} holds an earlier demo",
+            where="--out",
+            mend="give another folder, or remove this one",
+            code=EXIT_USE,
+            out=out,
         )
-    print(f"1/5  drawing {NEW_PICTURES} pictures of '{NEW_WORD}' and {OLD_PICTURES} of what the model knows", flush=True)
+    print(
+        f"1/5  drawing {NEW_PICTURES} pictures of '{NEW_WORD}' and {OLD_PICTURES} of what the model knows",
+        flush=True,
+    )
     draw_folder(out / "data" / "new", NEW_PICTURES, 21, (NEW_SHAPE,), NEW_WORD)
     draw_folder(out / "data" / "old", OLD_PICTURES, 22)
     config = write_config(out, steps)
@@ -136,7 +143,10 @@ def nano(out: Path, steps: int = 360) -> int:
 
     before = judge(None)
     loaded = load_config(config)
-    print(f"     '{NEW_WORD}' {before[0]:.0%}, old vocabulary {before[1]:.0%}\n3/5  training ({steps} steps)", flush=True)
+    print(
+        f"     '{NEW_WORD}' {before[0]:.0%}, old vocabulary {before[1]:.0%}\n3/5  training ({steps} steps)",
+        flush=True,
+    )
     result = recipe.run(loaded, listeners=(Console(),))
     if result.stopped:
         print("stopped: no score without the whole training")
@@ -186,7 +196,9 @@ def family(name: str, task: str | None, method: str, out: Path) -> int:
         )
     out = out.resolve()
     if out.exists() and any(out.iterdir()):
-        raise UserError("{out} is not empty", where="--out", mend="give another folder, or empty this one", out=out)
+        raise UserError(
+            "{out} is not empty", where="--out", mend="give another folder, or empty this one", out=out
+        )
     from whitetuner import checks, drawing, recipe
     from whitetuner.config.landed import refuse_not_landed
     from whitetuner.config.load import dump_config, load_config
@@ -217,12 +229,17 @@ def family(name: str, task: str | None, method: str, out: Path) -> int:
     print(findings.as_text())
     if findings.errors:
         return EXIT_FAILED
-    print("3/4  training (30 steps; the weights are random, so the pictures are noise: look at the validation loss)", flush=True)
+    print(
+        "3/4  training (30 steps; the weights are random, so the pictures are noise: look at the validation loss)",
+        flush=True,
+    )
     result = recipe.run(load_config(config), listeners=(Console(),))
     if result.stopped:
         return EXIT_FAILED
     print("4/4  a picture with the result", flush=True)
-    picture = drawing.sample(str(result.folder), prompt="a red circle", out=out / "sample.png", size=Size(64, 64), steps=2)
+    picture = drawing.sample(
+        str(result.folder), prompt="a red circle", out=out / "sample.png", size=Size(64, 64), steps=2
+    )
     from whitetuner.runs.events import Validation, read
 
     events, _ = read(result.folder / "events.jsonl")
@@ -238,7 +255,9 @@ def family(name: str, task: str | None, method: str, out: Path) -> int:
     return 0
 
 
-def draw_folder(folder: Path, count: int, seed: int, shapes: tuple[str, ...] | None = None, word: str | None = None) -> None:
+def draw_folder(
+    folder: Path, count: int, seed: int, shapes: tuple[str, ...] | None = None, word: str | None = None
+) -> None:
     """Pictures and captions as a user would have them."""
     folder.mkdir(parents=True, exist_ok=True)
     drawings = draw_set(count, seed, word=word) if shapes is None else draw_set(count, seed, shapes, word)
@@ -285,7 +304,9 @@ def judge(adapter: Path | None) -> tuple[float, float]:
     found = []
     for count, seed, shapes, word in ((SCORED_NEW, 31, (NEW_SHAPE,), NEW_WORD), (SCORED_OLD, 77, None, None)):
         captions, labels = (
-            evaluation_prompts(count, seed) if shapes is None else evaluation_prompts(count, seed, shapes, word)
+            evaluation_prompts(count, seed)
+            if shapes is None
+            else evaluation_prompts(count, seed, shapes, word)
         )
         found.append(score(draw_with(pipeline, captions, seed), labels).all)
     return found[0], found[1]
@@ -303,7 +324,9 @@ def pictures(run: Path, out: Path) -> None:
         board = Image.new("RGB", (len(row) * (side + gap) + gap, side + label + gap), "white")
         ImageDraw.Draw(board).text((gap, 2), text, fill="black")
         for column, picture in enumerate(row):
-            board.paste(picture.resize((side, side), Image.Resampling.NEAREST), (gap + column * (side + gap), label))
+            board.paste(
+                picture.resize((side, side), Image.Resampling.NEAREST), (gap + column * (side + gap), label)
+            )
         return board
 
     strips = [strip(row, f"step {int(step.name.partition('-')[2])}") for row, step in zip(rows, steps)]
@@ -311,12 +334,18 @@ def pictures(run: Path, out: Path) -> None:
     grid = Image.new("RGB", (strips[0].width, head + 2 * strips[0].height), "white")
     for column, prompt in enumerate(PREVIEWS):
         lines = textwrap.fill(prompt, 22)
-        ImageDraw.Draw(grid).multiline_text((gap + column * (side + gap), 4), lines, fill=(90, 90, 90), spacing=1)
+        ImageDraw.Draw(grid).multiline_text(
+            (gap + column * (side + gap), 4), lines, fill=(90, 90, 90), spacing=1
+        )
     grid.paste(strips[0], (0, head))
     grid.paste(strips[-1], (0, head + strips[0].height))
     grid.save(out / "before_after.png")
     strips[0].save(
-        out / "timelapse.gif", save_all=True, append_images=[*strips[1:], strips[-1], strips[-1]], duration=450, loop=0
+        out / "timelapse.gif",
+        save_all=True,
+        append_images=[*strips[1:], strips[-1], strips[-1]],
+        duration=450,
+        loop=0,
     )
     loss_curve(run).save(out / "loss.png")
 

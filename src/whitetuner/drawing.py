@@ -135,7 +135,11 @@ def check_finite(modules: Mapping[str, torch.nn.Module], prompt: Mapping[str, to
     """Why a picture came out black. Raises UserError naming the part that holds or made NaN; a picture may be black."""
     bad = [name for name, tensor in prompt.items() if not torch.isfinite(tensor).all()]
     for part, module in modules.items():
-        bad += [f"{part} {name}" for name, tensor in module.state_dict().items() if not torch.isfinite(tensor).all()]
+        bad += [
+            f"{part} {name}"
+            for name, tensor in module.state_dict().items()
+            if not torch.isfinite(tensor).all()
+        ]
     if bad:
         raise UserError(
             "the picture is not one: there are values that are not finite in {name}",
@@ -146,7 +150,9 @@ def check_finite(modules: Mapping[str, torch.nn.Module], prompt: Mapping[str, to
         )
 
 
-def encode_prompts(family: Family, build: BuildFn, prompts: list[str], task: str = "t2i") -> list[dict[str, torch.Tensor]]:
+def encode_prompts(
+    family: Family, build: BuildFn, prompts: list[str], task: str = "t2i"
+) -> list[dict[str, torch.Tensor]]:
     """The fields of every encoder that reads nothing but the caption, for each prompt."""
     found: list[dict[str, torch.Tensor]] = [{} for _ in prompts]
     for encoder in family.encoders(task):

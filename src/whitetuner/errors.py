@@ -20,8 +20,16 @@ class UserError(Exception):
     values: what the placeholders of both templates stand for
     """
 
-    def __init__(self, what: str, *, where: str = "", mend: str = "", code: int = EXIT_USE, **values: object) -> None:
-        self.what_template, self.mend_template, self.where, self.code, self.values = what, mend, where, code, values
+    def __init__(
+        self, what: str, *, where: str = "", mend: str = "", code: int = EXIT_USE, **values: object
+    ) -> None:
+        self.what_template, self.mend_template, self.where, self.code, self.values = (
+            what,
+            mend,
+            where,
+            code,
+            values,
+        )
         super().__init__(self.render(what, mend))
 
     @property

@@ -65,9 +65,13 @@ def model_folder(path: str) -> Path:
     if not folder.is_dir():
         hub = path.count("/") == 1 and not path.startswith((".", "/", "~")) and "\\" not in path
         raise UserError(
-            "{path} looks like a hub name; fetching from a hub is not there yet" if hub else "there is no folder {path}",
+            "{path} looks like a hub name; fetching from a hub is not there yet"
+            if hub
+            else "there is no folder {path}",
             where="model.path",
-            mend="download the model first and give its folder" if hub else "give the folder that holds model_index.json",
+            mend="download the model first and give its folder"
+            if hub
+            else "give the folder that holds model_index.json",
             path=path,
         )
     if not (folder / "model_index.json").is_file():

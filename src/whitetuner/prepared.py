@@ -99,7 +99,13 @@ def prepare_data(
     prompts = config.preview.prompts if config.preview.every else []
     wanted = sorted({text for prompt in prompts for text in (prompt.text, prompt.negative)})
     cached = _cache(config, resolved, build, found, wanted, progress)
-    order = Order(training, [cached.shape_key(item) for item in training], found.sets, config.data.batch_size, config.run.seed)
+    order = Order(
+        training,
+        [cached.shape_key(item) for item in training],
+        found.sets,
+        config.data.batch_size,
+        config.run.seed,
+    )
     if order.small_batches:
         notes.append(
             f"{order.small_batches} of {order.batches_per_epoch} batches an epoch are smaller than {config.data.batch_size}: "
@@ -129,7 +135,9 @@ def cache_only(config: Config) -> tuple[int, float]:
     return len(prepare_data(config, resolved, build).items), time.perf_counter() - began
 
 
-def encoded_twice(config: Config, family: Family, build: BuildFn) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def encoded_twice(
+    config: Config, family: Family, build: BuildFn
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(from the cache, encoded just now) for every item: E9."""
     resolved = Resolved(family, torch.device("cpu"), torch.float32)
     found = find_items(config, family)
@@ -140,7 +148,9 @@ def encoded_twice(config: Config, family: Family, build: BuildFn) -> tuple[dict[
         facts = next(one for one in cached.encoders if one.name == encoder.name)
         for item in found.items:
             inputs = Inputs.of(item)
-            now.update({f"{item.id}/{name}": tensor for name, tensor in encoder.encode(facts.give(inputs)).items()})
+            now.update(
+                {f"{item.id}/{name}": tensor for name, tensor in encoder.encode(facts.give(inputs)).items()}
+            )
         encoder.free()
     for item in found.items:
         before.update({f"{item.id}/{name}": tensor for name, tensor in cached.sample(item, 0).fields.items()})
@@ -148,7 +158,12 @@ def encoded_twice(config: Config, family: Family, build: BuildFn) -> tuple[dict[
 
 
 def _cache(
-    config: Config, resolved: Resolved, build: BuildFn, found: Scan, prompts: list[str], progress: Progress | None
+    config: Config,
+    resolved: Resolved,
+    build: BuildFn,
+    found: Scan,
+    prompts: list[str],
+    progress: Progress | None,
 ) -> Cached:
     return build_cache(
         found.items,
@@ -159,7 +174,9 @@ def _cache(
         uncond=any(one.caption_dropout > 0 for one in found.sets),
         precision=str(resolved.dtype),
         workers=None if config.data.workers == "auto" else config.data.workers,
-        progress=None if progress is None else lambda name, done, total, seconds: progress(f"cache {name}", done, total),
+        progress=None
+        if progress is None
+        else lambda name, done, total, seconds: progress(f"cache {name}", done, total),
     )
 
 
@@ -175,7 +192,9 @@ def _split(items: tuple[Item, ...], share: float, seed: int) -> tuple[list[Item]
 
 def _steps(config: Config, order: Order) -> int:
     if config.run.epochs is not None:
-        return max(1, math.ceil(order.batches_before(config.run.epochs) / config.optimizer.gradient_accumulation))
+        return max(
+            1, math.ceil(order.batches_before(config.run.epochs) / config.optimizer.gradient_accumulation)
+        )
     return 2000 if config.run.steps is None else config.run.steps
 
 

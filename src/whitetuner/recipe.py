@@ -94,7 +94,9 @@ class Session:
 
     @classmethod
     @contextmanager
-    def open(cls, loaded: Loaded, *, resume: str | None = None, listeners: tuple[Listener, ...] = ()) -> Iterator[Session]:
+    def open(
+        cls, loaded: Loaded, *, resume: str | None = None, listeners: tuple[Listener, ...] = ()
+    ) -> Iterator[Session]:
         """Checks config and model, then takes the run's folder. Raises UserError before anything is written."""
         config = loaded.config
         refuse_not_landed(config)
@@ -102,7 +104,10 @@ class Session:
         rehearse(config, resolved.family)
         resume = resume or config.run.resume
         path = Path(config.run.output_dir) / config.run.name
-        with RunFolder.open(path, resume=resume is not None, config=loaded.path) as folder, Signals() as signals:
+        with (
+            RunFolder.open(path, resume=resume is not None, config=loaded.path) as folder,
+            Signals() as signals,
+        ):
             session = cls(loaded, resolved, folder, signals, listeners, resume)
             with session._closing:
                 yield session
@@ -161,14 +166,18 @@ class Session:
         earlier = folder.document() if folder.is_run() else {}
         before = earlier.get("resolved", {})
         # A refused resume must leave the run as it was: all that can refuse it comes before the first write.
-        checkpoint, told = (None, []) if self.resume is None else find_checkpoint(self.resume, folder, earlier, config)
+        checkpoint, told = (
+            (None, []) if self.resume is None else find_checkpoint(self.resume, folder, earlier, config)
+        )
         found = None
         if checkpoint is not None:
             found = find_items(config, self.family)
             same_data(before, data_hash(found, config))
             now = {**self.resolved.facts(), "shift": shift_of(config, self.family, found)}
             same_resolved(before, now)
-        document = folder.begin(dump_config(config), self.loaded.document(), origins=dict(self.loaded.origins))
+        document = folder.begin(
+            dump_config(config), self.loaded.document(), origins=dict(self.loaded.origins)
+        )
         self.begun = True
         if self.resume is not None:
             folder.cut_events_after(checkpoint.step if checkpoint else 0)
@@ -181,7 +190,9 @@ class Session:
         for advice in self.family.spec.advice(self.family.options, self.family.paths):
             self.tell(events.Message(level="warning", text=str(advice)))
         if self.resolved.facts()["random_weights"]:
-            self.tell(events.Message(level="info", text="the weights of this model are random: it draws noise"))
+            self.tell(
+                events.Message(level="info", text="the weights of this model are random: it draws noise")
+            )
         self.data = prepare_data(config, self.resolved, self.build, self._progress, found)
         folder.update(resolved={**self.resolved.facts(), **self.data.facts()})
         for note in self.data.notes:
@@ -256,7 +267,14 @@ class Session:
         )
         assert self._batches is not None, "advance before prepare"
         outcome = train(
-            self.family, self.learner, self._batches, self.step_settings, settings, hooks, start=start, device=self.device
+            self.family,
+            self.learner,
+            self._batches,
+            self.step_settings,
+            settings,
+            hooks,
+            start=start,
+            device=self.device,
         )
         return not outcome.stopped
 
@@ -277,7 +295,9 @@ class Session:
         """A checkpoint of now. Raises UserError when it cannot be written; earlier ones stay."""
         began = time.perf_counter()
         tensors, documents = self.learner.save()
-        path = self.store.save(self.step, tensors, documents, {"config": self.loaded.document()}, self.loaded.metadata())
+        path = self.store.save(
+            self.step, tensors, documents, {"config": self.loaded.document()}, self.loaded.metadata()
+        )
         where = path.relative_to(self.folder.path).as_posix()
         self.tell(events.Saved(step=self.step, path=where, seconds=time.perf_counter() - began))
         return path
@@ -295,7 +315,13 @@ class Session:
         with learner.averaged():
             modules = {learner.part.name: learner.module}
             found = validate(
-                self.family, modules, learner.part.name, data.validation, grid, self.step_settings, self.device
+                self.family,
+                modules,
+                learner.part.name,
+                data.validation,
+                grid,
+                self.step_settings,
+                self.device,
             )
         self.tell(
             events.Validation(
@@ -330,7 +356,12 @@ class Session:
             self.tell(events.Message(level="info", text=text))
         files = [path.relative_to(self.folder.path).as_posix() for path in drawn.files]
         self.tell(
-            events.Preview(step=step, files=files, prompts=[s.text for s in data.scenes[: len(files)]], seconds=drawn.seconds)
+            events.Preview(
+                step=step,
+                files=files,
+                prompts=[s.text for s in data.scenes[: len(files)]],
+                seconds=drawn.seconds,
+            )
         )
 
     # -- the end ---------------------------------------------------------------------------------------------------
@@ -351,7 +382,10 @@ class Session:
                 dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[config.save.dtype],
             )
             named = final / f"{config.run.name}.safetensors"
-            plain, diffusers = final / kind / f"{kind}.safetensors", final / kind / f"{kind}_diffusers.safetensors"
+            plain, diffusers = (
+                final / kind / f"{kind}.safetensors",
+                final / kind / f"{kind}_diffusers.safetensors",
+            )
             write(path=plain, naming="comfyui")
             write(path=diffusers, naming="diffusers")
         _same_file(plain, named)

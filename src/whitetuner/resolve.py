@@ -49,7 +49,7 @@ def open_family(config: Config) -> Family:
 
 
 def choose_device(asked: str) -> torch.device:
-    """"auto": the first CUDA device, else the CPU."""
+    """ "auto": the first CUDA device, else the CPU."""
     if asked == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     if asked.isdigit():
@@ -72,7 +72,7 @@ def choose_device(asked: str) -> torch.device:
 
 
 def choose_dtype(asked: str, device: torch.device) -> torch.dtype:
-    """"auto": bf16 on a GPU (adapters stay fp32), fp32 on a CPU, where bf16 saves little and costs exactness."""
+    """ "auto": bf16 on a GPU (adapters stay fp32), fp32 on a CPU, where bf16 saves little and costs exactness."""
     if asked == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[asked]

@@ -28,7 +28,9 @@ def find_checkpoint(
         store = Store(folder.checkpoints, earlier.get("run_id", ""), config.save.keep)
         found = store.latest(lambda error: told.append(events.Message(level="warning", text=str(error))))
         if found is None:
-            told.append(events.Message(level="info", text="nothing is saved in this folder yet: the run starts anew"))
+            told.append(
+                events.Message(level="info", text="nothing is saved in this folder yet: the run starts anew")
+            )
             return None, told
     else:
         found = read(_named(resume, folder))
@@ -59,7 +61,9 @@ def _named(resume: str, folder: RunFolder) -> Path:
     raise UserError(
         "there is no checkpoint here",
         where=f"--resume {resume}",
-        mend="give 'latest' or one of this run's: {own}" if own else "give 'latest'; this run has saved none yet",
+        mend="give 'latest' or one of this run's: {own}"
+        if own
+        else "give 'latest'; this run has saved none yet",
         own=", ".join(str(one) for one in own[-3:]),
     )
 

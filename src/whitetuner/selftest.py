@@ -83,11 +83,17 @@ def run(family: str | None, *, as_json: bool = False) -> int:
                     )
     failed = [row for row in rows if not row.ok]
     if as_json:
-        print(json.dumps({"rows": [asdict(row) for row in rows], "not_yet": NOT_YET, "ok": not failed}, indent=1))
+        print(
+            json.dumps(
+                {"rows": [asdict(row) for row in rows], "not_yet": NOT_YET, "ok": not failed}, indent=1
+            )
+        )
     else:
         for equality, text in NOT_YET.items():
             print(f"--   {equality:<4}{'':<13}{text} (not there yet)")
-        print(f"{len(rows) - len(failed)} of {len(rows)} hold" + ("" if not failed else f", {len(failed)} FAIL"))
+        print(
+            f"{len(rows) - len(failed)} of {len(rows)} hold" + ("" if not failed else f", {len(failed)} FAIL")
+        )
     return EXIT_FAILED if failed else 0
 
 
@@ -145,16 +151,27 @@ class Bench:
         return len(set(hashes)) == 1, hashes[0], "/".join(sorted(set(hashes[1:])))
 
     def case(self) -> contract.Case:
-        return contract.Case(("a red circle", "two blue birds on a wire"), Size(TINY_SIZE_PX, TINY_SIZE_PX + 32))
+        return contract.Case(
+            ("a red circle", "two blue birds on a wire"), Size(TINY_SIZE_PX, TINY_SIZE_PX + 32)
+        )
 
     def euler_step(self) -> tuple[bool, str, str]:
         """The right family passes and every wrong one fails, or the check proves nothing."""
         with contract.quiet():
             reference, mutants = self.reference()
-            error = contract.euler_step_error(contract.Bench(self.family(), self.build, "t2i"), reference, self.case())
-            caught = [contract.told(one, self.family(), self.build, reference, self.case()) for one in mutants.values()]
+            error = contract.euler_step_error(
+                contract.Bench(self.family(), self.build, "t2i"), reference, self.case()
+            )
+            caught = [
+                contract.told(one, self.family(), self.build, reference, self.case())
+                for one in mutants.values()
+            ]
         told = f"{error:.1e} < {contract.E1_TOLERANCE:.0e}"
-        return error < contract.E1_TOLERANCE and all(caught), told, f"{sum(caught)}/{len(caught)} mutants told"
+        return (
+            error < contract.E1_TOLERANCE and all(caught),
+            told,
+            f"{sum(caught)}/{len(caught)} mutants told",
+        )
 
     def encoders(self) -> tuple[bool, str, str]:
         with contract.quiet():
@@ -213,7 +230,9 @@ class Bench:
         family = self.family()
         part = self.spec.parts(family.options)[0].name
         module = family.load(self.build)[part]
-        adapter = attach(module, choose(module, self.spec.adapter_targets), AdapterSettings("lora", rank=2), seed=0)
+        adapter = attach(
+            module, choose(module, self.spec.adapter_targets), AdapterSettings("lora", rank=2), seed=0
+        )
         with torch.no_grad():
             for index, parameter in enumerate(adapter.parameters()):
                 parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(index))
@@ -226,7 +245,11 @@ class Bench:
         error = max(float((one[k] - two[k]).norm() / one[k].norm().clamp(min=1e-12)) for k in one)
         checkpoint_blocks(module, self.spec.parts(family.options)[0].block_lists)
         again = digest(ask(batches=[both])) == digest(one)
-        return error < 1e-5 and again, f"{error:.1e} < 1e-05", "recompute: " + ("bits equal" if again else "BITS DIFFER")
+        return (
+            error < 1e-5 and again,
+            f"{error:.1e} < 1e-05",
+            "recompute: " + ("bits equal" if again else "BITS DIFFER"),
+        )
 
     def cached_is_live(self) -> tuple[bool, str, str]:
         from whitetuner.prepared import encoded_twice
@@ -242,7 +265,9 @@ class Bench:
         values = self.values(**{"run.steps": steps, "save.every": 3, "validation.every": 4})
         whole = recipe.run(load_config(None, base={**values, "run.name": "whole"}))
         config = self.folder / "killed.toml"
-        config.write_text(dump_config(load_config(None, base={**values, "run.name": "killed"}).config), encoding="utf-8")
+        config.write_text(
+            dump_config(load_config(None, base={**values, "run.name": "killed"}).config), encoding="utf-8"
+        )
         killed = self.folder / "killed"
         process = start_training(config)
         while process.poll() is None:

@@ -20,7 +20,9 @@ from whitetuner.families import registry
 from whitetuner.runs import events
 from whitetuner.tiny import tiny_values
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked from a process that has torch loaded")
+pytestmark = pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="children are forked from a process that has torch loaded"
+)
 
 STEPS = 40
 

@@ -155,7 +155,9 @@ def test_bom_and_windows_line_ends_are_read(place: Place) -> None:
 def test_backslashes_show_the_single_quoted_form(place: Place, path: str) -> None:
     """Also where every backslash happens to begin a valid escape, and the text would silently hold a tab."""
     file = place.folder / "backslash.toml"
-    file.write_text(f'[model]\nfamily = "flux2-klein"\npath = "{path}"\n[data]\nimages = "x"\n', encoding="utf-8")
+    file.write_text(
+        f'[model]\nfamily = "flux2-klein"\npath = "{path}"\n[data]\nimages = "x"\n', encoding="utf-8"
+    )
     place.say("train", file).told(USE, "backslash", "line 3", "single quotes", "'C:\\")
 
 
@@ -215,7 +217,12 @@ def png_bomb(width: int, height: int) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(9999))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(9999)))
+        + chunk(b"IEND", b"")
+    )
 
 
 def half(path: Path) -> None:
@@ -225,12 +232,18 @@ def half(path: Path) -> None:
 SETS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no images": (lambda d: [path.unlink() for path in d.iterdir()], ("no pictures",)),
     "caption missing": (lambda d: (d / "1.txt").unlink(), ("1.png", "no caption file", "default_caption")),
-    "gbk": (lambda d: (d / "1.txt").write_bytes("红色的狗坐在草地上".encode("gbk")), ("1.txt", "--convert-captions")),
+    "gbk": (
+        lambda d: (d / "1.txt").write_bytes("红色的狗坐在草地上".encode("gbk")),
+        ("1.txt", "--convert-captions"),
+    ),
     "zero bytes": (lambda d: (d / "1.png").write_bytes(b""), ("1.png", "0 bytes")),
     "truncated": (lambda d: half(d / "1.png"), ("1.png", "cut off")),
     "web page": (lambda d: (d / "1.png").write_bytes(b"<html>404"), ("1.png", "web page")),
     "noise": (lambda d: (d / "1.png").write_bytes(bytes(range(250))), ("1.png", "unknown format")),
-    "bomb": (lambda d: (d / "1.png").write_bytes(png_bomb(60000, 60000)), ("1.png", "60000 x 60000", "megapixels")),
+    "bomb": (
+        lambda d: (d / "1.png").write_bytes(png_bomb(60000, 60000)),
+        ("1.png", "60000 x 60000", "megapixels"),
+    ),
     "same stem": (lambda d: Image.open(d / "1.png").save(d / "1.jpg"), ("1.jpg", "1.png", "same name")),
     "too small": (lambda d: Image.new("RGB", (3, 3)).save(d / "1.png"), ("1.png", "3 x 3", "upscale")),
 }
@@ -279,7 +292,9 @@ def test_captions_are_converted_where_they_can_be_and_the_others_told(place: Pla
     (data / "1.txt").write_bytes(text.encode("gbk"))
     (data / "2.txt").write_bytes(b"\xff\xfe\x00")
     config = place.config("convert", **{"data.images": str(data)})
-    place.say("check", config, "--no-model", "--convert-captions").told(USE, "2.txt", "1.txt.bak", "--encoding")
+    place.say("check", config, "--no-model", "--convert-captions").told(
+        USE, "2.txt", "1.txt.bak", "--encoding"
+    )
     assert (data / "1.txt").read_text(encoding="utf-8").strip() == text
     assert (data / "1.txt.bak").read_bytes() == text.encode("gbk")
     assert (data / "2.txt").read_bytes() == b"\xff\xfe\x00"
@@ -348,15 +363,24 @@ def write(*parts: str, text: str) -> Callable[[Path], object]:
 
 
 MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
-    "no transformer": (lambda m: shutil.rmtree(m / "transformer"), ("no part 'transformer'", "model.transformer")),
+    "no transformer": (
+        lambda m: shutil.rmtree(m / "transformer"),
+        ("no part 'transformer'", "model.transformer"),
+    ),
     "no vae": (lambda m: shutil.rmtree(m / "vae"), ("no part 'vae'",)),
     "no text encoder": (lambda m: shutil.rmtree(m / "text_encoder"), ("no part 'text_encoder'",)),
     "no tokenizer": (lambda m: shutil.rmtree(m / "tokenizer"), ("no part 'tokenizer'",)),
     "no index": (lambda m: (m / "model_index.json").unlink(), ("model_index.json is missing",)),
     "another class": (another_class, ("ZImageTransformer2DModel",)),
-    "config a list": (write("transformer", "config.json", text="[]"), ("transformer", "config.json cannot be read")),
+    "config a list": (
+        write("transformer", "config.json", text="[]"),
+        ("transformer", "config.json cannot be read"),
+    ),
     "text config torn": (write("text_encoder", "config.json", text="{oops"), ("text_encoder", "config.json")),
-    "tokenizer torn": (write("tokenizer", "tokenizer.json", text="{oops"), ("tokenizer.json cannot be read",)),
+    "tokenizer torn": (
+        write("tokenizer", "tokenizer.json", text="{oops"),
+        ("tokenizer.json cannot be read",),
+    ),
     "scheduler torn": (write("scheduler", "scheduler_config.json", text="{"), ("scheduler_config.json",)),
     "transformer torn": (lambda m: half(weights(m, "transformer")), ("cut off", "download it again")),
     "vae torn": (lambda m: half(weights(m, "vae")), ("vae", "cut off")),
@@ -370,7 +394,9 @@ MODELS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", MODELS)
-def test_a_broken_model_folder_is_told_by_check_train_and_sample_before_anything_is_made(place: Place, case: str) -> None:
+def test_a_broken_model_folder_is_told_by_check_train_and_sample_before_anything_is_made(
+    place: Place, case: str
+) -> None:
     break_it, words = MODELS[case]
     model = place.model(f"model {case}")
     break_it(model)
@@ -395,7 +421,10 @@ def test_nan_in_weights_names_the_part_and_blames_no_picture(
     place: Place, part: str, tensor: str, words: tuple[str, ...]
 ) -> None:
     model = place.model(f"nan {part}")
-    rewrite(weights(model, part), lambda t: next(v for k, v in t.items() if k.endswith(tensor)).view(-1)[:1].fill_(torch.nan))
+    rewrite(
+        weights(model, part),
+        lambda t: next(v for k, v in t.items() if k.endswith(tensor)).view(-1)[:1].fill_(torch.nan),
+    )
     said = place.say("train", place.config(f"nan-{part}", **{"model.path": str(model)}))
     said.told(FAILED, *words)
     assert "was saved" not in said.out
@@ -453,7 +482,9 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_latest_takes_the_one_before
 
 
 @pytest.mark.parametrize("where", ["nope", "data", "out/finished", "latets"])
-def test_resume_from_what_is_no_checkpoint_names_those_there_are(place: Place, finished: Path, where: str) -> None:
+def test_resume_from_what_is_no_checkpoint_names_those_there_are(
+    place: Place, finished: Path, where: str
+) -> None:
     with untouched(finished):
         said = place.say("train", place.folder / "finished.toml", "--resume", place.folder / where)
         said.told(USE, "no checkpoint", "checkpoint-4", "latest")
@@ -468,7 +499,15 @@ def test_resume_from_another_runs_checkpoint(place: Place, finished: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "setting", ["method.factor=2", "data.batch_size=1", "run.seed=7", "noise.shift=2.0", "data.images=DATA", "data.images=NONE"]
+    "setting",
+    [
+        "method.factor=2",
+        "data.batch_size=1",
+        "run.seed=7",
+        "noise.shift=2.0",
+        "data.images=DATA",
+        "data.images=NONE",
+    ],
 )
 def test_a_refused_resume_leaves_the_run_as_it_was(place: Place, finished: Path, setting: str) -> None:
     """config.toml, run.json and the events too: the command in the next message must still work."""
@@ -478,7 +517,14 @@ def test_a_refused_resume_leaves_the_run_as_it_was(place: Place, finished: Path,
     setting = setting.replace("DATA", str(other)).replace("NONE", str(place.folder / "none"))
     with untouched(finished):
         said = place.say(
-            "train", place.folder / "finished.toml", "--resume", "latest", "--set", "run.steps=6", "--set", setting
+            "train",
+            place.folder / "finished.toml",
+            "--resume",
+            "latest",
+            "--set",
+            "run.steps=6",
+            "--set",
+            setting,
         )
         said.told(USE)
 
@@ -490,10 +536,17 @@ def test_a_damaged_run_json_is_told(place: Place, finished: Path, text: str) -> 
     place.say("train", place.config("no-json"), "--resume", "latest").told(USE, "run.json is damaged")
 
 
-@pytest.mark.parametrize("blocked", ["run", "cache", "checkpoints", "final", "samples", "tensorboard", "events.jsonl"])
+@pytest.mark.parametrize(
+    "blocked", ["run", "cache", "checkpoints", "final", "samples", "tensorboard", "events.jsonl"]
+)
 def test_something_in_the_way_is_named(place: Place, blocked: str) -> None:
     name = f"blocked-{blocked}"
-    more = {"save.every": 1, "preview.every": 1, "preview.prompts": [{"text": "a", "steps": 1}], "log.tensorboard": True}
+    more = {
+        "save.every": 1,
+        "preview.every": 1,
+        "preview.prompts": [{"text": "a", "steps": 1}],
+        "log.tensorboard": True,
+    }
     run = place.folder / "out" / name
     (run.parent if blocked == "run" else run).mkdir(parents=True, exist_ok=True)
     file = {"run": run, "cache": place.folder / "cache in the way"}.get(blocked, run / blocked)
@@ -517,7 +570,9 @@ def test_a_report_that_cannot_be_written_fails_neither_run_nor_check(place: Plac
     place.say("check", config).told(USE, "4 of 4 pictures can be used", "report cannot be written")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the first run is forked from a process that has torch loaded")
+@pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="the first run is forked from a process that has torch loaded"
+)
 def test_two_runs_into_one_folder_and_a_start_after_kill_9(place: Place) -> None:
     config = place.config("twice", **{"run.steps": 100_000, "save.every": 20})
     run = place.folder / "out" / "twice"
@@ -567,7 +622,10 @@ def test_stop_and_watch_want_a_run(place: Place, word: str, where: str) -> None:
 def adapter_files(folder: Path, good: Path) -> dict[str, Path]:
     """Files that are no adapter for this model, by what is wrong with them."""
     folder.mkdir(exist_ok=True)
-    made = {name: folder / f"{name}.safetensors" for name in ("torn", "empty", "page", "pickle", "stranger", "nan", "shapes")}
+    made = {
+        name: folder / f"{name}.safetensors"
+        for name in ("torn", "empty", "page", "pickle", "stranger", "nan", "shapes")
+    }
     made["torn"].write_bytes(good.read_bytes()[:-100])
     made["empty"].write_bytes(b"")
     made["page"].write_bytes(b"<html>" * 99)
@@ -575,7 +633,10 @@ def adapter_files(folder: Path, good: Path) -> dict[str, Path]:
     save_file({"foo.weight": torch.zeros(3)}, made["stranger"])
     tensors = load_file(good)
     save_file({key: value * torch.nan for key, value in tensors.items()}, made["nan"])
-    save_file({key: torch.zeros(8, 8) if key.endswith("w1") else value for key, value in tensors.items()}, made["shapes"])
+    save_file(
+        {key: torch.zeros(8, 8) if key.endswith("w1") else value for key, value in tensors.items()},
+        made["shapes"],
+    )
     return {**made, "missing": folder / "missing.safetensors", "folder": folder}
 
 
@@ -595,7 +656,9 @@ def test_an_adapter_file_that_is_none_is_refused_everywhere(place: Place, finish
     else:
         assert place.say("inspect", file).code == 0
     picture = place.folder / "never.png"
-    place.say("sample", place.folder / "model", "--adapter", file, "--size", "64x64", "--out", picture).told(USE)
+    place.say("sample", place.folder / "model", "--adapter", file, "--size", "64x64", "--out", picture).told(
+        USE
+    )
     assert not picture.exists()
     place.say("train", place.config("from"), "--set", f"method.init_from='{file}'").told(USE)
     assert not (place.folder / "out" / "from").exists()
@@ -627,7 +690,11 @@ def test_export_keeps_its_source(place: Place, finished: Path) -> None:
     ],
 )
 def test_numbers_and_names_to_draw_with_are_checked_before_the_model_loads(
-    place: Place, words: tuple[str, ...], said: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    place: Place,
+    words: tuple[str, ...],
+    said: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     place.say("sample", place.folder / "model", *words).told(USE, *said)
@@ -647,8 +714,12 @@ def test_small_words_overwrite_nothing(place: Place) -> None:
         before = config.read_bytes()
         place.say("init", "nano-lokr", "-o", config).told(USE, "there already")
         assert config.read_bytes() == before
-        place.say("init", "nano-lokr", "-o", place.folder / "no" / "dir" / "x.toml").told(ENVIRONMENT, "x.toml")
-        place.say("testdata", "t2i", place.folder / "data" / "0.png", "--count", "1").told(ENVIRONMENT, "0.png")
+        place.say("init", "nano-lokr", "-o", place.folder / "no" / "dir" / "x.toml").told(
+            ENVIRONMENT, "x.toml"
+        )
+        place.say("testdata", "t2i", place.folder / "data" / "0.png", "--count", "1").told(
+            ENVIRONMENT, "0.png"
+        )
 
 
 # -- a full disk, a folder of somebody else ----------------------------------------------------------------------------
@@ -659,11 +730,17 @@ def small_disk(folder: Path, size: str) -> Iterator[Callable[[str], None]]:
     """A file system of this size; yields what changes it. Skips where mounting is not permitted."""
     folder.mkdir(exist_ok=True)
     mount = shutil.which("mount")
-    done = mount and subprocess.run([mount, "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], capture_output=True)
+    done = mount and subprocess.run(
+        [mount, "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], capture_output=True
+    )
     if not done or done.returncode:
         pytest.skip("needs the right to mount a tmpfs")
     try:
-        yield lambda options: subprocess.run([str(mount), "-o", f"remount,{options}", str(folder)], check=True) and None
+        yield (
+            lambda options: (
+                subprocess.run([str(mount), "-o", f"remount,{options}", str(folder)], check=True) and None
+            )
+        )
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
@@ -683,7 +760,10 @@ def test_the_disk_fills_up_while_caching(place: Place) -> None:
 def test_the_disk_fills_up_while_training_and_with_room_it_goes_on(place: Place, size: str) -> None:
     """Whatever does not fit: config, events, previews, curves, checkpoints, final files, report."""
     more = {"run.steps": 6, "save.every": 2, "save.keep": 0, "preview.every": 3, "log.tensorboard": True}
-    more |= {"preview.prompts": [{"text": "a", "steps": 1}], "data.cache_dir": str(place.folder / "out" / "cache")}
+    more |= {
+        "preview.prompts": [{"text": "a", "steps": 1}],
+        "data.cache_dir": str(place.folder / "out" / "cache"),
+    }
     with small_disk(place.folder / "disk", size) as remount:
         config = place.config(f"full-{size}", **more, **{"run.output_dir": str(place.folder / "disk")})
         place.say("train", config).told(FAILED, str(place.folder / "disk"))
@@ -700,8 +780,12 @@ def test_a_read_only_disk(place: Place, finished: Path) -> None:
     disk = place.folder / "disk"
     with small_disk(disk, "1m") as remount:
         remount("ro")
-        place.say("train", place.config("ro", **{"run.output_dir": str(disk)})).told(ENVIRONMENT, "run.output_dir")
-        place.say("train", place.config("ro2", **{"data.cache_dir": str(disk / "c")})).told(ENVIRONMENT, "data.cache_dir")
+        place.say("train", place.config("ro", **{"run.output_dir": str(disk)})).told(
+            ENVIRONMENT, "run.output_dir"
+        )
+        place.say("train", place.config("ro2", **{"data.cache_dir": str(disk / "c")})).told(
+            ENVIRONMENT, "data.cache_dir"
+        )
         good = finished / "final" / "lokr" / "lokr.safetensors"
         place.say("export", good, disk / "x.safetensors", "--to", "diffusers").told(FAILED, "x.safetensors")
         place.say("tiny", "flux2-klein", disk / "t").told(ENVIRONMENT, str(disk))
@@ -712,7 +796,9 @@ def test_another_users_output_folder(place: Place) -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root, to become somebody else")
     config = place.config("foreign")
-    assert place.say("train", config, "--set", "run.name=own").code == 0  # all that is imported late is there now
+    assert (
+        place.say("train", config, "--set", "run.name=own").code == 0
+    )  # all that is imported late is there now
     for folder in (place.folder, *place.folder.parents[:2]):
         folder.chmod(0o755)
     for file in (place.folder / "model").rglob("*.safetensors"):

@@ -26,7 +26,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert main(["testdata", "t2i", str(folder / "pictures"), "--count", "5"]) == 0
     config = folder / "config.toml"
     assert main(["init", "--tiny", str(folder / "model"), "-o", str(config)]) == 0
-    more = ["run.name=猫", "run.steps=3", f"data.images={folder / 'pictures'}", f"run.output_dir={folder / 'out'}"]
+    more = [
+        "run.name=猫",
+        "run.steps=3",
+        f"data.images={folder / 'pictures'}",
+        f"run.output_dir={folder / 'out'}",
+    ]
     assert main(["train", str(config), *(word for one in more for word in ("--set", one))]) == 0
     return folder
 
@@ -75,7 +80,9 @@ def test_check_of_a_config_and_of_a_folder(
 
 def test_cache_finds_what_the_run_encoded(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = [f"data.images={place / 'pictures'}", f"run.output_dir={place / 'out'}"]
-    assert main(["cache", str(place / "config.toml"), *(word for one in more for word in ("--set", one))]) == 0
+    assert (
+        main(["cache", str(place / "config.toml"), *(word for one in more for word in ("--set", one))]) == 0
+    )
     assert "5 pictures are encoded" in capsys.readouterr().out
 
 
@@ -86,8 +93,13 @@ def test_sample_from_a_run_a_model_and_an_adapter(place: Path) -> None:
     assert main(["sample", model, *draw, "--out", str(place / "base.png")]) == 0
     file = str(place / "out" / "猫" / "final" / "lokr" / "lokr_diffusers.safetensors")
     assert main(["sample", model, *draw, "--adapter", file, "--out", str(place / "adapter.png")]) == 0
-    assert main(["sample", model, *draw, "--adapter", file, "--strength", "0", "--out", str(place / "none.png")]) == 0
-    pictures = {name: Image.open(place / f"{name}.png").tobytes() for name in ("run", "base", "adapter", "none")}
+    assert (
+        main(["sample", model, *draw, "--adapter", file, "--strength", "0", "--out", str(place / "none.png")])
+        == 0
+    )
+    pictures = {
+        name: Image.open(place / f"{name}.png").tobytes() for name in ("run", "base", "adapter", "none")
+    }
     assert Image.open(place / "run.png").size == (64, 96)
     assert pictures["base"] == pictures["none"]
 
@@ -127,7 +139,9 @@ def test_help_and_version_import_no_torch() -> None:
         "try: main(['--help'])\nexcept SystemExit: pass\n"
         "assert 'torch' not in sys.modules and 'diffusers' not in sys.modules and 'pydantic' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -144,13 +158,26 @@ def test_words_and_flags_quoted_in_the_docs_exist() -> None:
 def test_selftest_holds(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["selftest", "flux2-klein", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["ok"] and {row["equality"] for row in found["rows"]} == {"E1", "E2", "E3", "E6", "E8", "E9", "E10", "E12"}
+    assert found["ok"] and {row["equality"] for row in found["rows"]} == {
+        "E1",
+        "E2",
+        "E3",
+        "E6",
+        "E8",
+        "E9",
+        "E10",
+        "E12",
+    }
 
 
 @pytest.mark.slow
 def test_the_demo_teaches_the_word(tmp_path: Path) -> None:
     assert main(["demo", "--out", str(tmp_path / "demo")]) == 0
     score = json.loads((tmp_path / "demo" / "score.json").read_text(encoding="utf-8"))
-    assert score["new_before"] < 0.05 and score["new_after"] >= 0.8 and score["old_before"] - score["old_after"] <= 0.1
+    assert (
+        score["new_before"] < 0.05
+        and score["new_after"] >= 0.8
+        and score["old_before"] - score["old_after"] <= 0.1
+    )
     for name in ("before_after.png", "timelapse.gif", "loss.png"):
         assert Image.open(tmp_path / "demo" / name).width > 100

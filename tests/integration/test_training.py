@@ -33,7 +33,9 @@ FAMILIES = list(registry.FAMILIES)
 def pictures(folder: Path, count: int = 5) -> Path:
     folder.mkdir()
     for index in range(count):
-        pixels = np.random.default_rng(index).integers(0, 255, (96, 96 if index % 2 else 128, 3), dtype=np.uint8)
+        pixels = np.random.default_rng(index).integers(
+            0, 255, (96, 96 if index % 2 else 128, 3), dtype=np.uint8
+        )
         Image.fromarray(pixels).save(folder / f"{index}.png")
         (folder / f"{index}.txt").write_text(f"picture number {index}", encoding="utf-8")
     return folder
@@ -69,7 +71,13 @@ def test_a_run_lowers_its_validation_loss_and_leaves_every_file(place: dict[str,
     found = happened(result.folder)
     validation = {event.step: event.loss for event in found if isinstance(event, events.Validation)}
     assert list(validation) == [0, 30, 60] and validation[60] < validation[0]
-    for path in ("config.toml", "run.json", "report.html", "samples/step-000000/00.png", "samples/step-000060/00.png"):
+    for path in (
+        "config.toml",
+        "run.json",
+        "report.html",
+        "samples/step-000000/00.png",
+        "samples/step-000060/00.png",
+    ):
         assert (result.folder / path).is_file(), path
     assert next(result.folder.glob("tensorboard/train_60steps_1gpu_*/events*")).stat().st_size > 0
     named, plain, diffusers = result.final
@@ -81,7 +89,13 @@ def test_a_run_lowers_its_validation_loss_and_leaves_every_file(place: dict[str,
 
 def test_stopped_and_resumed_is_never_interrupted(place: dict[str, Any]) -> None:
     """E8 within one process: every tensor, loss and noise level; dropout, EMA and uneven batches included."""
-    more = {"run.steps": 9, "save.every": 3, "optimizer.ema": 0.9, "data.caption_dropout": 0.5, "validation.every": 4}
+    more = {
+        "run.steps": 9,
+        "save.every": 3,
+        "optimizer.ema": 0.9,
+        "data.caption_dropout": 0.5,
+        "validation.every": 4,
+    }
     whole = train(place, "whole", **more)
     train(place, "parts", **{**more, "run.steps": 3})
     first = checkpoint(whole.folder.parent / "parts", 3)
@@ -90,7 +104,9 @@ def test_stopped_and_resumed_is_never_interrupted(place: dict[str, Any]) -> None
     parts = train(place, "parts", "latest", **more)
     assert digest(checkpoint(parts.folder, 9)) == digest(checkpoint(whole.folder, 9))
     assert losses(parts.folder) == losses(whole.folder)
-    assert parts.final[0].read_bytes() != b"" and digest(load_file(parts.final[0])) == digest(load_file(whole.final[0]))
+    assert parts.final[0].read_bytes() != b"" and digest(load_file(parts.final[0])) == digest(
+        load_file(whole.final[0])
+    )
 
 
 @pytest.mark.parametrize("name", ["adamw8bit", "adafactor", "prodigy", "torch.optim:SGD"])
@@ -106,7 +122,9 @@ def test_every_optimizer_resumes_to_the_bit(place: dict[str, Any], name: str) ->
 def test_recompute_changes_no_bit(place: dict[str, Any]) -> None:
     """E6, through the whole recipe; that k x b accumulates to 1 x kb is in selftest and tests/numerics."""
     plain = checkpoint(train(place, "plain", **{"run.steps": 3}).folder, 3)
-    again = checkpoint(train(place, "again", **{"run.steps": 3, "memory.gradient_checkpointing": True}).folder, 3)
+    again = checkpoint(
+        train(place, "again", **{"run.steps": 3, "memory.gradient_checkpointing": True}).folder, 3
+    )
     assert digest(again) == digest(plain)
 
 
@@ -130,7 +148,9 @@ def test_nan_stops_before_it_is_applied_and_names_the_module(
     def poisoned(family: Any, modules: Any, part: str, batch: Batch, *rest: Any) -> Any:
         calls.append(1)
         if len(calls) >= 4:
-            batch = Batch(batch.items, batch.visits, {**batch.fields, "latent": batch["latent"] * float("inf")})
+            batch = Batch(
+                batch.items, batch.visits, {**batch.fields, "latent": batch["latent"] * float("inf")}
+            )
         return original(family, modules, part, batch, *rest)
 
     monkeypatch.setattr(loop, "step_loss", poisoned)
@@ -162,7 +182,9 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_used(place: dict
     os.truncate(file, file.stat().st_size // 2)
     again = train(place, "torn", "latest", **more)
     assert digest(checkpoint(again.folder, 6)) == expected
-    warnings = [e.text for e in happened(again.folder) if isinstance(e, events.Message) and e.level == "warning"]
+    warnings = [
+        e.text for e in happened(again.folder) if isinstance(e, events.Message) and e.level == "warning"
+    ]
     assert any("torn" in text for text in warnings)
 
 
@@ -210,7 +232,11 @@ def test_the_command_line_says_two_for_a_second_start(place: dict[str, Any]) -> 
     config.write_text(dump_config(load_config(None, base=values).config), encoding="utf-8")
     train(place, "twice", **{"run.steps": 1})
     done = subprocess.run(
-        [sys.executable, "-m", "whitetuner", "train", str(config)], capture_output=True, text=True, encoding="utf-8", check=False
+        [sys.executable, "-m", "whitetuner", "train", str(config)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
     )
     assert done.returncode == 2 and "--resume latest" in done.stderr and "Traceback" not in done.stderr
 
@@ -234,7 +260,9 @@ def test_the_python_entrance_steps_saves_and_goes_on(place: dict[str, Any]) -> N
 def test_a_base_of_bf16_trains_in_bf16_and_resumes_to_the_bit(place: dict[str, Any]) -> None:
     more = {"run.steps": 4, "save.every": 2, "memory.base": "bf16"}
     whole = train(place, "bf16", **more)
-    assert json.loads((whole.folder / "run.json").read_text(encoding="utf-8"))["resolved"]["dtype"] == "bfloat16"
+    assert (
+        json.loads((whole.folder / "run.json").read_text(encoding="utf-8"))["resolved"]["dtype"] == "bfloat16"
+    )
     train(place, "bf16-parts", **{**more, "run.steps": 2})
     parts = train(place, "bf16-parts", "latest", **more)
     assert digest(checkpoint(parts.folder, 4)) == digest(checkpoint(whole.folder, 4))

@@ -58,7 +58,9 @@ class PairBlock(nn.Module):
 class Net(nn.Module):
     """Pairs, then single blocks of half the size. style: how the blocks are called."""
 
-    def __init__(self, pairs: int = 2, singles: int = 4, hidden: int = 24, prefix_adapter: bool = True) -> None:
+    def __init__(
+        self, pairs: int = 2, singles: int = 4, hidden: int = 24, prefix_adapter: bool = True
+    ) -> None:
         super().__init__()
         self.embed = nn.Linear(WIDTH, WIDTH)
         self.time = nn.Linear(WIDTH, WIDTH)

@@ -22,7 +22,19 @@ FLOORS = [
     {"version", "errors", "records", "family", "diffusion"},
     {"config", "runs", "adapters", "memory", "install"},
     {"families", "data", "train", "checkpoint", "nano"},
-    {"recipe", "rehearsal", "resolve", "resuming", "checks", "models", "prepared", "signals", "tiny", "drawing", "gui"},
+    {
+        "recipe",
+        "rehearsal",
+        "resolve",
+        "resuming",
+        "checks",
+        "models",
+        "prepared",
+        "signals",
+        "tiny",
+        "drawing",
+        "gui",
+    },
     {"api", "cli", "commands", "demo", "evidence", "selftest", "__main__", "__init__"},
 ]
 #: Words explain words; rooms on the two upper floors are steps of one thing. The page knows none of its neighbours.

@@ -101,7 +101,9 @@ def test_at_least_nine_of_ten_fresh_captions_come_out_right(pipeline, seed, held
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="not reached yet: 86.5 % and 88 % of the edges are within the 2 px set beforehand")
+@pytest.mark.xfail(
+    strict=True, reason="not reached yet: 86.5 % and 88 % of the edges are within the 2 px set beforehand"
+)
 @FRESH
 def test_nine_of_ten_edges_are_clean(pipeline, seed, held_out):
     captions, labels = evaluation_prompts(200, seed, held_out=held_out)

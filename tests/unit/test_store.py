@@ -24,7 +24,9 @@ def tensors(step: int) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def save(store: Store, step: int) -> Path:
-    return store.save(step, tensors(step), {"accelerate_state/optimizer.json": {"step": step}}, {"config": {"a": 1}})
+    return store.save(
+        step, tensors(step), {"accelerate_state/optimizer.json": {"step": step}}, {"config": {"a": 1}}
+    )
 
 
 def test_what_is_saved_is_read_back_to_the_bit(tmp_path: Path) -> None:
@@ -44,7 +46,12 @@ def test_the_oldest_own_go_and_the_newest_and_foreign_stay(tmp_path: Path) -> No
     store = Store(folder, "run", keep=2)
     for step in (10, 20, 30, 100):
         save(store, step)
-    assert [path.name for path in store.found()] == ["checkpoint-1", "checkpoint-2", "checkpoint-30", "checkpoint-100"]
+    assert [path.name for path in store.found()] == [
+        "checkpoint-1",
+        "checkpoint-2",
+        "checkpoint-30",
+        "checkpoint-100",
+    ]
 
 
 def test_keep_one_keeps_the_newest(tmp_path: Path) -> None:
@@ -97,7 +104,9 @@ def test_names_that_lead_outside_are_refused(tmp_path: Path) -> None:
         read(path, "run")
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoints_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_earlier_checkpoints_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = Store(tmp_path, "run", keep=1)
     save(store, 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 100, 0))

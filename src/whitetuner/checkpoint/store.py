@@ -66,7 +66,9 @@ class Store:
         Raises UserError (exit code 1) when the disk is full or not writable; what was saved before stays as it was.
         """
         final, temporary = self.folder / f"checkpoint-{step}", self.folder / f".checkpoint-{step}.writing"
-        needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()) + 65536
+        needed = (
+            sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()) + 65536
+        )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._sweep()
@@ -83,7 +85,10 @@ class Store:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_text(json.dumps(document, indent=1, sort_keys=True), encoding="utf-8")
             files = {
-                path.relative_to(temporary).as_posix(): {"sha256": _sha256(path), "bytes": path.stat().st_size}
+                path.relative_to(temporary).as_posix(): {
+                    "sha256": _sha256(path),
+                    "bytes": path.stat().st_size,
+                }
                 for path in sorted(temporary.rglob("*"))
                 if path.is_file()
             }
@@ -147,7 +152,9 @@ class Store:
         for path in self.found():
             if int(path.name.rpartition("-")[2]) > step and _run_id(path) == self.run_id:
                 number = 0
-                while (target := path.with_name(f"left-{path.name}" + (f".{number}" if number else ""))).exists():
+                while (
+                    target := path.with_name(f"left-{path.name}" + (f".{number}" if number else ""))
+                ).exists():
                     number += 1
                 path.rename(target)
                 moved.append(target)
@@ -159,7 +166,9 @@ class Store:
         own = [path for path in self.found() if path != newest and _run_id(path) == self.run_id]
         for path in own[: max(0, len(own) - (self.keep - 1))]:
             gone = path.with_name(f".{path.name}.removing")
-            path.rename(gone)  # first out of sight: a kill in the middle of rmtree must not leave half a checkpoint
+            path.rename(
+                gone
+            )  # first out of sight: a kill in the middle of rmtree must not leave half a checkpoint
             shutil.rmtree(gone, ignore_errors=True)
 
     def _sweep(self) -> None:
@@ -174,7 +183,11 @@ def read(path: Path, run_id: str | None = None) -> Checkpoint:
 
     def damaged(what: str, **values: object) -> DamagedCheckpoint:
         return DamagedCheckpoint(
-            what, where=str(path), mend="--resume latest takes the newest whole one", code=EXIT_FAILED, **values
+            what,
+            where=str(path),
+            mend="--resume latest takes the newest whole one",
+            code=EXIT_FAILED,
+            **values,
         )
 
     state_file = path / STATE_FILE
@@ -199,7 +212,9 @@ def read(path: Path, run_id: str | None = None) -> Checkpoint:
         if not file.is_file():
             raise damaged("{name} is missing", name=name)
         if file.stat().st_size != size:
-            raise damaged("{name} is torn: {have} of {want} bytes", name=name, have=file.stat().st_size, want=size)
+            raise damaged(
+                "{name} is torn: {have} of {want} bytes", name=name, have=file.stat().st_size, want=size
+            )
         if _sha256(file) != digest:
             raise damaged("{name} was changed after it was saved (its hash differs)", name=name)
         if file.suffix == ".safetensors":
@@ -241,4 +256,6 @@ def _sync(path: Path) -> None:
 def _is_disk_full(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
-    return "No space left" in str(error) or "os error 28" in str(error)  # safetensors reports the errno as text
+    return "No space left" in str(error) or "os error 28" in str(
+        error
+    )  # safetensors reports the errno as text

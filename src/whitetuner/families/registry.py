@@ -49,7 +49,9 @@ def make_tiny(name: str, folder: str, variant: str | None = None, seed: int = 0)
     """Writes a random tiny model of the family as a diffusers folder. Imports torch."""
     spec(name)
     import_module(f"{FAMILIES[name]}.tiny").make(folder, variant, seed)
-    (Path(folder) / RANDOM_MARK).write_text("The weights of this model are random: it draws noise.\n", encoding="utf-8")
+    (Path(folder) / RANDOM_MARK).write_text(
+        "The weights of this model are random: it draws noise.\n", encoding="utf-8"
+    )
 
 
 def reference(name: str, folder: Path, options: Options) -> Reference:

@@ -48,7 +48,9 @@ class TextEncoder:
         """Raises UserError when the options ask for a layer that the encoder does not have."""
         folder, last = self.paths.component("text_encoder"), max(self.options.text_encoder_out_layers)
         try:
-            layers = int(json.loads((folder / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"])
+            layers = int(
+                json.loads((folder / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 "config.json is not one of a Qwen3 text encoder ({reason})",
