@@ -5,8 +5,6 @@ check everything -> scan the pictures -> encode them -> load the denoiser -> att
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from whitetuner.checkpoint.export import export_adapter
+from whitetuner.between import previews_of, validation_of
 from whitetuner.checkpoint.store import Store
 from whitetuner.config.landed import refuse_not_landed
 from whitetuner.config.load import Loaded, dump_config
@@ -24,6 +22,7 @@ from whitetuner.data.loader import Loader
 from whitetuner.diffusion.sigmas import SigmaSettings
 from whitetuner.errors import EXIT_FAILED, UserError
 from whitetuner.family import BuildFn
+from whitetuner.final_files import write_final
 from whitetuner.memory.build import build_module
 from whitetuner.memory.recompute import checkpoint_blocks
 from whitetuner.prepared import data_hash, find_items, prepare_data, shift_of
@@ -39,9 +38,7 @@ from whitetuner.train.ema import Ema
 from whitetuner.train.learner import Learner
 from whitetuner.train.loop import Hooks, LoopSettings, train
 from whitetuner.train.optim import lr_factor
-from whitetuner.train.preview import draw_previews
 from whitetuner.train.step import StepSettings
-from whitetuner.train.validate import sigma_grid, validate
 
 #: Seconds between progress events: ten thousand pictures must not make ten thousand lines.
 PROGRESS_EVERY_S = 0.25
@@ -307,89 +304,30 @@ class Session:
             self.save()
 
     def _validate(self, step: int) -> None:
-        learner, data = self.learner, self.data
-        if not data.validation:
-            return
-        grid = sigma_grid(self.config.validation.sigmas, *learner.part.sigma_range)
-        began = time.perf_counter()
-        with learner.averaged():
-            modules = {learner.part.name: learner.module}
-            found = validate(
-                self.family,
-                modules,
-                learner.part.name,
-                data.validation,
-                grid,
-                self.step_settings,
-                self.device,
-            )
-        self.tell(
-            events.Validation(
-                step=step,
-                loss=found.loss,
-                by_sigma={str(k): v for k, v in found.by_sigma.items()},
-                seconds=time.perf_counter() - began,
-                held_out=data.held_out,
-            )
+        count = self.config.validation.sigmas
+        event = validation_of(
+            step, self.family, self.learner, self.data, self.step_settings, count, self.device
         )
+        if event is not None:
+            self.tell(event)
 
     def _preview(self, step: int) -> None:
-        learner, data = self.learner, self.data
-        if not data.scenes:
+        if not self.data.scenes:
             return
         if self.decoder is None:
             self.decoder = self.family.load_decoder(self.build)
-        with learner.averaged():
-            drawn = draw_previews(
-                self.family,
-                {learner.part.name: learner.module},
-                self.decoder.to(self.device),
-                data.scenes,
-                self.folder.samples,
-                step,
-                self.config.preview.max_seconds,
-            )
-        if self.device.type != "cpu":
-            self.decoder.to("cpu")
-        if drawn.skipped:
-            text = f"{drawn.skipped} previews of step {step} left out: preview.max_seconds was reached"
-            self.tell(events.Message(level="info", text=text))
-        files = [path.relative_to(self.folder.path).as_posix() for path in drawn.files]
-        self.tell(
-            events.Preview(
-                step=step,
-                files=files,
-                prompts=[s.text for s in data.scenes[: len(files)]],
-                seconds=drawn.seconds,
-            )
-        )
+        limit = self.config.preview.max_seconds
+        for event in previews_of(
+            step, self.family, self.learner, self.decoder, self.data, self.folder, limit, self.device
+        ):
+            self.tell(event)
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
     def finish(self) -> tuple[Path, ...]:
         """Writes the final files: the averaged adapter for ComfyUI (under the run's name too) and for diffusers."""
         self.tell(events.Phase(name="export"))
-        config, final, learner = self.config, self.folder.final, self.learner
-        kind = config.method.kind
-        with learner.averaged():
-            tensors = learner.adapter_tensors()
-            write = partial(
-                export_adapter,
-                tensors,
-                learner.adapter.settings,
-                self.family.keys,
-                metadata=self.loaded.metadata(),
-                dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[config.save.dtype],
-            )
-            named = final / f"{config.run.name}.safetensors"
-            plain, diffusers = (
-                final / kind / f"{kind}.safetensors",
-                final / kind / f"{kind}_diffusers.safetensors",
-            )
-            write(path=plain, naming="comfyui")
-            write(path=diffusers, naming="diffusers")
-        _same_file(plain, named)
-        return named, plain, diffusers
+        return write_final(self.config, self.learner, self.family.keys, self.folder, self.loaded.metadata())
 
     def _progress(self, phase: str, done: int, total: int) -> None:
         if self.signals.asked or self.folder.asked("stop"):
@@ -407,14 +345,3 @@ class Session:
             listener(event)
         if self.board is not None:
             self.board(event)
-
-
-def _same_file(source: Path, target: Path) -> None:
-    """target becomes a hard link to source, or a copy where links are not to be had."""
-    temporary = target.with_name(f".{target.name}.new")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:  # FAT, some network drives
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)

@@ -25,6 +25,8 @@ FLOORS = [
     {
         "recipe",
         "rehearsal",
+        "between",
+        "final_files",
         "resolve",
         "resuming",
         "checks",

@@ -1,0 +1,75 @@
+"""What a run looks at between its steps: validation loss and previews, told as events."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from whitetuner.family import Family
+from whitetuner.prepared import Prepared
+from whitetuner.runs import events
+from whitetuner.runs.folder import RunFolder
+from whitetuner.train.learner import Learner
+from whitetuner.train.preview import draw_previews
+from whitetuner.train.step import StepSettings
+from whitetuner.train.validate import sigma_grid, validate
+
+
+def validation_of(
+    step: int,
+    family: Family,
+    learner: Learner,
+    data: Prepared,
+    settings: StepSettings,
+    sigmas: int,
+    device: torch.device,
+) -> events.Validation | None:
+    """The loss on fixed noise at so many sigmas, of the averaged weights; None where nothing is held for it."""
+    if not data.validation:
+        return None
+    grid = sigma_grid(sigmas, *learner.part.sigma_range)
+    began = time.perf_counter()
+    with learner.averaged():
+        modules = {learner.part.name: learner.module}
+        found = validate(family, modules, learner.part.name, data.validation, grid, settings, device)
+    return events.Validation(
+        step=step,
+        loss=found.loss,
+        by_sigma={str(k): v for k, v in found.by_sigma.items()},
+        seconds=time.perf_counter() - began,
+        held_out=data.held_out,
+    )
+
+
+def previews_of(
+    step: int,
+    family: Family,
+    learner: Learner,
+    decoder: torch.nn.Module,
+    data: Prepared,
+    folder: RunFolder,
+    max_seconds: float,
+    device: torch.device,
+) -> list[events.Event]:
+    """Draws into the run's samples/ with the averaged weights; the decoder goes back to the host after."""
+    with learner.averaged():
+        drawn = draw_previews(
+            family,
+            {learner.part.name: learner.module},
+            decoder.to(device),
+            data.scenes,
+            folder.samples,
+            step,
+            max_seconds,
+        )
+    if device.type != "cpu":
+        decoder.to("cpu")
+    told: list[events.Event] = []
+    if drawn.skipped:
+        text = f"{drawn.skipped} previews of step {step} left out: preview.max_seconds was reached"
+        told.append(events.Message(level="info", text=text))
+    files = [path.relative_to(folder.path).as_posix() for path in drawn.files]
+    prompts = [scene.text for scene in data.scenes[: len(files)]]
+    told.append(events.Preview(step=step, files=files, prompts=prompts, seconds=drawn.seconds))
+    return told
