@@ -6,6 +6,14 @@ the verbs of the Family protocol), `keys.py` (a KeyMap named KEYS), `tiny.py` (a
 
 Conventions that hold for every family, whatever its own are (they hide inside `predict`, `generate` and the encoders):
     x_t = (1 - sigma) x0 + sigma noise,   velocity = noise - x0,   sigma in [0, 1], 1 = pure noise.
+
+Edit tasks. An encoder that looks at the given pictures ("conditions" in its `reads`) gets them twice: as
+EncodeInput.conditions, each cut to its Item.condition_sizes (own aspect kept, multiples of the stride), and as
+EncodeInput.originals, uncut, for encoders that bring them to a size of their own. What it returns lies in the batch for
+`predict` and in `prompt` of `generate` (in `negative` too: those are the fields of the negative text beside the same
+pictures), so `generate` takes its references from there. A shape key holds the sizes of all conditions: a batch has
+equal counts and sizes of references, and "stack" suits their latents. An encoder may read the caption and the conditions
+together (a vision-language model does); it is then asked again for every prompt and its pictures.
 """
 
 from __future__ import annotations
@@ -64,6 +72,8 @@ class FamilySpec:
 
     tasks:      of "t2i", "edit", "i2v", "t2v"
     variants:   name -> one line of what it is; the first is the default
+    variant_tasks: variant -> the tasks it is for, where variants differ in that; empty: every variant does every task
+    variant_of: which variant a model folder holds, told from names and config files; None: cannot be told
     stride_px:  width and height of a training picture are multiples of this for the released models
     stride_of:  the same for the model at hand, told from its config files; `stride` asks it
     frames:     0: pictures only; n: videos of n k + 1 frames
@@ -94,6 +104,8 @@ class FamilySpec:
     settings: Mapping[str, Setting]
     default_size: Size
     transformer_class: str = ""
+    variant_tasks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    variant_of: Callable[[Any, ModelPaths], str | None] = lambda options, paths: None
     frames: int = 0
     min_size_px: int = 64
     tokens: Callable[[Size, int], int] = lambda size, stride: (size.width // stride) * (size.height // stride)
@@ -113,6 +125,19 @@ class FamilySpec:
         Raises UserError when the config file that tells it cannot be read.
         """
         return self.stride_px if self.stride_of is None else self.stride_of(paths)
+
+    def tasks_of(self, variant: str) -> tuple[str, ...]:
+        """The tasks that a variant is for."""
+        return self.variant_tasks.get(variant, self.tasks)
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """(variant, task) pairs that the contract suite proves, one random tiny model each.
+
+        All of variant_tasks; where variants are of one architecture (variant_tasks is empty), each task on the first.
+        """
+        if self.variant_tasks:
+            return [(variant, task) for variant, tasks in self.variant_tasks.items() for task in tasks]
+        return [(next(iter(self.variants)), task) for task in self.tasks]
 
 
 @dataclass(frozen=True)
@@ -239,8 +264,9 @@ class Family(Protocol):
         seed: int,
         on_step: Callable[[int], bool] | None = None,
     ) -> list[Image.Image]:
-        """Frames drawn by the diffusers pipeline around our modules. prompt, negative: the encoders' fields for the text.
+        """Frames drawn by the diffusers pipeline around our modules.
 
+        prompt, negative: the encoders' fields for the text and, in an edit task, for the given pictures (see above)
         on_step(i) is called after each denoising step; returning False ends the drawing early with what is there.
         """
         ...

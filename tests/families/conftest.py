@@ -1,4 +1,4 @@
-"""Every family of the registry in every task, as a random tiny model."""
+"""Every family of the registry in every task and variant that it has to prove, as a random tiny model."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from whitetuner.families.contract import quiet
 
 @pytest.fixture(
     scope="session",
-    params=[(name, task) for name in registry.FAMILIES for task in registry.spec(name).tasks],
+    params=[(name, *pair) for name in registry.FAMILIES for pair in registry.spec(name).pairs()],
     ids=lambda param: "-".join(param),
 )
 def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
-    name, task = request.param
+    name, variant, task = request.param
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
     folder = tmp_path_factory.mktemp(name) / "model"
     with quiet():
-        registry.make_tiny(name, str(folder))
-        yield Subject(name, task, folder)
+        registry.make_tiny(name, str(folder), variant)
+        yield Subject(name, task, folder, variant)
     torch.set_num_threads(threads)

@@ -28,11 +28,12 @@ def plain_build(cls: type, folder: Path, *, keep_precise: Sequence[str] = ()) ->
 
 @dataclass
 class Subject:
-    """A family and a task of it over a tiny model."""
+    """A family and a task of it over a tiny model. variant: which one lies in the folder; "": the first."""
 
     name: str
     task: str
     folder: Path
+    variant: str = ""
 
     @cached_property
     def spec(self) -> FamilySpec:

@@ -76,7 +76,8 @@ def test_every_wrong_convention_is_told(subject: Subject) -> None:
     missed = [
         name
         for name, mutant in registry.mutants(subject.name).items()
-        if not told(mutant, subject.family, plain_build, subject.reference, case)
+        if (not mutant.tasks or subject.task in mutant.tasks)
+        and not told(mutant, subject.family, plain_build, subject.reference, case, subject.task)
     ]
     assert not missed
 
@@ -314,8 +315,8 @@ def test_the_facts_hold_together(subject: Subject) -> None:
 def test_the_tiny_model_is_small_and_a_function_of_its_seed(subject: Subject, tmp_path: Path) -> None:
     torch.manual_seed(1234)
     state = torch.get_rng_state()
-    registry.make_tiny(subject.name, str(tmp_path / "again"))
-    registry.make_tiny(subject.name, str(tmp_path / "other"), None, 1)
+    registry.make_tiny(subject.name, str(tmp_path / "again"), subject.variant or None)
+    registry.make_tiny(subject.name, str(tmp_path / "other"), subject.variant or None, 1)
     assert torch.equal(torch.get_rng_state(), state)
 
     def contents(folder: Path) -> dict[str, bytes]:
