@@ -1,8 +1,9 @@
 """The contract of a model family: everything the trainer wants to know of a model, and nothing about memory or method.
 
 A family is a folder under families/: `spec.py` (facts, no torch: a FamilySpec named SPEC), `model.py` (a class named Model:
-the verbs of the Family protocol), `keys.py` (a KeyMap named KEYS), `tiny.py` (a random tiny model), `reference.py` and
-`mutants.py` (what families/contract.py holds it against). One line in families/registry.py makes it known.
+the verbs of the Family protocol), `keys.py` (a KeyMap named KEYS), `tiny.py` (a random tiny model), `sketch.py` (released
+configs and blank samples, for the plan), `reference.py` and `mutants.py` (what families/contract.py holds it against). One
+line in families/registry.py makes it known.
 
 Conventions that hold for every family, whatever its own are (they hide inside `predict`, `generate` and the encoders):
     x_t = (1 - sigma) x0 + sigma noise,   velocity = noise - x0,   sigma in [0, 1], 1 = pure noise.
@@ -218,6 +219,29 @@ class KeyMap(Protocol):
     def to_original(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]: ...
 
     def from_original(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]: ...
+
+
+class Sketch(Protocol):
+    """A family's `sketch.py`: what the plan needs of a model whose files are not there.
+
+    RELEASED: variant -> part -> config.json of the released denoiser (`_class_name` included)
+    """
+
+    RELEASED: Mapping[str, Mapping[str, Mapping[str, Any]]]
+
+    def blank(
+        self,
+        module: torch.nn.Module,
+        options: Any,
+        size: Size,
+        stride_px: int,
+        conditions: tuple[Size, ...] = (),
+    ) -> dict[str, torch.Tensor]:
+        """The fields of one sample of this size, shaped as the encoders' own, in zeros, without a batch dimension.
+
+        module: the denoiser, whose config tells channels and widths; ragged fields have their greatest length
+        """
+        ...
 
 
 class Family(Protocol):

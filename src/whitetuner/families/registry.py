@@ -11,6 +11,7 @@ from whitetuner.family import Family, FamilySpec, KeyMap, ModelPaths, Options
 
 if TYPE_CHECKING:
     from whitetuner.families.contract import Mutant, Reference
+    from whitetuner.family import Sketch
 
 #: File in a model folder whose weights are random; runs over it say so.
 RANDOM_MARK = "RANDOM_WEIGHTS.txt"
@@ -43,6 +44,13 @@ def keys(name: str) -> KeyMap:
     """The family's key map alone."""
     spec(name)
     return import_module(f"{FAMILIES[name]}.keys").KEYS
+
+
+def sketch(name: str) -> Sketch:
+    """What the plan needs of the family without its files. Imports torch."""
+    spec(name)
+    found: Sketch = import_module(f"{FAMILIES[name]}.sketch")  # type: ignore[assignment]
+    return found
 
 
 def make_tiny(name: str, folder: str, variant: str | None = None, seed: int = 0) -> None:

@@ -1,0 +1,115 @@
+"""Models of the other phases, too: a text encoder larger than the card is streamed block by block, to the same bits.
+
+Encoders run once over every caption and are freed; they have no plan of their own. What fits is simply built on the device.
+What does not waits on the host, and its longest list of blocks takes turns in two slots (swap/engine.py, the same that
+trains).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from whitetuner.errors import EXIT_ENVIRONMENT, UserError
+from whitetuner.memory.build import Build
+from whitetuner.memory.fit import backend_for
+from whitetuner.memory.machine import GIB
+from whitetuner.memory.plan import Weights, weigh
+from whitetuner.memory.skeleton import sketch_module
+from whitetuner.memory.swap.backend import Backend
+from whitetuner.memory.swap.engine import SwapEngine
+from whitetuner.memory.swap.layout import padded, spread
+
+log = logging.getLogger(__name__)
+#: Left free for activations and kernels while a model of another phase runs.
+ROOM_BYTES = int(1.5 * GIB)
+
+
+class PhaseBuild:
+    """A BuildFn for one phase: `build(cls, folder, keep_precise=...)`.
+
+    budget_bytes: device memory that a model and its activations may take; None: whatever it takes
+    block_lists:  of the model, where the caller knows them; None: its longest list of blocks
+    backend:      of the swap; None: the device's own
+    """
+
+    def __init__(
+        self,
+        build: Build,
+        budget_bytes: int | None = None,
+        *,
+        block_lists: Sequence[str] | None = None,
+        room_bytes: int = ROOM_BYTES,
+        backend: Callable[[torch.device], Backend | None] = backend_for,
+        tell: Callable[[str], None] = log.info,
+    ) -> None:
+        self.build, self.budget_bytes, self.block_lists = build, budget_bytes, block_lists
+        self.room_bytes, self.backend, self.tell = room_bytes, backend, tell
+        self.engines: list[SwapEngine] = []
+
+    def __call__(self, cls: type, folder: Path, *, keep_precise: Sequence[str] = ()) -> Any:
+        self.release()
+        if self.budget_bytes is None:
+            return self.build(cls, folder, keep_precise=keep_precise)
+        sketch = sketch_module(
+            cls, folder, keep_precise=keep_precise, dtype=self.build.dtype, quantize=self.build.quantize
+        )
+        lists = self.block_lists or longest_list(sketch)
+        if not lists:
+            return self.build(cls, folder, keep_precise=keep_precise)
+        weights = weigh(sketch, lists)
+        residents = self._residents(weights, folder)
+        swap = None if residents is None else self.backend(torch.device(self.build.device))
+        if residents is None or swap is None:
+            return self.build(cls, folder, keep_precise=keep_precise)
+        host = [f"{name}.*" for name in lists]
+        module = replace(self.build, host=host)(cls, folder, keep_precise=keep_precise)
+        self.engines.append(SwapEngine(module, lists, residents, swap).attach())
+        self.tell(
+            f"{folder.name} is larger than the card's memory: {len(weights.blocks) - len(residents)} of its "
+            f"{len(weights.blocks)} blocks are streamed"
+        )
+        return module
+
+    def _residents(self, weights: Weights, folder: Path) -> frozenset[int] | None:
+        """Blocks that stay; None when all do. Raises UserError when even two blocks at a time are too much."""
+        assert self.budget_bytes is not None
+        budget = self.budget_bytes - self.room_bytes - weights.rest
+        if sum(weights.blocks) <= budget:
+            return None
+        slots = 2 * padded(max(weights.blocks))
+        if budget < slots:
+            raise UserError(
+                "{part} needs {need:.1f} GB on the card though its blocks are streamed, and {have:.1f} GB may be used",
+                where="memory.vram_gb",
+                mend="free memory on the card (other programs use it too), raise memory.vram_gb, or use "
+                'memory.device = "cpu" for the caching (`whitetuner cache`)',
+                code=EXIT_ENVIRONMENT,
+                part=folder.name,
+                need=(weights.rest + slots + self.room_bytes) / GIB,
+                have=self.budget_bytes / GIB,
+            )
+        return spread(weights.blocks, budget - slots)
+
+    def release(self) -> None:
+        """Gives back what streamed models hold; they are unusable on the device after. Safe to call twice."""
+        for engine in self.engines:
+            engine.detach()
+        self.engines = []
+
+
+def longest_list(module: nn.Module) -> tuple[str, ...]:
+    """(path,) of the outermost ModuleList that holds the most bytes; () when there is none."""
+    best, most = (), 0
+    for path, child in module.named_modules():
+        if isinstance(child, nn.ModuleList) and len(child) > 1:
+            size = sum(p.numel() * p.element_size() for p in child.parameters())
+            if size > most:
+                best, most = (path,), size
+    return best
