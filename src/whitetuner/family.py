@@ -82,6 +82,7 @@ class FamilySpec:
     keep_precise: fnmatch patterns of parameter names that are never quantised
     adapter_targets: fnmatch patterns of module paths that adapters attach to by default
     transformer_class: `_class_name` in the denoiser's config.json, by which a model folder is recognised
+    converts:   `_class_name`s of other denoisers that can be given too; they are converted while they load
     settings:   config key ("optimizer.lr") -> proposed default with its source
     advice:     what to warn about before this model is trained (a distilled one, a variant that the folder is not);
                 reads names and config files only
@@ -105,6 +106,7 @@ class FamilySpec:
     settings: Mapping[str, Setting]
     default_size: Size
     transformer_class: str = ""
+    converts: tuple[str, ...] = ()
     variant_tasks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     variant_of: Callable[[Any, ModelPaths], str | None] = lambda options, paths: None
     frames: int = 0
@@ -172,10 +174,31 @@ class ModelPaths:
         return path
 
 
+@dataclass(frozen=True)
+class Recast:
+    """How a folder becomes a model that is not quite the folder's; class attribute `recast` of what is built.
+
+    A family that needs it hands its BuildFn a subclass with this attribute. Tensors are still read one at a time: a model
+    that is converted or merged into while it loads is never held twice.
+
+    reads:     `_class_name`s of config.json that are understood beside the class's own
+    config:    values that replace those of config.json
+    targets:   name of a tensor in the files -> its names in the module; each gets the tensor
+    additions: name in the module -> what is added to this tensor (float32, its shape, CPU), made when its turn comes; before
+               it is cast or quantised
+    """
+
+    reads: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    targets: Callable[[str], tuple[str, ...]] = lambda name: (name,)
+    additions: Mapping[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
+
+
 class BuildFn(Protocol):
     """Makes a module from a component folder: meta device, filled from safetensors, quantised and placed on the way.
 
     The recipe hands it in, so that a family knows nothing about memory. Result: eval mode, requires_grad False.
+    A class with an attribute `recast` is built as that says.
     """
 
     def __call__(self, cls: type, folder: Path, *, keep_precise: Sequence[str] = ()) -> Any: ...

@@ -92,7 +92,7 @@ def check_model(spec: FamilySpec, paths: ModelPaths) -> None:
             read_settings(file)
     if spec.transformer_class:
         found = class_name(paths.component("transformer"))
-        if found != spec.transformer_class:
+        if found not in (spec.transformer_class, *spec.converts):
             raise UserError(
                 "this is a {found}, but {title} is a {wanted}",
                 where=str(paths.component("transformer")),

@@ -20,7 +20,7 @@ from torch import nn
 
 from whitetuner.errors import UserError
 from whitetuner.memory.quantize import Kind, QuantLinear, quantize_linears, quantize_weight
-from whitetuner.memory.skeleton import empty_module, float32_names
+from whitetuner.memory.skeleton import empty_module, float32_names, recast_of
 from whitetuner.memory.weights import TensorFiles, first_five, weight_files
 
 #: How the scale of a ready-made fp8 weight is named beside `X.weight` (ComfyUI scaled files, fp8 exporters).
@@ -83,7 +83,8 @@ def build_module(
     overrides:    values that replace those of config.json;  ignore: patterns of tensors in the file to leave
                   out
     config:       folder of config.json when it is not `folder`
-    Equals `cls.from_pretrained(folder, torch_dtype=dtype)` in every tensor when nothing is quantised.
+    A class's `recast` (whitetuner.family) is followed: other names, several from one tensor, additions.
+    Else it equals `cls.from_pretrained(folder, torch_dtype=dtype)` in every tensor when nothing is quantised.
     Raises UserError naming the file and the tensors when they are missing, unexpected, of the wrong shape or
     damaged.
     """
@@ -91,10 +92,11 @@ def build_module(
     device = torch.device(device)
     with TensorFiles(weight_files(folder)) as source:
         scales = _scales(source)
-        names = _target_names(
+        pairs = _target_names(
             module, [n for n in source if not _matches(n, _FP8_EXTRAS) and n not in scales.values()]
         )
-        _check(module, source, names, ignore, folder)
+        pairs = _checked(module, source, pairs, ignore, folder)
+        additions = recast_of(cls).additions
         precise = float32_names(module, dtype)
         if quantize is not None:
             kept = frozenset(
@@ -104,10 +106,15 @@ def build_module(
             quantize_linears(module, quantize, kept)
         holders = _holders(module)
         first_value: dict[int, torch.Tensor] = {}
-        for source_name, name in names.items():
+        for source_name, name in pairs:
             tensor = source[source_name]
             home = torch.device("cpu") if _matches(name, host) else device
             scale = source[scales[source_name]] if source_name in scales else None
+            if name in additions:
+                tensor = (tensor.float() if scale is None else _dequantized(tensor, scale)) + additions[
+                    name
+                ]()
+                scale = None
             owner = module.get_submodule(name.rpartition(".")[0])
             if isinstance(owner, QuantLinear) and name.endswith(".weight"):
                 _fill_quantized(owner, tensor, scale, device, home, name, folder)
@@ -134,16 +141,18 @@ def rehearse_module(cls: type, folder: Path, *, keep_precise: Sequence[str] = ()
     module = empty_module(cls, folder)
     with TensorFiles(weight_files(folder)) as source:
         beside = {*_scales(source).values(), *(name for name in source if _matches(name, _FP8_EXTRAS))}
-        _check(module, source, _target_names(module, [n for n in source if n not in beside]), (), folder)
+        _checked(module, source, _target_names(module, [n for n in source if n not in beside]), (), folder)
     return module
 
 
-def _target_names(module: nn.Module, source_names: list[str]) -> dict[str, str]:
-    """Name in the files -> name in the module. transformers renames keys of older checkpoints; so do its own
-    loaders.
+def _target_names(module: nn.Module, source_names: list[str]) -> list[tuple[str, str]]:
+    """(name in the files, name in the module); a name of a file comes twice when two tensors are made of it.
+
+    transformers renames keys of older checkpoints; so do its own loaders.
     """
     if not hasattr(module, "base_model_prefix"):
-        return {name: name for name in source_names}
+        targets = recast_of(type(module)).targets
+        return [(name, target) for name in source_names for target in targets(name)]
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -151,7 +160,7 @@ def _target_names(module: nn.Module, source_names: list[str]) -> dict[str, str]:
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     others = [c for c in conversions if not isinstance(c, WeightRenaming)]
     known = module.state_dict()
-    result = {}
+    result = []
     for name in source_names:
         renamed, converted = rename_source_key(name, renamings, others, module.base_model_prefix, known)
         if converted is not None:
@@ -161,24 +170,29 @@ def _target_names(module: nn.Module, source_names: list[str]) -> dict[str, str]:
                 cls=type(module).__name__,
                 name=name,
             )
-        result[name] = renamed
+        result.append((name, renamed))
     return result
 
 
-def _check(
-    module: nn.Module, source: TensorFiles, names: dict[str, str], ignore: Sequence[str], folder: Path
-) -> None:
-    """Removes the ignorable from `names`; raises UserError on what is unexpected, missing or of the wrong
+def _checked(
+    module: nn.Module,
+    source: TensorFiles,
+    pairs: list[tuple[str, str]],
+    ignore: Sequence[str],
+    folder: Path,
+) -> list[tuple[str, str]]:
+    """The pairs without the ignorable; raises UserError on what is unexpected, missing or of the wrong
     shape.
     """
     wanted = module.state_dict(keep_vars=True)
     cls = type(module).__name__
-    unexpected = [s for s, name in names.items() if name not in wanted]
-    for name in unexpected:
-        if _matches(name, ignore) or _belongs_elsewhere(module, names[name], wanted):
-            del names[name]
-    unexpected = [name for name in unexpected if name in names]
-    given = {id(wanted[name]) for name in names.values() if name in wanted}
+    pairs = [
+        (name, target)
+        for name, target in pairs
+        if target in wanted or not (_matches(name, ignore) or _belongs_elsewhere(module, target, wanted))
+    ]
+    unexpected = [name for name, target in pairs if target not in wanted]
+    given = {id(wanted[target]) for _, target in pairs if target in wanted}
     missing = [name for name, tensor in wanted.items() if id(tensor) not in given]
     if missing:
         raise UserError(
@@ -199,7 +213,7 @@ def _check(
             cls=cls,
             names=first_five(unexpected),
         )
-    wrong = [(s, n) for s, n in names.items() if source.entries[s].shape != wanted[n].shape]
+    wrong = [(s, n) for s, n in pairs if source.entries[s].shape != wanted[n].shape]
     if wrong:
         name, target = wrong[0]
         raise UserError(
@@ -211,6 +225,7 @@ def _check(
             wanted=list(wanted[target].shape),
             count=len(wrong),
         )
+    return pairs
 
 
 def _belongs_elsewhere(module: nn.Module, name: str, wanted: Mapping[str, torch.Tensor]) -> bool:

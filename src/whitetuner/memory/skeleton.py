@@ -16,15 +16,18 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from whitetuner.errors import UserError
+from whitetuner.family import Recast
 from whitetuner.memory.quantize import Kind, quantize_linears
 
 
 def empty_module(cls: Any, folder: Path, overrides: Mapping[str, Any] | None = None) -> Any:
     """The module with parameters on the meta device and real buffers; only config.json is read.
 
+    A class's `recast` (whitetuner.family) is followed.
     Raises UserError when config.json is missing, unreadable, or of another class.
     """
-    settings = _read_config(folder)
+    settings, recast = _read_config(folder), recast_of(cls)
+    overrides = {**recast.config, **(overrides or {})}
     if "quantization_config" in settings:
         raise UserError(
             "these weights are already quantised by another program ({method})",
@@ -35,7 +38,7 @@ def empty_module(cls: Any, folder: Path, overrides: Mapping[str, Any] | None = N
     with init_empty_weights(include_buffers=False):
         if hasattr(cls, "from_config") and hasattr(cls, "load_config"):
             named = settings.get("_class_name", cls.__name__)
-            if named != cls.__name__:
+            if named not in (cls.__name__, *recast.reads):
                 raise UserError(
                     "the folder holds a {named}, but a {wanted} is needed here",
                     where=str(folder / "config.json"),
@@ -43,9 +46,9 @@ def empty_module(cls: Any, folder: Path, overrides: Mapping[str, Any] | None = N
                     named=named,
                     wanted=cls.__name__,
                 )
-            module = cls.from_config({**settings, **(overrides or {})})
+            module = cls.from_config({**settings, "_class_name": cls.__name__, **overrides})
         else:
-            config = cls.config_class.from_pretrained(str(folder), local_files_only=True, **(overrides or {}))
+            config = cls.config_class.from_pretrained(str(folder), local_files_only=True, **overrides)
             module = cls(config)
             if (folder / "generation_config.json").is_file() and module.can_generate():
                 kind = type(module.generation_config)
@@ -53,6 +56,11 @@ def empty_module(cls: Any, folder: Path, overrides: Mapping[str, Any] | None = N
     if hasattr(module, "tie_weights"):  # once more: moving parameters to meta has cut the ties made inside
         module.tie_weights()
     return module
+
+
+def recast_of(cls: type) -> Recast:
+    """What the class says of folders that are not quite its own; nothing changes for the others."""
+    return getattr(cls, "recast", None) or Recast()
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
