@@ -16,8 +16,6 @@ Word = Callable[[argparse.Namespace], int]
 
 #: Words of the contract whose feature is not there yet: they say so and exit with 2.
 NOT_LANDED = {
-    "gui": "the page",
-    "plan": "the memory plan",
     "merge": "merging an adapter into a model",
     "caption": "writing captions",
     "jobs": "the list of runs",
@@ -156,6 +154,21 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument("--gpus", help="which devices, e.g. 0 or cpu (several: not yet)")
     _settings(train)
 
+    plan = add("plan", _plan, "how a model fits a card: before anything is downloaded or loaded")
+    plan.add_argument("what", metavar="CONFIG|FAMILY[:VARIANT]")
+    plan.add_argument(
+        "--vram", type=float, metavar="GB", help="memory of the card (else: this machine's, or 8 to 32)"
+    )
+    plan.add_argument("--size", metavar="WIDTHxHEIGHT", help="of the pictures (FAMILY only)")
+    plan.add_argument("--task", help="t2i, edit, ... (FAMILY only)")
+    plan.add_argument(
+        "--host", type=float, metavar="GB", help="memory of the machine itself (else: this one's)"
+    )
+    plan.add_argument("--measure", action="store_true", help="take the speeds of the GPU that is here")
+    plan.add_argument("-v", "--verbose", action="store_true", help="the bytes of every part too")
+    plan.add_argument("--json", action="store_true")
+    _settings(plan)
+
     cache = add("cache", _cache, "encode pictures and captions only")
     cache.add_argument("config", type=Path)
     _settings(cache)
@@ -200,6 +213,40 @@ def make_parser() -> argparse.ArgumentParser:
     inspect = add("inspect", _inspect, "say what a safetensors file is")
     inspect.add_argument("file", type=Path)
     inspect.add_argument("--json", action="store_true")
+
+    gui = add("gui", _gui, "open the page in the browser")
+    gui.add_argument(
+        "--listen",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="where others reach the page, e.g. 0.0.0.0 (a password is then needed; default: %(default)s)",
+    )
+    gui.add_argument(
+        "--port", type=int, default=7860, help="a taken one gives way to the next (default: %(default)s)"
+    )
+    gui.add_argument(
+        "--tensorboard",
+        type=int,
+        default=6006,
+        metavar="PORT",
+        help="TensorBoard's own port on this machine (default: %(default)s)",
+    )
+    gui.add_argument("--no-browser", action="store_true", help="do not open a browser")
+    gui.add_argument("--server", action="store_true", help="no dialogs; paths stay inside --root folders")
+    gui.add_argument(
+        "--root",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="with --server: a folder that may be used (may be repeated; default: the current one)",
+    )
+    gui.add_argument(
+        "--password-file",
+        type=Path,
+        metavar="FILE",
+        help="the page's password (or WHITETUNER_PASSWORD; else one is made up where it is needed)",
+    )
 
     for name, feature in NOT_LANDED.items():
         one = add(name, _not_landed, f"{feature} (not yet)")
@@ -283,6 +330,12 @@ def _train(given: argparse.Namespace) -> int:
     return commands.train(given.config, given.overrides, given.resume, given.gpus)
 
 
+def _plan(given: argparse.Namespace) -> int:
+    from whitetuner import commands
+
+    return commands.plan(given)
+
+
 def _cache(given: argparse.Namespace) -> int:
     from whitetuner import commands
 
@@ -323,6 +376,12 @@ def _inspect(given: argparse.Namespace) -> int:
     from whitetuner import commands
 
     return commands.inspect(given.file, as_json=given.json)
+
+
+def _gui(given: argparse.Namespace) -> int:
+    from whitetuner import commands
+
+    return commands.gui(given)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from whitetuner.errors import EXIT_STOPPED, EXIT_USE, UserError
+from whitetuner.records import Size
 
 
 def init(preset: str | None, tiny: Path | None, out: Path | None) -> int:
@@ -79,6 +80,24 @@ def train(config: Path, overrides: Sequence[str], resume: str | None, gpus: str 
     return 0
 
 
+def plan(given: argparse.Namespace) -> int:
+    """How a config or a released model fits; exit code 2 (3 for the host's memory) when no plan does."""
+    from whitetuner import plan_view
+    from whitetuner.families import registry
+
+    on = plan_view.machines(given.vram, given.host, given.measure)
+    if given.what.partition(":")[0] in registry.FAMILIES and not Path(given.what).exists():
+        found = plan_view.of_family(given.what, size_of(given.size), given.task, on)
+    else:
+        found = plan_view.of_config(Path(given.what), given.overrides, on)
+    if given.json:
+        print(json.dumps(plan_view.as_json(found), indent=1))
+    else:
+        print(plan_view.as_text(found, given.verbose))
+    refused = [one for _, one in found["plans"] if isinstance(one, UserError)]
+    return refused[-1].code if len(refused) == len(found["plans"]) else 0
+
+
 def cache(config: Path, overrides: Sequence[str]) -> int:
     """Encodes what is not encoded yet."""
     from whitetuner.config.load import load_config
@@ -143,23 +162,27 @@ def families(*, as_json: bool) -> int:
     return 0
 
 
+def size_of(text: str | None) -> Size | None:
+    """ "1024x768" -> Size. Raises UserError."""
+    if text is None:
+        return None
+    try:
+        width, height = (int(side) for side in text.lower().split("x"))
+    except ValueError as error:
+        raise UserError(
+            "{given} is no size",
+            where="--size",
+            mend="write WIDTHxHEIGHT, e.g. 1024x768",
+            given=text,
+        ) from error
+    return Size(width, height)
+
+
 def sample(given: argparse.Namespace) -> int:
     """Draws one picture."""
     from whitetuner import drawing
-    from whitetuner.records import Size
 
-    size = None
-    if given.size is not None:
-        try:
-            width, height = (int(side) for side in given.size.lower().split("x"))
-        except ValueError as error:
-            raise UserError(
-                "{given} is no size",
-                where="--size",
-                mend="write WIDTHxHEIGHT, e.g. 1024x768",
-                given=given.size,
-            ) from error
-        size = Size(width, height)
+    size = size_of(given.size)
     if given.image:
         raise UserError(
             "reference pictures need an edit task, which is not there yet",
@@ -224,3 +247,24 @@ def inspect(file: Path, *, as_json: bool) -> int:
     else:
         print("\n".join(f"{key:<12} {value}" for key, value in found.items()))
     return 0
+
+
+def gui(given: argparse.Namespace) -> int:
+    """Serves the page until Ctrl-C."""
+    from whitetuner.gui.app import serve
+    from whitetuner.gui.settings import Settings, password_for
+
+    password, made_up = password_for(given.listen, given.password_file)
+    roots = tuple(root.resolve() for root in given.root or [Path.cwd()])
+    return serve(
+        Settings(
+            host=given.listen,
+            port=given.port,
+            tensorboard_port=given.tensorboard,
+            open_browser=not given.no_browser,
+            server=given.server,
+            password=password,
+            made_up=made_up,
+            roots=roots if given.server else (),
+        )
+    )

@@ -1,0 +1,73 @@
+"""How the page is served: what the command line said, checked."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from whitetuner.errors import UserError
+
+#: Environment variable of the page's password, where a file does not suit (containers).
+PASSWORD_VARIABLE = "WHITETUNER_PASSWORD"
+SHORTEST_PASSWORD = 8
+
+
+@dataclass(frozen=True)
+class Settings:
+    """host, port: where the page is; tensorboard_port: on loopback; password: None only where nobody else can reach the page;
+    made_up: the password was generated (it is shown in a one-time link); server: no dialogs, paths confined to roots."""
+
+    host: str = "127.0.0.1"
+    port: int = 7860
+    tensorboard_port: int = 6006
+    open_browser: bool = True
+    server: bool = False
+    password: str | None = None
+    made_up: bool = False
+    roots: tuple[Path, ...] = ()
+
+    @property
+    def local(self) -> bool:
+        """Only this machine reaches the page."""
+        return is_loopback(self.host)
+
+
+def is_loopback(host: str) -> bool:
+    """127.0.0.0/8, ::1 and the name localhost."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def password_for(host: str, file: Path | None) -> tuple[str | None, bool]:
+    """(password, was it made up): from the file, else from the environment, else generated where others can reach the page.
+
+    Raises UserError for a file that cannot be read and for a password that is too short to be one.
+    """
+    given = os.environ.get(PASSWORD_VARIABLE) or None
+    where = PASSWORD_VARIABLE
+    if file is not None:
+        where = str(file)
+        try:
+            given = file.read_text(encoding="utf-8").strip("\r\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                "the password file cannot be read ({reason})",
+                where=where,
+                mend="write the password into a text file and give its path",
+                reason=getattr(error, "strerror", None) or "it is no UTF-8 text",
+            ) from error
+    if given is None:
+        return (None, False) if is_loopback(host) else (secrets.token_urlsafe(12), True)
+    if len(given) < SHORTEST_PASSWORD:
+        raise UserError(
+            "the password is too short",
+            where=where,
+            mend="use at least {least} characters",
+            least=SHORTEST_PASSWORD,
+        )
+    return given, False
