@@ -13,6 +13,7 @@ from whitetuner.config.schema import Config
 from whitetuner.data.captions import convert_captions
 from whitetuner.data.check import CheckReport, caption_files, check_sets
 from whitetuner.data.check_page import write_check_html
+from whitetuner.data.pairs import edit_layout
 from whitetuner.data.scan import SetOptions
 from whitetuner.errors import UserError, UserErrors
 from whitetuner.families import registry
@@ -59,8 +60,15 @@ class Findings:
 
 
 def check_folder(folder: Path, *, deep: bool, convert: bool | str) -> Findings:
-    """A bare folder, as a data set for a model of the usual size; the page goes to output/check/FOLDER/report.html."""
-    section = SetOptions(images=folder, resolution=FOLDER_RESOLUTION)
+    """A bare folder, as a data set for a model of the usual size; the page goes to output/check/FOLDER/report.html.
+
+    With sub-folders target*/ and condition*/ it is an edit set.
+    """
+    edit = edit_layout(folder)
+    if edit is None:
+        section = SetOptions(images=folder, resolution=FOLDER_RESOLUTION)
+    else:
+        section = SetOptions(target=edit[0], conditions=edit[1], resolution=FOLDER_RESOLUTION)
     notes, errors = _convert([section], convert)
     report = check_sets([section], FOLDER_STRIDE_PX, deep=deep)
     page = _page(

@@ -4,6 +4,7 @@ squared, the shape is the one that crops the picture least. A picture is never s
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -103,6 +104,20 @@ def cropped(source: Size, size: Size) -> float:
 def covers(source: Size, size: Size) -> bool:
     """Whether a picture fills a size without being enlarged."""
     return source.width >= size.width and source.height >= size.height
+
+
+def fit(source: Size, resolution: int, stride_px: int, upscale: bool = False) -> Size | None:
+    """The size a given picture is read at: its own shape, scaled to an area of at most resolution squared, each side rounded
+    down to the stride (so that less than a stride is cut off). Not enlarged unless asked. None: a side is below the stride.
+    """
+    scale = resolution / math.sqrt(source.width * source.height)
+    if scale > 1 and not upscale:
+        scale = 1.0
+    # the small number: 96 * (64 / 96) is a little less than 64
+    width, height = (
+        int(side * scale + 1e-6) // stride_px * stride_px for side in (source.width, source.height)
+    )
+    return Size(width, height) if width and height else None
 
 
 def _own(source: Size, resolution: int, rules: Bucketing) -> Size | None:

@@ -17,7 +17,7 @@ from whitetuner.data.buckets import bucketing, covers, cropped, shapes
 from whitetuner.data.captions import Converted, convert_captions
 from whitetuner.data.digests import digests
 from whitetuner.data.problems import Problem, merged
-from whitetuner.data.scan import place
+from whitetuner.data.scan import place, place_conditions
 from whitetuner.data.survey import Found, PictureSet, SetOptions, Survey, caption_files, survey
 from whitetuner.errors import UserError
 from whitetuner.records import Size
@@ -34,7 +34,10 @@ VISITS, LEAST_STEPS, MOST_STEPS = 60, 500, 6000
 
 @dataclass(frozen=True)
 class Placed:
-    """One picture and what training makes of it. cropped: share of its area that is cut off; size None: cannot be used."""
+    """One picture and what training makes of it. cropped: share of its area that is cut off; size None: cannot be used.
+
+    conditions: the pictures given for it; condition_sizes: what they are read at
+    """
 
     path: Path
     set_index: int
@@ -44,6 +47,8 @@ class Placed:
     cropped: float = 0.0
     enlarged: bool = False
     small: bool = False
+    conditions: tuple[Path, ...] = ()
+    condition_sizes: tuple[Size, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,12 @@ class CheckReport:
     @property
     def usable(self) -> int:
         return sum(one.size is not None and one.caption is not None for one in self.pictures)
+
+    @property
+    def given(self) -> list[tuple[int, int]]:
+        """(given pictures, targets that have so many), fewest first; empty where there are none at all."""
+        counts = Counter(len(one.conditions) for one in self.pictures if one.size is not None)
+        return sorted(counts.items()) if any(counts) else []
 
     @property
     def mean_cropped(self) -> float:
@@ -110,6 +121,7 @@ class CheckReport:
                 "worst": round(worst.cropped, 4) if worst else 0.0,
                 "worst_file": str(worst.path) if worst and worst.cropped else None,
             },
+            "conditions": {str(count): targets for count, targets in self.given},
             "duplicates": [[str(path) for path in group] for group in self.duplicates],
             "batch_size": self.batch_size,
             "small_batches": self.small_batches,
@@ -131,6 +143,9 @@ class CheckReport:
             lines.append(
                 f"trained at {shown}{more}; {self.mean_cropped:.1%} of the pixels are cut off on average"
             )
+        if self.given:
+            told = ", ".join(f"{targets} with {count}" for count, targets in self.given)
+            lines.append(f"given pictures (conditions) of the targets: {told}")
         for level in ("error", "warning", "note"):
             folder = self.sets[0].folder if len(self.sets) == 1 else None
             found = merged((one for one in self.problems if one.level == level), folder)
@@ -167,14 +182,21 @@ def check_sets(
     problems = list(looked.problems)
     placed = []
     for found in looked.found:
+        of = looked.sets[found.set_index]
         try:
-            size, problem = place(found, looked.sets[found.set_index], stride_px, min_size_px)
+            size, problem = place(found, of, stride_px, min_size_px)
         except UserError as error:  # the set's resolution: told once, its pictures stay unplaced
-            size, problem = None, Problem("resolution", "error", looked.sets[found.set_index].folder, error)
+            size, problem = None, Problem("resolution", "error", of.folder, error)
         if problem is not None:
             problems.append(problem)
-        placed.append(_placed(found, size, looked.sets[found.set_index].options, stride_px, min_size_px))
+        conditions, wrong = place_conditions(found, of, stride_px)
+        problems += wrong
+        if conditions is None:
+            size = None
+        placed.append(_placed(found, size, conditions or (), of.options, stride_px, min_size_px))
         problems += _picture_problems(found, placed[-1])
+        for path, seen in zip(found.conditions, found.condition_probes, strict=True):
+            problems += _trait_problems(path, seen.traits)
     problems += _caption_problems(looked, tokens, max_tokens)
     duplicates = _duplicates(looked)
     problems += [
@@ -194,7 +216,10 @@ def check_sets(
     ]
     sizes = Counter(one.size for one in placed if one.size is not None)
     visits = Counter(
-        one.size for one in placed if one.size is not None for _ in range(looked.sets[one.set_index].repeats)
+        (one.size, one.condition_sizes)
+        for one in placed
+        if one.size is not None
+        for _ in range(looked.sets[one.set_index].repeats)
     )
     return CheckReport(
         sets=looked.sets,
@@ -221,7 +246,14 @@ def convert_sets(sections: Sequence[object], encoding: str | None = None) -> lis
     return convert_captions(dict.fromkeys(caption_files(sections)), encoding)
 
 
-def _placed(found: Found, size: Size | None, options: SetOptions, stride_px: int, min_size_px: int) -> Placed:
+def _placed(
+    found: Found,
+    size: Size | None,
+    conditions: tuple[Size, ...],
+    options: SetOptions,
+    stride_px: int,
+    min_size_px: int,
+) -> Placed:
     source = found.probe.size
     if source is None or size is None:
         return Placed(found.path, found.set_index, found.caption, source, size)
@@ -236,6 +268,8 @@ def _placed(found: Found, size: Size | None, options: SetOptions, stride_px: int
         cropped=cropped(source, size),
         enlarged=not covers(source, size),
         small=not ordinary,
+        conditions=found.conditions,
+        condition_sizes=conditions,
     )
 
 
@@ -263,12 +297,17 @@ def _picture_problems(found: Found, placed: Placed) -> list[Problem]:
     if placed.enlarged:
         enlarged = UserError("enlarged, so it teaches blur", where=str(path), mend="take a larger picture")
         problems.append(Problem("enlarged", "note", path, enlarged))
-    if "animated" in found.probe.traits:
+    return problems + _trait_problems(path, found.probe.traits)
+
+
+def _trait_problems(path: Path, traits: tuple[str, ...]) -> list[Problem]:
+    problems = []
+    if "animated" in traits:
         first = UserError(
             "animated: only its first frame is used", where=str(path), mend="save the frame you mean as png"
         )
         problems.append(Problem("animated", "warning", path, first))
-    if "transparent" in found.probe.traits:
+    if "transparent" in traits:
         white = UserError(
             "transparent parts become white", where=str(path), mend="fill them yourself if you want another"
         )
@@ -312,15 +351,21 @@ def words(text: str) -> int:
 
 
 def _duplicates(looked: Survey) -> tuple[tuple[Path, ...], ...]:
-    """Files of equal content within one set; only those of equal length are read."""
-    lengths: dict[tuple[int, int], list[Path]] = {}
+    """Files of equal content within one set; only those of equal length are read. Equal targets of different given
+    pictures are different things to learn.
+    """
+    lengths: dict[tuple[int, ...], list[Found]] = {}
     for found in looked.found:
-        if found.probe.size is not None:
-            lengths.setdefault((found.set_index, found.path.stat().st_size), []).append(found.path)
-    suspects = [(key[0], path) for key, group in lengths.items() if len(group) > 1 for path in group]
-    same: dict[tuple[int, str], list[Path]] = {}
-    for (set_index, path), digest in zip(suspects, digests([path for _, path in suspects]), strict=True):
-        same.setdefault((set_index, digest), []).append(path)
+        if found.readable:
+            files = (found.path, *found.conditions)
+            lengths.setdefault((found.set_index, *(path.stat().st_size for path in files)), []).append(found)
+    suspects = [found for group in lengths.values() if len(group) > 1 for found in group]
+    paths = list(dict.fromkeys(path for one in suspects for path in (one.path, *one.conditions)))
+    hashes = dict(zip(paths, digests(paths), strict=True))
+    same: dict[tuple[int, tuple[str, ...]], list[Path]] = {}
+    for one in suspects:
+        content = tuple(hashes[path] for path in (one.path, *one.conditions))
+        same.setdefault((one.set_index, content), []).append(one.path)
     return tuple(tuple(sorted(group)) for group in same.values() if len(group) > 1)
 
 

@@ -24,7 +24,9 @@ LISTED = 500
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """image: data URL; left, top, width, height: the part that is kept, in percent of the picture."""
+    """image: data URL; left, top, width, height: the part that is kept, in percent of the picture; given: data URLs and sizes
+    of its conditions.
+    """
 
     placed: Placed
     image: str
@@ -32,6 +34,7 @@ class Thumbnail:
     top: float
     width: float
     height: float
+    given: tuple[tuple[str, Size], ...] = ()
 
 
 def write_check_html(report: CheckReport, path: Path) -> Path:
@@ -78,20 +81,30 @@ def _chosen(report: CheckReport) -> list[Placed]:
 def _thumbnail(placed: Placed) -> Thumbnail | None:
     assert placed.source is not None and placed.size is not None, "chosen from the usable"
     source = placed.source
-    scale = min(1.0, THUMBNAIL_PX / max(source.width, source.height))
-    small = Size(max(1, round(source.width * scale)), max(1, round(source.height * scale)))
     try:
-        image = read(placed.path, small).resize((small.width, small.height))
+        image = _small(placed.path, source, THUMBNAIL_PX)
+        given = tuple(
+            (_small(path, size, THUMBNAIL_PX // 3), size)
+            for path, size in zip(placed.conditions, placed.condition_sizes, strict=True)
+        )
     except UserError:
         return None  # damaged behind its header: `deep`, or caching, will say so; here it only goes without a picture
-    stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=80)
     left, top, right, bottom = crop_box(source, placed.size)
     return Thumbnail(
         placed,
-        "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii"),
+        image,
         100 * left / source.width,
         100 * top / source.height,
         100 * (right - left) / source.width,
         100 * (bottom - top) / source.height,
+        given,
     )
+
+
+def _small(path: Path, shape: Size, longest: int) -> str:
+    """The picture as a data URL, scaled to the longer side; shape: of what is shown."""
+    scale = min(1.0, longest / max(shape.width, shape.height))
+    small = Size(max(1, round(shape.width * scale)), max(1, round(shape.height * scale)))
+    stream = io.BytesIO()
+    read(path, small).resize((small.width, small.height)).save(stream, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")

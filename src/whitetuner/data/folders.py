@@ -41,7 +41,7 @@ class Listing:
 def kohya_folders(folder: Path) -> list[tuple[Path, int, str]]:
     """Sub-folders named COUNT_WORDS: (folder, count, words); empty when there are none."""
     found = []
-    for name in sorted(entry.name for entry in _entries(folder) if entry.is_dir()):
+    for name in sorted(entry.name for entry in entries(folder) if entry.is_dir()):
         match = _KOHYA.match(name)
         if match and int(match[1]) > 0 and not _passed_over(folder / name):
             found.append((folder / name, int(match[1]), match[2]))
@@ -125,13 +125,11 @@ def not_a_folder(folder: Path) -> UserError:
 
 def nothing_found(folder: Path) -> UserError:
     """What to say of a folder without a single picture: what is there instead, and where pictures might be meant."""
-    names = [entry.name for entry in _entries(folder) if entry.is_file()]
+    names = [entry.name for entry in entries(folder) if entry.is_file()]
     names.sort()
     kinds = Counter(Path(name).suffix.lower() or "without ending" for name in names)
     have = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4)) or "nothing"
-    inside = [
-        entry.name for entry in _entries(folder) if entry.is_dir() and _holds_pictures(Path(entry.path))
-    ]
+    inside = [entry.name for entry in entries(folder) if entry.is_dir() and _holds_pictures(Path(entry.path))]
     if inside:
         return UserError(
             "no pictures (it holds: {have}), but its sub-folders have some: {inside}",
@@ -149,7 +147,7 @@ def nothing_found(folder: Path) -> UserError:
 
 
 def _holds_pictures(folder: Path) -> bool:
-    return any(Path(entry.name).suffix.lower() in PICTURES for entry in _entries(folder))
+    return any(Path(entry.name).suffix.lower() in PICTURES for entry in entries(folder))
 
 
 def _walk(
@@ -158,21 +156,20 @@ def _walk(
     real = folder.resolve()
     if real in above:  # a link to a folder that it lies in
         return
-    entries = _entries(folder)
+    here = entries(folder)
     yield (
         folder,
-        sorted((entry.name for entry in entries if entry.is_file()), key=lambda name: (fold(name), name)),
+        sorted((entry.name for entry in here if entry.is_file()), key=lambda name: (fold(name), name)),
     )
     if recursive:
-        inner = sorted(
-            (entry.name for entry in entries if entry.is_dir()), key=lambda name: (fold(name), name)
-        )
+        inner = sorted((entry.name for entry in here if entry.is_dir()), key=lambda name: (fold(name), name))
         for name in inner:
             if folder / name not in leave_out and not _passed_over(folder / name):
                 yield from _walk(folder / name, True, leave_out, (*above, real))
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
+def entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in a folder, hidden names left out. Raises UserError when it may not be read."""
     try:
         with os.scandir(folder) as found:
             return [entry for entry in found if not entry.name.startswith(".")]

@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from whitetuner.data.buckets import bucketing, choose
+from whitetuner.data.buckets import bucketing, choose, fit
 from whitetuner.data.digests import digests
 from whitetuner.data.problems import Problem, merged, refuse
 from whitetuner.data.survey import Found, PictureSet, SetOptions, caption_files, survey
 from whitetuner.errors import UserError
 from whitetuner.records import Item, Size
 
-__all__ = ["PictureSet", "Scan", "SetOptions", "caption_files", "place", "scan"]
+__all__ = ["PictureSet", "Scan", "SetOptions", "caption_files", "place", "place_conditions", "scan"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,9 @@ class Scan:
 
     def digest(self) -> str:
         """Changes when a picture, a caption, a size or the make-up of the sets does; not when files are renamed."""
-        rows = sorted([item.id, item.caption, list(item.size), item.set_index] for item in self.items)
+        rows = sorted(
+            [item.id, item.caption, list(item.size), item.set_index, *_given(item)] for item in self.items
+        )
         sets = [[one.repeats, one.weight, one.caption_dropout] for one in self.sets]
         return hashlib.blake2b(json.dumps([rows, sets]).encode(), digest_size=16).hexdigest()
 
@@ -54,20 +56,23 @@ def scan(
     """
     looked = survey(sections)
     problems = list(looked.problems)
-    sized: list[tuple[Found, Size]] = []
+    sized: list[tuple[Found, Size, tuple[Size, ...]]] = []
     for found in looked.found:
-        size, problem = place(found, looked.sets[found.set_index], stride_px, min_size_px)
-        if problem is not None:
-            problems.append(problem)
-        if size is not None:
-            sized.append((found, size))
+        of = looked.sets[found.set_index]
+        size, problem = place(found, of, stride_px, min_size_px)
+        conditions, wrong = place_conditions(found, of, stride_px)
+        problems += [*([problem] if problem is not None else []), *wrong]
+        if size is not None and conditions is not None:
+            sized.append((found, size, conditions))
     folder = looked.sets[0].folder if len({one.folder for one in looked.sets}) == 1 else None
     refuse(problems, folder)
-    hashes = digests([found.path for found, _ in sized], index_folder, progress=progress)
+    paths = list(dict.fromkeys(path for found, _, _ in sized for path in (found.path, *found.conditions)))
+    hashes = dict(zip(paths, digests(paths, index_folder, progress=progress), strict=True))
     seen: Counter[str] = Counter()
     items = []
-    for (found, size), digest in zip(sized, hashes, strict=True):
+    for found, size, conditions in sized:
         assert found.caption is not None and found.probe.size is not None, "refused above"
+        digest = hashes[found.path]
         items.append(
             Item(
                 f"{digest}-{seen[digest]}",
@@ -76,6 +81,9 @@ def scan(
                 found.caption,
                 found.probe.size,
                 size,
+                found.conditions,
+                tuple(hashes[path] for path in found.conditions),
+                conditions,
                 set_index=found.set_index,
             )
         )
@@ -105,3 +113,34 @@ def place(
         shortest=rules.shortest_px,
     )
     return None, Problem("too small", "warning" if skip else "error", found.path, error)
+
+
+def place_conditions(
+    found: Found, of: PictureSet, stride_px: int
+) -> tuple[tuple[Size, ...] | None, list[Problem]]:
+    """The sizes the given pictures are read at, and what is wrong with them. None: one of them cannot be used."""
+    sizes: list[Size] = []
+    problems = []
+    skip = of.options.too_small == "skip"
+    for path, probe in zip(found.conditions, found.condition_probes, strict=True):
+        if probe.size is None:
+            continue
+        size = fit(probe.size, of.options.reference_resolution, stride_px, of.options.upscale)
+        if size is not None:
+            sizes.append(size)
+            continue
+        error = UserError(
+            "{width} x {height} pixels are too few for a given picture: no side may come out under {stride}",
+            where=str(path),
+            mend="take a larger one, or one of a less extreme shape",
+            width=probe.size.width,
+            height=probe.size.height,
+            stride=stride_px,
+        )
+        problems.append(Problem("too small", "warning" if skip else "error", path, error))
+    return (tuple(sizes) if len(sizes) == len(found.conditions) else None), problems
+
+
+def _given(item: Item) -> list[object]:
+    """What an edit item has besides; nothing for others, whose digests stay what they were."""
+    return [[item.condition_digests, item.condition_sizes]] if item.conditions else []

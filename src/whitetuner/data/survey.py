@@ -14,6 +14,7 @@ from typing import Literal
 
 from whitetuner.data.captions import read_caption, tidy, with_trigger
 from whitetuner.data.folders import Listing, kohya_folders, list_folder, not_a_folder, nothing_found
+from whitetuner.data.pairs import pair
 from whitetuner.data.probe import Probe, probe
 from whitetuner.data.problems import Problem
 from whitetuner.errors import UserError
@@ -23,12 +24,13 @@ Small = Literal["refuse", "skip"]
 
 @dataclass(frozen=True)
 class SetOptions:
-    """One data set as the config names it ([data] or one of [[data.sets]]).
+    """One data set as the config names it ([data] or one of [[data.sets]]): images, or target and conditions (edit).
 
     caption_dropout: share of visits at which the text is left out; default_caption: for pictures without a caption file
     (None: that is an error; "": they are learned without text); repeats: visits of every picture in an epoch;
     weight: the set's part of an epoch instead (see data/order.py); prompt: one caption for all, files are not looked at;
-    too_small: what becomes of pictures below the model's least size
+    too_small: what becomes of pictures below the model's least size; condition_resolution: side in pixels of a square of
+    the area that conditions are read at, None: the largest resolution
     """
 
     images: str | Path | None = None
@@ -62,6 +64,13 @@ class SetOptions:
             given["trigger"] = ""
         return cls(**given)
 
+    @property
+    def reference_resolution(self) -> int:
+        """Side in pixels of a square of the area that conditions are read at."""
+        if self.condition_resolution is not None:
+            return self.condition_resolution
+        return self.resolution if isinstance(self.resolution, int) else max(self.resolution)
+
 
 @dataclass(frozen=True)
 class PictureSet:
@@ -77,12 +86,19 @@ class PictureSet:
 
 @dataclass(frozen=True)
 class Found:
-    """One picture as it was met: caption None where it has none that can be used."""
+    """One picture as it was met: caption None where it has none that can be used; conditions: the pictures given for it."""
 
     path: Path
     set_index: int
     caption: str | None
     probe: Probe
+    conditions: tuple[Path, ...] = ()
+    condition_probes: tuple[Probe, ...] = ()
+
+    @property
+    def readable(self) -> bool:
+        """Whether the picture and all its conditions could be read."""
+        return all(probe.size is not None for probe in (self.probe, *self.condition_probes))
 
 
 @dataclass(frozen=True)
@@ -109,14 +125,14 @@ def survey(
     """
     sets: list[PictureSet] = []
     problems: list[Problem] = []
-    jobs: list[tuple[int, Path, Path | None]] = []
+    jobs: list[tuple[int, Path, Path | None, tuple[Path, ...]]] = []
     given = [SetOptions.of(section) for section in sections]
     weighted = any(options.weight is not None for options in given)
     for options in given:
         try:
             listings = list(_listings(options))
         except UserError as error:
-            problems.append(Problem("folder", "error", Path(options.images or ""), error))
+            problems.append(Problem("folder", "error", Path(options.images or options.target or ""), error))
             continue
         visits = sum(len(listing.pictures) * repeats for listing, repeats, _ in listings)
         for listing, repeats, words in listings:
@@ -132,33 +148,50 @@ def survey(
             sets.append(
                 PictureSet(listing.folder.name, listing.folder, own, repeats, weight, options.caption_dropout)
             )
-            jobs += [
-                (index, path, beside) for path, beside in zip(listing.pictures, listing.captions, strict=True)
-            ]
             problems += _listing_problems(listing, own)
+            given_for: Sequence[tuple[Path, ...]] = [()] * len(listing.pictures)
+            if options.target is not None:
+                pairing = pair(listing, _folders(options.conditions), options.recursive)
+                given_for = pairing.conditions
+                problems += pairing.problems
+                for other in pairing.listings:
+                    problems += _unread_problems(other)
+            jobs += [(index, *row) for row in zip(listing.pictures, listing.captions, given_for, strict=True)]
+    pictures = list(dict.fromkeys(path for _, target, _, rest in jobs for path in (target, *rest)))
+    probes: dict[Path, Probe] = {}
     with ThreadPoolExecutor() as pool:
-        probes: list[Probe] = []
-        for looked in pool.map(lambda job: probe(job[1], deep), jobs):
-            probes.append(looked)
+        for path, looked in zip(pictures, pool.map(lambda path: probe(path, deep), pictures), strict=True):
+            probes[path] = looked
+            if looked.problem is not None:
+                problems.append(looked.problem)
             if progress is not None:
-                progress(len(probes), len(jobs))
-        texts = list(pool.map(lambda job: _caption(job[1], job[2], sets[job[0]].options), jobs))
+                progress(len(probes), len(pictures))
+        texts = list(pool.map(lambda job: _caption(job[2], sets[job[0]].options), jobs))
     found = []
-    for (index, path, _), seen, (caption, problem) in zip(jobs, probes, texts, strict=True):
-        problems += [one for one in (seen.problem, problem) if one is not None]
-        found.append(Found(path, index, caption, seen))
+    for (index, path, _, rest), (caption, problem) in zip(jobs, texts, strict=True):
+        if problem is not None:
+            problems.append(problem)
+        found.append(Found(path, index, caption, probes[path], rest, tuple(probes[one] for one in rest)))
     return Survey(tuple(sets), tuple(found), tuple(problems))
 
 
 def _listings(options: SetOptions) -> list[tuple[Listing, int, str | None]]:
     """The folders of one set with their repeats, and the words of a kohya folder where they stand in for captions."""
+    if options.target is not None:
+        (folder,) = _folders([options.target])
+        targets = list_folder(
+            folder, options.caption_ext, options.recursive, frozenset(_folders(options.conditions))
+        )
+        if not (targets.pictures or targets.misnamed):
+            raise nothing_found(folder)
+        return [(targets, options.repeats, None)]
     if options.images is None:
         raise UserError(
             "no folder of pictures is named",
             where="[data]",
-            mend='set images = "FOLDER" in [data] or in every [[data.sets]]',
+            mend='set images = "FOLDER" (edit: target and conditions) in [data] or in every [[data.sets]]',
         )
-    folder = Path(options.images).expanduser()
+    (folder,) = _folders([options.images])
     if not folder.is_dir():
         raise not_a_folder(folder)
     inner = kohya_folders(folder)
@@ -179,8 +212,12 @@ def _listings(options: SetOptions) -> list[tuple[Listing, int, str | None]]:
     return listings
 
 
-def _listing_problems(listing: Listing, options: SetOptions) -> list[Problem]:
-    """What the names alone tell: kinds that are not read, two pictures with one caption, pictures with none."""
+def _folders(paths: Sequence[str | Path]) -> list[Path]:
+    return [Path(path).expanduser() for path in paths]
+
+
+def _unread_problems(listing: Listing) -> list[Problem]:
+    """Pictures that are not learned from, told from their names."""
     problems = [
         Problem(
             "not read",
@@ -208,6 +245,12 @@ def _listing_problems(listing: Listing, options: SetOptions) -> list[Problem]:
         )
         for path in listing.misnamed
     ]
+    return problems
+
+
+def _listing_problems(listing: Listing, options: SetOptions) -> list[Problem]:
+    """What the names alone tell: kinds that are not read, two pictures with one caption, pictures with none."""
+    problems = _unread_problems(listing)
     if options.prompt is None:
         problems += [
             Problem(
@@ -248,6 +291,13 @@ def _no_caption(path: Path, listing: Listing, options: SetOptions) -> UserError:
             ext=options.caption_ext,
             other=listing.other_captions.most_common(1)[0][0],
         )
+    if options.target is not None:
+        return UserError(
+            "no caption file (same name, ending in {ext}) beside the target",
+            where=str(path),
+            mend='set prompt = "..." (one instruction for the whole set), or write a caption file for each target',
+            ext=options.caption_ext,
+        )
     return UserError(
         "no caption file (same name, ending in {ext}) beside the picture",
         where=str(path),
@@ -256,7 +306,7 @@ def _no_caption(path: Path, listing: Listing, options: SetOptions) -> UserError:
     )
 
 
-def _caption(picture: Path, beside: Path | None, options: SetOptions) -> tuple[str | None, Problem | None]:
+def _caption(beside: Path | None, options: SetOptions) -> tuple[str | None, Problem | None]:
     """The final text, or what is wrong with the file."""
     if options.prompt is not None:
         return with_trigger(tidy(options.prompt), options.trigger), None
