@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 
 from whitetuner.family import Family
+from whitetuner.memory.fit import Fitted
 from whitetuner.prepared import Prepared
 from whitetuner.runs import events
 from whitetuner.runs.folder import RunFolder
@@ -53,19 +58,32 @@ def previews_of(
     device: torch.device,
 ) -> list[events.Event]:
     """Draws into the run's samples/ with the averaged weights; the decoder goes back to the host after."""
-    with learner.averaged():
-        drawn = draw_previews(
-            family,
-            {learner.part.name: learner.module},
-            decoder.to(device),
-            data.scenes,
-            folder.samples,
-            step,
-            max_seconds,
+    told: list[events.Event] = []
+    modules = {learner.part.name: learner.module}
+    with learner.averaged(), decoding_in_room(decoder, learner.fitted):
+        draw = partial(
+            draw_previews, family, modules, decoder.to(device), data.scenes, folder.samples, step, max_seconds
         )
+        try:
+            drawn = draw()
+        except torch.OutOfMemoryError:
+            drawn = None
+        if drawn is None:
+            told.append(
+                _warning(f"out of memory while drawing previews of step {step}: decoded in tiles now")
+            )
+            if hasattr(decoder, "enable_tiling"):
+                decoder.enable_tiling()  # type: ignore[operator]
+            if learner.fitted is not None:
+                learner.fitted.make_room()
+            try:
+                drawn = draw()
+            except torch.OutOfMemoryError:
+                told.append(_warning(f"no previews of step {step}: the card has no memory for their size"))
     if device.type != "cpu":
         decoder.to("cpu")
-    told: list[events.Event] = []
+    if drawn is None:
+        return told
     if drawn.skipped:
         text = f"{drawn.skipped} previews of step {step} left out: preview.max_seconds was reached"
         told.append(events.Message(level="info", text=text))
@@ -73,3 +91,26 @@ def previews_of(
     prompts = [scene.text for scene in data.scenes[: len(files)]]
     told.append(events.Preview(step=step, files=files, prompts=prompts, seconds=drawn.seconds))
     return told
+
+
+def _warning(text: str) -> events.Event:
+    return events.Message(level="warning", text=text)
+
+
+@contextmanager
+def decoding_in_room(decoder: Any, fitted: Fitted | None) -> Iterator[None]:
+    """Within it the denoiser's blocks leave the device before a picture is decoded; they come back when they are called."""
+    if fitted is None or fitted.engine is None:
+        yield
+        return
+    decode = decoder.decode
+
+    def in_room(*args: Any, **kwargs: Any) -> Any:
+        fitted.make_room()
+        return decode(*args, **kwargs)
+
+    decoder.decode = in_room
+    try:
+        yield
+    finally:
+        del decoder.decode

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from whitetuner.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_STOPPED, EXIT_USE, UserError
+from whitetuner.gui.settings import add_arguments
 from whitetuner.version import __version__
 
 Word = Callable[[argparse.Namespace], int]
@@ -18,7 +19,6 @@ Word = Callable[[argparse.Namespace], int]
 NOT_LANDED = {
     "merge": "merging an adapter into a model",
     "caption": "writing captions",
-    "jobs": "the list of runs",
     "fork": "forking a run",
     "doctor": "the check of this machine",
 }
@@ -151,7 +151,10 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--resume", metavar="latest|DIR", help="go on from the newest checkpoint, or from this one"
     )
-    train.add_argument("--gpus", help="which devices, e.g. 0 or cpu (several: not yet)")
+    train.add_argument(
+        "--gpus", help="which devices, e.g. 0 or cpu, or `any`: one that is free (several: not yet)"
+    )
+    train.add_argument("--wait", action="store_true", help="wait for the GPU while another run is on it")
     _settings(train)
 
     plan = add("plan", _plan, "how a model fits a card: before anything is downloaded or loaded")
@@ -214,39 +217,11 @@ def make_parser() -> argparse.ArgumentParser:
     inspect.add_argument("file", type=Path)
     inspect.add_argument("--json", action="store_true")
 
+    jobs = add("jobs", _jobs, "list the runs on this machine")
+    jobs.add_argument("--json", action="store_true")
+
     gui = add("gui", _gui, "open the page in the browser")
-    gui.add_argument(
-        "--listen",
-        default="127.0.0.1",
-        metavar="ADDRESS",
-        help="where others reach the page, e.g. 0.0.0.0 (a password is then needed; default: %(default)s)",
-    )
-    gui.add_argument(
-        "--port", type=int, default=7860, help="a taken one gives way to the next (default: %(default)s)"
-    )
-    gui.add_argument(
-        "--tensorboard",
-        type=int,
-        default=6006,
-        metavar="PORT",
-        help="TensorBoard's own port on this machine (default: %(default)s)",
-    )
-    gui.add_argument("--no-browser", action="store_true", help="do not open a browser")
-    gui.add_argument("--server", action="store_true", help="no dialogs; paths stay inside --root folders")
-    gui.add_argument(
-        "--root",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="with --server: a folder that may be used (may be repeated; default: the current one)",
-    )
-    gui.add_argument(
-        "--password-file",
-        type=Path,
-        metavar="FILE",
-        help="the page's password (or WHITETUNER_PASSWORD; else one is made up where it is needed)",
-    )
+    add_arguments(gui)
 
     for name, feature in NOT_LANDED.items():
         one = add(name, _not_landed, f"{feature} (not yet)")
@@ -327,7 +302,7 @@ def _check(given: argparse.Namespace) -> int:
 def _train(given: argparse.Namespace) -> int:
     from whitetuner import commands
 
-    return commands.train(given.config, given.overrides, given.resume, given.gpus)
+    return commands.train(given.config, given.overrides, given.resume, given.gpus, wait=given.wait)
 
 
 def _plan(given: argparse.Namespace) -> int:
@@ -376,6 +351,12 @@ def _inspect(given: argparse.Namespace) -> int:
     from whitetuner import commands
 
     return commands.inspect(given.file, as_json=given.json)
+
+
+def _jobs(given: argparse.Namespace) -> int:
+    from whitetuner import commands
+
+    return commands.jobs(as_json=given.json)
 
 
 def _gui(given: argparse.Namespace) -> int:

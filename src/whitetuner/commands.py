@@ -52,13 +52,16 @@ def check(
     return EXIT_USE if report.errors else 0
 
 
-def train(config: Path, overrides: Sequence[str], resume: str | None, gpus: str | None) -> int:
-    """Trains; exit code 130 when stopped and saved."""
+def train(
+    config: Path, overrides: Sequence[str], resume: str | None, gpus: str | None, *, wait: bool = False
+) -> int:
+    """Trains; exit code 130 when stopped and saved. wait: until the devices are free, else a taken GPU is refused."""
     from whitetuner.config.load import load_config
     from whitetuner.runs.console import Console
+    from whitetuner.runs.jobs import claimed
 
     overrides = list(overrides)
-    if gpus is not None:
+    if gpus is not None and not gpus.startswith("any"):
         if "," in gpus:
             raise UserError(
                 "training on several devices is not there yet",
@@ -67,10 +70,18 @@ def train(config: Path, overrides: Sequence[str], resume: str | None, gpus: str 
             )
         overrides.append(f'memory.device="{gpus}"')
     loaded = load_config(config, overrides)
-    from whitetuner import recipe
+    run = loaded.config.run
+    with claimed(
+        Path(run.output_dir) / run.name,
+        config,
+        gpus=gpus or loaded.config.memory.device,
+        resume=resume or run.resume,
+        wait=wait,
+    ):
+        from whitetuner import recipe
 
-    console = Console(every=loaded.config.log.console_every)
-    result = recipe.run(loaded, resume=resume, listeners=(console,))
+        console = Console(every=loaded.config.log.console_every)
+        result = recipe.run(loaded, resume=resume, listeners=(console,))
     if result.stopped:
         print(
             f"stopped and saved at step {result.step}; go on with: whitetuner train {config} --resume latest"
@@ -110,10 +121,15 @@ def cache(config: Path, overrides: Sequence[str]) -> int:
 
 
 def stop(folder: Path, *, now: bool) -> int:
-    """Asks a run to save and stop; with `now` the process is ended without saving."""
+    """Asks a run to save and stop; with `now` the process is ended without saving. One that waits leaves the queue."""
+    from whitetuner.runs import jobs
     from whitetuner.runs.folder import RunFolder
 
     run = RunFolder(folder)
+    waits = jobs.read(jobs.id_of(folder.resolve()))
+    if waits is not None and jobs.cancel(waits):
+        print("taken out of the queue; it had not begun")
+        return 0
     run.require()
     if now and run.running():
         run.end_process()
@@ -183,18 +199,13 @@ def sample(given: argparse.Namespace) -> int:
     from whitetuner import drawing
 
     size = size_of(given.size)
-    if given.image:
-        raise UserError(
-            "reference pictures need an edit task, which is not there yet",
-            where="--image",
-            mend="leave --image out",
-        )
     path = drawing.sample(
         given.model,
         adapter=given.adapter,
         strength=given.strength,
         prompt=given.prompt,
         negative=given.negative,
+        images=given.image,
         out=given.out,
         family_name=given.family,
         size=size,
@@ -249,22 +260,18 @@ def inspect(file: Path, *, as_json: bool) -> int:
     return 0
 
 
+def jobs(*, as_json: bool) -> int:
+    """Prints this user's runs on this machine, the newest last, and who has which device."""
+    from whitetuner.runs.listing import as_text, rows
+
+    found = rows()
+    print(json.dumps(found, indent=1, ensure_ascii=False) if as_json else as_text(found))
+    return 0
+
+
 def gui(given: argparse.Namespace) -> int:
     """Serves the page until Ctrl-C."""
     from whitetuner.gui.app import serve
-    from whitetuner.gui.settings import Settings, password_for
+    from whitetuner.gui.settings import from_arguments
 
-    password, made_up = password_for(given.listen, given.password_file)
-    roots = tuple(root.resolve() for root in given.root or [Path.cwd()])
-    return serve(
-        Settings(
-            host=given.listen,
-            port=given.port,
-            tensorboard_port=given.tensorboard,
-            open_browser=not given.no_browser,
-            server=given.server,
-            password=password,
-            made_up=made_up,
-            roots=roots if given.server else (),
-        )
-    )
+    return serve(from_arguments(given))

@@ -7,25 +7,25 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from whitetuner.config.schema import Config, Prompt
+from whitetuner.config.schema import Config
 from whitetuner.data.cache import Cached, Inputs, build_cache
 from whitetuner.data.loader import Loader, stack
 from whitetuner.data.order import Order
 from whitetuner.data.scan import PictureSet, Scan, scan
 from whitetuner.errors import UserError
 from whitetuner.family import BuildFn, Family
-from whitetuner.memory.build import build_module
-from whitetuner.models import check_size
-from whitetuner.records import Batch, Item, Size
+from whitetuner.memory.build import Build
+from whitetuner.memory.phases import PhaseBuild, device_budget
+from whitetuner.records import Batch, Item
 from whitetuner.resolve import Resolved, resolve
+from whitetuner.scenes import check_previews, inputs_of, scene_of
 from whitetuner.train.preview import Scene
 
 #: (phase, done, total); it may raise to stop, what is cached stays.
@@ -93,11 +93,15 @@ def prepare_data(
     found = find_items(config, family, progress) if found is None else found
     notes = found.notes()
     training, held = _split(found.items, config.validation.share, config.run.seed)
-    preview_sizes(config, family)
+    check_previews(config, family)
     # Whether a batch can be filled does not hang on shapes: told before hours of encoding.
     Order(training, [0] * len(training), found.sets, config.data.batch_size, config.run.seed)
     prompts = config.preview.prompts if config.preview.every else []
-    wanted = sorted({text for prompt in prompts for text in (prompt.text, prompt.negative)})
+    wanted = [
+        inputs_of(text, prompt, config, family)
+        for prompt in prompts
+        for text in (prompt.text, prompt.negative)
+    ]
     cached = _cache(config, resolved, build, found, wanted, progress)
     order = Order(
         training,
@@ -122,7 +126,7 @@ def prepare_data(
         data_hash=data_hash(found, config),
         validation=[stack([cached.sample(item, 0)], cached) for item in chosen],
         held_out=bool(held),
-        scenes=[_scene(prompt, family, cached, training[0].size) for prompt in prompts],
+        scenes=[scene_of(prompt, config, family, cached, training[0].size) for prompt in prompts],
         notes=notes,
     )
 
@@ -131,8 +135,18 @@ def cache_only(config: Config) -> tuple[int, float]:
     """(pictures encoded or found so, seconds): the `cache` word."""
     began = time.perf_counter()
     resolved = resolve(config)
-    build = partial(build_module, dtype=resolved.dtype, device=resolved.device)
-    return len(prepare_data(config, resolved, build).items), time.perf_counter() - began
+    build = phase_build(config, resolved, print)
+    try:
+        return len(prepare_data(config, resolved, build).items), time.perf_counter() - began
+    finally:
+        build.release()
+
+
+def phase_build(config: Config, resolved: Resolved, tell: Callable[[str], None]) -> PhaseBuild:
+    """Makes encoders and decoders within the memory that the config allows."""
+    limit = None if config.memory.vram_gb == "auto" else float(config.memory.vram_gb)
+    budget = device_budget(resolved.device, limit)
+    return PhaseBuild(Build(resolved.dtype, resolved.device), budget, tell=tell)
 
 
 def encoded_twice(
@@ -162,7 +176,7 @@ def _cache(
     resolved: Resolved,
     build: BuildFn,
     found: Scan,
-    prompts: list[str],
+    prompts: list[Inputs],
     progress: Progress | None,
 ) -> Cached:
     return build_cache(
@@ -170,7 +184,7 @@ def _cache(
         resolved.family.encoders(config.model.task),
         build,
         cache_folder(config),
-        extra=[Inputs(text) for text in prompts],
+        extra=prompts,
         uncond=any(one.caption_dropout > 0 for one in found.sets),
         precision=str(resolved.dtype),
         workers=None if config.data.workers == "auto" else config.data.workers,
@@ -219,30 +233,6 @@ def data_hash(found: Scan, config: Config) -> str:
     return hashlib.blake2b(
         json.dumps([found.digest(), config.validation.share, config.data.batch_size]).encode(), digest_size=16
     ).hexdigest()
-
-
-def preview_sizes(config: Config, family: Family) -> None:
-    """Raises UserError for the first preview whose size this model cannot draw."""
-    for index, prompt in enumerate(config.preview.prompts):
-        if prompt.size is not None:
-            check_size(Size(*prompt.size), family.stride(), f"preview.prompts[{index}].size", "[{}, {}]")
-
-
-def _scene(prompt: Prompt, family: Family, cached: Cached, size: Size) -> Scene:
-    spec = family.spec
-    if prompt.size is not None:
-        size = Size(*prompt.size)
-    cfg = spec.sample_cfg if prompt.cfg is None else prompt.cfg
-    fields: Mapping[str, torch.Tensor] = cached.fields(Inputs(prompt.text))
-    return Scene(
-        text=prompt.text,
-        prompt=fields,
-        negative=cached.fields(Inputs(prompt.negative)) if cfg > 1 else None,
-        size=size,
-        seed=prompt.seed,
-        steps=prompt.steps or spec.sample_steps,
-        cfg=cfg,
-    )
 
 
 def _smallest(config: Config) -> list[int]:

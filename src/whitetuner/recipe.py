@@ -6,11 +6,11 @@ check everything -> scan the pictures -> encode them -> load the denoiser -> att
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,13 +19,14 @@ from whitetuner.checkpoint.store import Store
 from whitetuner.config.landed import refuse_not_landed
 from whitetuner.config.load import Loaded, dump_config
 from whitetuner.data.loader import Loader
+from whitetuner.data.scan import Scan
 from whitetuner.diffusion.sigmas import SigmaSettings
 from whitetuner.errors import EXIT_FAILED, UserError
-from whitetuner.family import BuildFn
+from whitetuner.family import Part
 from whitetuner.final_files import write_final
-from whitetuner.memory.build import build_module
-from whitetuner.memory.recompute import checkpoint_blocks
-from whitetuner.prepared import data_hash, find_items, prepare_data, shift_of
+from whitetuner.memory.fit import Fitted, fit
+from whitetuner.planning import Shape, cap_memory, denoiser_build, way_of
+from whitetuner.prepared import data_hash, find_items, phase_build, prepare_data, shift_of
 from whitetuner.rehearsal import adapter_for, optimizer_for, rehearse
 from whitetuner.resolve import Resolved, resolve
 from whitetuner.resuming import find_checkpoint, same_data, same_resolved
@@ -80,7 +81,7 @@ class Session:
         self.loaded, self.config, self.resolved, self.folder = loaded, loaded.config, resolved, folder
         self.family, self.device = resolved.family, resolved.device
         self.signals, self.listeners, self.resume = signals, listeners, resume
-        self.build: BuildFn = partial(build_module, dtype=resolved.dtype, device=resolved.device)
+        self.build = phase_build(loaded.config, resolved, lambda text: self._message("info", text))
         self.decoder: torch.nn.Module | None = None
         self.board: Board | None = None
         self.step = 0
@@ -107,6 +108,7 @@ class Session:
         ):
             session = cls(loaded, resolved, folder, signals, listeners, resume)
             with session._closing:
+                session._closing.callback(session.build.release)
                 yield session
 
     # -- the run ---------------------------------------------------------------------------------------------------
@@ -154,8 +156,7 @@ class Session:
             write_report(self.folder.path, status)
         except OSError as error:
             with suppress(UserError):
-                text = f"report.html cannot be written ({error.strerror or error})"
-                self.tell(events.Message(level="warning", text=text))
+                self._message("warning", f"report.html cannot be written ({error.strerror or error})")
 
     def prepare(self) -> None:
         """Scans and encodes the pictures, loads the denoiser, attaches the adapter, goes back to a checkpoint if asked."""
@@ -167,11 +168,13 @@ class Session:
             (None, []) if self.resume is None else find_checkpoint(self.resume, folder, earlier, config)
         )
         found = None
+        cap_memory(config, self.device)
         if checkpoint is not None:
             found = find_items(config, self.family)
             same_data(before, data_hash(found, config))
             now = {**self.resolved.facts(), "shift": shift_of(config, self.family, found)}
             same_resolved(before, now)
+            self._plan(found, before)
         document = folder.begin(
             dump_config(config), self.loaded.document(), origins=dict(self.loaded.origins)
         )
@@ -185,39 +188,68 @@ class Session:
         for event in told:
             self.tell(event)
         for advice in self.family.spec.advice(self.family.options, self.family.paths):
-            self.tell(events.Message(level="warning", text=str(advice)))
+            self._message("warning", str(advice))
         if self.resolved.facts()["random_weights"]:
-            self.tell(
-                events.Message(level="info", text="the weights of this model are random: it draws noise")
-            )
+            self._message("info", "the weights of this model are random: it draws noise")
+        if found is None:
+            found = find_items(config, self.family, self._progress)
+            self._plan(found, {})
+        for line in self.way.words():
+            self._message("info", line)
         self.data = prepare_data(config, self.resolved, self.build, self._progress, found)
-        folder.update(resolved={**self.resolved.facts(), **self.data.facts()})
+        self.build.release()
+        folder.update(resolved={**self.resolved.facts(), **self.data.facts(), **self.way.facts()})
         for note in self.data.notes:
-            self.tell(events.Message(level="info", text=note))
+            self._message("info", note)
         self.tell(events.Phase(name="load"))
         self.learner = self._learner()
         self.step_settings = self._step_settings()
         if checkpoint is not None:
             self.learner.load(checkpoint.tensors, checkpoint.documents)
             for path in self.store.set_aside_after(checkpoint.step):
-                self.tell(events.Message(level="info", text=f"a later checkpoint was set aside: {path.name}"))
+                self._message("info", f"a later checkpoint was set aside: {path.name}")
         self._begin_training()
+
+    def _plan(self, found: Scan, before: Mapping[str, Any]) -> None:
+        """How the denoiser fits the device, from the sizes of the pictures; before: what the run began with."""
+        batch = self.config.data.batch_size
+        shapes = {Shape(item.size, batch, item.condition_sizes) for item in found.items}
+        self.way = way_of(
+            self.config, self.family, self.device, self.resolved.dtype, sorted(shapes, key=str), before
+        )
 
     def _learner(self) -> Learner:
         config, family = self.config, self.family
         part = family.spec.parts(family.options)[0]
-        module = family.load(self.build)[part.name]
+        build = denoiser_build(self.way, self.device, self.resolved.dtype, part.block_lists)
+        module = family.load(build)[part.name]
         adapter, limits = adapter_for(config, family, module, self.device)
         for limit in limits:
-            self.tell(events.Message(level="warning", text=str(limit)))
-        if config.memory.gradient_checkpointing is True or (
-            config.memory.gradient_checkpointing == "auto" and self.device.type == "cuda"
-        ):
-            checkpoint_blocks(module, part.block_lists)
+            self._message("warning", str(limit))
+        fitted = self._fitted(part, module)
         parameters = list(adapter.parameters())
         optimizer = optimizer_for(config, parameters)
         ema = Ema(parameters, config.optimizer.ema) if config.optimizer.ema else None
-        return Learner(part, module, adapter, config.method.kind, optimizer, ema)
+        return Learner(part, module, adapter, config.method.kind, optimizer, ema, fitted)
+
+    def _fitted(self, part: Part, module: torch.nn.Module) -> Fitted:
+        memory, way = self.config.memory, self.way
+        fitted = fit(
+            module,
+            part.block_lists,
+            self.device,
+            residents=way.residents,
+            plain=way.plain,
+            inputs_on_host=memory.activation_offload,
+            compiled=memory.compile,
+            attention=memory.attention,
+            slots=way.slots,
+            tell=lambda text: self._message("warning", text),
+        )
+        if fitted.engine is not None:
+            streamed = len(fitted.engine.layouts) - len(fitted.engine.residents)
+            self._message("info", f"{streamed} blocks wait on the host; {fitted.engine.pinned}")
+        return fitted
 
     def _step_settings(self) -> StepSettings:
         noise = self.config.noise
@@ -338,6 +370,9 @@ class Session:
         if done == total or now - self._told_progress >= PROGRESS_EVERY_S:
             self._told_progress = now
             self.tell(events.Progress(phase=phase, done=done, total=total))
+
+    def _message(self, level: str, text: str) -> None:
+        self.tell(events.Message(level=level, text=text))
 
     def tell(self, event: events.Event) -> None:
         self.folder.append(event)

@@ -20,14 +20,14 @@ from whitetuner.errors import UserError
 from whitetuner.family import Family
 from whitetuner.memory.build import rehearse_module
 from whitetuner.memory.weights import read_header, weight_files
-from whitetuner.prepared import preview_sizes
+from whitetuner.scenes import check_previews
 from whitetuner.train.optim import make_optimizer
 
 
 def rehearse(config: Config, family: Family) -> None:
     """Raises UserError for what would stop the run once the model is loaded. Reads headers and config files only."""
     check_weights(family)
-    preview_sizes(config, family)
+    check_previews(config, family)
     part = family.spec.parts(family.options)[0]
     module = family.load(rehearse_module)[part.name]
     adapter, _ = adapter_for(config, family, module, torch.device("cpu"))
@@ -47,14 +47,7 @@ def adapter_for(
     config: Config, family: Family, module: torch.nn.Module, device: torch.device
 ) -> tuple[Adapter, list[UserError]]:
     """The config's adapter on this denoiser, begun from method.init_from if that is set, and who will not read its files."""
-    assert config.method.kind != "full", "refused as not landed before"
-    settings = AdapterSettings(
-        kind=config.method.kind,
-        rank=config.method.rank,
-        alpha=config.method.alpha,
-        factor=config.method.factor,
-        full_matrix=config.method.full_matrix,
-    )
+    settings = adapter_settings(config)
     paths = choose(module, config.method.targets or list(family.spec.adapter_targets))
     for naming in ("comfyui", "diffusers"):  # the two that the final files have
         check_names(paths, family.keys, naming)
@@ -63,6 +56,18 @@ def adapter_for(
     if config.method.init_from:
         adapter.load_file(Path(config.method.init_from), family.keys)
     return adapter, limits
+
+
+def adapter_settings(config: Config) -> AdapterSettings:
+    """The config's [method]."""
+    assert config.method.kind != "full", "refused as not landed before"
+    return AdapterSettings(
+        kind=config.method.kind,
+        rank=config.method.rank,
+        alpha=config.method.alpha,
+        factor=config.method.factor,
+        full_matrix=config.method.full_matrix,
+    )
 
 
 def optimizer_for(config: Config, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -25,6 +25,8 @@ FLOORS = [
     {
         "recipe",
         "rehearsal",
+        "planning",
+        "plan_view",
         "between",
         "final_files",
         "resolve",
@@ -32,6 +34,7 @@ FLOORS = [
         "checks",
         "models",
         "prepared",
+        "scenes",
         "signals",
         "tiny",
         "drawing",

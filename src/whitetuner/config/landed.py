@@ -13,23 +13,13 @@ from whitetuner.errors import UserError, UserErrors
 
 #: Option -> (values that work today besides its default, the feature that other values ask for).
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "model.task": ((), "a task other than t2i"),
+    "model.task": (("edit",), "a video task"),
     "model.transformer_2": ((), "a model with two denoisers"),
     "model.image_encoder": ((), "a model with an image encoder"),
-    "data.target": ((), "an edit data set"),
-    "data.conditions": ((), "an edit data set"),
-    "data.condition_resolution": ((), "an edit data set"),
     "data.videos": ((), "a video data set"),
     "data.num_frames": ((), "a video data set"),
     "data.fps": ((), "a video data set"),
     "method.kind": (("lora",), "full fine-tuning"),
-    "memory.vram_gb": ((), "the memory plan"),
-    "memory.base": (("bf16",), "a quantised base"),
-    "memory.blocks_to_swap": ((0,), "block swap"),
-    "memory.activation_offload": ((), "activation offload"),
-    "memory.compile": ((), "torch.compile"),
-    "memory.attention": ((), "a choice of attention kernels"),
-    "preview.prompts.images": ((), "a preview with given pictures"),
 }
 
 

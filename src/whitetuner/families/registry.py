@@ -18,6 +18,8 @@ RANDOM_MARK = "RANDOM_WEIGHTS.txt"
 
 FAMILIES: dict[str, str] = {
     "flux2-klein": "whitetuner.families.flux2_klein",
+    "zimage": "whitetuner.families.zimage",
+    "qwen-image": "whitetuner.families.qwen_image",
 }
 
 
@@ -49,7 +51,7 @@ def keys(name: str) -> KeyMap:
 def sketch(name: str) -> Sketch:
     """What the plan needs of the family without its files. Imports torch."""
     spec(name)
-    found: Sketch = import_module(f"{FAMILIES[name]}.sketch")  # type: ignore[assignment]
+    found: Sketch = import_module(f"{FAMILIES[name]}.sketch")
     return found
 
 

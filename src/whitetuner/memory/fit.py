@@ -18,7 +18,7 @@ from whitetuner.memory.recompute import Recompute, checkpoint_blocks
 from whitetuner.memory.swap.backend import Backend, Counters, CpuBackend
 from whitetuner.memory.swap.device import DeviceBackend
 from whitetuner.memory.swap.engine import SwapEngine
-from whitetuner.memory.swap.retry import with_room
+from whitetuner.memory.swap.retry import shrink, with_room
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -26,16 +26,38 @@ T = TypeVar("T")
 
 @dataclass
 class Fitted:
-    """What was put on a module, to be taken off again. engine is None when all blocks are resident."""
+    """What was put on a module, to be taken off again.
+
+    engine: None while all blocks are resident
+    swap:   the backend that blocks are streamed with once memory runs out; None: the device has no second memory
+    tell:   hears, in a sentence, when blocks leave the device for want of memory
+    """
 
     module: nn.Module
+    block_lists: Sequence[str]
     recompute: Recompute
     compiled: Compiled | None
     engine: SwapEngine | None
+    swap: Backend | None = None
+    tell: Callable[[str], None] = log.warning
 
     def run(self, step: Callable[[], T], forget: Callable[[], None]) -> T:
         """A whole optimizer step without the optimizer's; again with fewer residents when memory runs out."""
-        return step() if self.engine is None else with_room(step, self.engine, forget)
+        if self.engine is None and self.swap is not None:
+            try:
+                return step()
+            except torch.OutOfMemoryError:
+                pass  # the traceback, which holds the broken step's tensors, must be gone before blocks leave
+            forget()
+            count = len(self.recompute.runs)
+            self.engine = SwapEngine(self.module, self.block_lists, count, self.swap).attach()
+            shrink(self.engine, self.tell)
+        return step() if self.engine is None else with_room(step, self.engine, forget, self.tell)
+
+    def make_room(self) -> None:
+        """Frees the blocks' device memory for other work (a decoder); they come back with the next forward."""
+        if self.engine is not None:
+            self.engine.evict()
 
     def step_end(self) -> Counters:
         """What moved since the last call."""
@@ -69,17 +91,19 @@ def fit(
     *,
     residents: Iterable[int] | None = None,
     plain: Iterable[int] = (),
-    slots: int = 2,
     inputs_on_host: bool = False,
     compiled: bool = False,
     attention: str = "auto",
+    slots: int = 2,
     backend: Backend | None = None,
+    tell: Callable[[str], None] = log.warning,
 ) -> Fitted:
     """Makes a module with its adapters ready to train on a device.
 
     residents: blocks that stay on the device (plan.Choice.residents); None: all, without a swap engine
     plain:     blocks that are not computed again (plan.Choice.plain)
     backend:   of the swap; None: the device's own
+    tell:      hears of blocks that leave the device later, for want of memory
     The module may lie on the host; what has to be on the device is brought there.
     """
     device = torch.device(device)
@@ -92,11 +116,12 @@ def fit(
     recompute = checkpoint_blocks(module, block_lists, again, keep_inputs=saving)
     engine = None
     stays = None if residents is None else frozenset(residents)
-    if stays is not None and len(stays) < len(recompute.runs):
-        swap = backend or backend_for(device)
-        if swap is not None:
-            engine = SwapEngine(module, block_lists, stays, swap, slots=slots).attach()
-            log.info(engine.pinned)
+    streams = stays is not None and len(stays) < len(recompute.runs)
+    # On a CPU nothing is streamed unless asked for: running out of memory there is no OutOfMemoryError.
+    swap = backend or (backend_for(device) if streams or device.type != "cpu" else None)
+    if streams and stays is not None and swap is not None:
+        engine = SwapEngine(module, block_lists, stays, swap, slots=slots).attach()
+        log.info(engine.pinned)
     if engine is None:
         module.to(device)
-    return Fitted(module, recompute, kernels, engine)
+    return Fitted(module, tuple(block_lists), recompute, kernels, engine, swap, tell)

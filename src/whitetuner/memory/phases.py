@@ -104,9 +104,18 @@ class PhaseBuild:
         self.engines = []
 
 
+def device_budget(device: torch.device, vram_gb: float | None) -> int | None:
+    """Bytes that a phase may take on a card: what is free, or less where less is allowed; None on a CPU."""
+    if device.type == "cpu":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free if vram_gb is None else min(free, int(vram_gb * GIB))
+
+
 def longest_list(module: nn.Module) -> tuple[str, ...]:
     """(path,) of the outermost ModuleList that holds the most bytes; () when there is none."""
-    best, most = (), 0
+    best: tuple[str, ...] = ()
+    most = 0
     for path, child in module.named_modules():
         if isinstance(child, nn.ModuleList) and len(child) > 1:
             size = sum(p.numel() * p.element_size() for p in child.parameters())

@@ -20,7 +20,7 @@ from whitetuner.memory.blocks import blocks_of
 from whitetuner.memory.machine import CONTEXT_BYTES, GIB, Machine
 from whitetuner.memory.measure import StepCost
 from whitetuner.memory.swap.host import PIN_SHARE
-from whitetuner.memory.swap.layout import SMALLEST_BYTES, layouts_of, padded, spread, units
+from whitetuner.memory.swap.layout import layouts_of, padded, spread, units
 
 #: Bases from the most precise to the smallest, with the time of a step relative to bf16 (the dequantising of
 #: a weight costs as much as 1/N of its products with N tokens; measured 1.03 for int8 at N = 2048).
@@ -42,7 +42,7 @@ class Weights:
     trained: int = 0
 
 
-def weigh(module: nn.Module, block_lists: Sequence[str], smallest_bytes: int = SMALLEST_BYTES) -> Weights:
+def weigh(module: nn.Module, block_lists: Sequence[str], smallest_bytes: int | None = None) -> Weights:
     """From a module on any device, the meta device too. trained: number of weights that require gradients."""
     layouts = layouts_of(blocks_of(module, block_lists), smallest_bytes)
     moved = {id(entry.tensor) for layout in layouts for entry in layout.entries}

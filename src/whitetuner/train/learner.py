@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from whitetuner.adapters.attach import Adapter
 from whitetuner.errors import EXIT_FAILED, UserError
 from whitetuner.family import Part
+from whitetuner.memory.fit import Fitted
 from whitetuner.train.ema import Ema
 from whitetuner.train.optim import optimizer_tensors, restore_optimizer
 
 STATE = "accelerate_state"
+T = TypeVar("T")
 
 
 class Learner:
     """A frozen denoiser, the adapter on it, its optimizer and (optionally) the running average of the adapter.
 
     kind: "lokr" or "lora", also the name of the checkpoint's folder and file
+    fitted: how the denoiser was made to fit the device (memory.fit); None: it lies there as a whole
     """
 
     def __init__(
@@ -31,11 +34,24 @@ class Learner:
         kind: str,
         optimizer: torch.optim.Optimizer,
         ema: Ema | None,
+        fitted: Fitted | None = None,
     ) -> None:
+        self.fitted = fitted
         self.part, self.module, self.adapter, self.kind = part, module, adapter, kind
         self.optimizer, self.ema = optimizer, ema
         self.parameters = list(adapter.parameters())
         self._start = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
+
+    def run(self, passes: Callable[[], T]) -> T:
+        """All forward and backward passes of one step; when memory runs out, again with fewer blocks on the device.
+
+        The second try computes what the first would have: nothing is applied before the optimizer's step.
+        """
+        if self.fitted is None:
+            return passes()
+        done = self.fitted.run(passes, lambda: self.optimizer.zero_grad(set_to_none=True))
+        self.fitted.step_end()
+        return done
 
     @torch.no_grad()
     def weight_change(self) -> float:

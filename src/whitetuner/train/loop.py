@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -71,12 +71,7 @@ def train(
         began = time.perf_counter()
         micro = [next(batches) for _ in range(settings.accumulate)]
         samples = sum(len(batch) for batch in micro)
-        done: list[StepLoss] = []
-        for batch in micro:
-            loss = step_loss(family, modules, learner.part.name, batch, step_settings, device)
-            # Divided by the samples of the step, not of the batch: also in a smaller last batch each weighs the same.
-            (loss.weighted.sum() / samples).backward()
-            done.append(StepLoss(loss.weighted.detach(), loss.plain, loss.sigma))
+        done = learner.run(partial(_passes, family, modules, learner.part.name, micro, step_settings, device))
         norm = float(clip_grad_norm(learner.parameters, settings.max_grad_norm))
         plain = torch.cat([loss.plain for loss in done])
         value = float(plain.mean())
@@ -110,6 +105,25 @@ def train(
     return Outcome(step, False)
 
 
+def _passes(
+    family: Family,
+    modules: Mapping[str, torch.nn.Module],
+    part: str,
+    micro: Sequence[Batch],
+    settings: StepSettings,
+    device: torch.device,
+) -> list[StepLoss]:
+    """Forward and backward of every micro-batch of a step."""
+    samples = sum(len(batch) for batch in micro)
+    done = []
+    for batch in micro:
+        loss = step_loss(family, modules, part, batch, settings, device)
+        # Divided by the samples of the step, not of the batch: also in a smaller last batch each weighs the same.
+        (loss.weighted.sum() / samples).backward()
+        done.append(StepLoss(loss.weighted.detach(), loss.plain, loss.sigma))
+    return done
+
+
 def _refuse(
     family: Family,
     learner: Learner,
@@ -140,6 +154,8 @@ def _refuse(
             )
     learner.optimizer.zero_grad(set_to_none=True)
     hooks.on_bad(step - 1)
+    if learner.fitted is not None:
+        learner.fitted.make_room()  # so that every weight is its own again, not what a slot holds by now
     damaged = None if culprit is None else damaged_weights(learner.module, culprit)
     if damaged is not None:
         raise damaged

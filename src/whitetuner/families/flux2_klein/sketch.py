@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from whitetuner.families.flux2_klein.spec import KleinOptions
 from whitetuner.records import Size
@@ -37,7 +37,7 @@ RELEASED: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def blank(
-    module: nn.Module, options: KleinOptions, size: Size, stride_px: int, conditions: tuple[Size, ...] = ()
+    module: Any, options: KleinOptions, size: Size, stride_px: int, conditions: tuple[Size, ...] = ()
 ) -> dict[str, Tensor]:
     """The fields of one sample, as the encoders would shape them, in zeros; without a batch dimension."""
     channels, width = module.config.in_channels, module.config.joint_attention_dim

@@ -21,7 +21,7 @@ from whitetuner.memory.blocks import Patch, blocks_of
 from whitetuner.memory.swap import calls
 from whitetuner.memory.swap.backend import Backend, Counters
 from whitetuner.memory.swap.guard import Guard
-from whitetuner.memory.swap.layout import SMALLEST_BYTES, layouts_of, spread_count
+from whitetuner.memory.swap.layout import layouts_of, spread_count
 from whitetuner.memory.swap.placement import Packed, Placement
 from whitetuner.memory.swap.schedule import Kind
 
@@ -57,7 +57,7 @@ class SwapEngine:
         backend: Backend,
         *,
         slots: int = 2,
-        smallest_bytes: int = SMALLEST_BYTES,
+        smallest_bytes: int | None = None,
     ) -> None:
         self.module, self.backend, self.slots = module, backend, slots
         self.layouts = layouts_of(blocks_of(module, block_lists), smallest_bytes)

@@ -50,12 +50,20 @@ class BlockLayout:
 
 
 def layouts_of(
-    blocks: Sequence[tuple[str, nn.Module]], smallest_bytes: int = SMALLEST_BYTES
+    blocks: Sequence[tuple[str, nn.Module]], smallest_bytes: int | None = None
 ) -> list[BlockLayout]:
     """The layout of every block: its frozen parameters and its buffers of at least `smallest_bytes`.
 
+    smallest_bytes: None: SMALLEST_BYTES, or a 64th of the largest tensor where that is less (a tiny model's norms and
+                    biases stay, and its layers move, as the real one's do)
+
     What trains stays on the device, and so does a tensor that two blocks share.
     """
+    if smallest_bytes is None:
+        largest = max(
+            (t.numel() * t.element_size() for _, block in blocks for t in _tensors(block)), default=0
+        )
+        smallest_bytes = min(SMALLEST_BYTES, largest // 64)
     owners: dict[int, set[int]] = {}
     for index, (_, block) in enumerate(blocks):
         for tensor in _tensors(block):

@@ -23,11 +23,17 @@ T = TypeVar("T")
 _SHARE = 0.25
 
 
-def with_room(step: Callable[[], T], engine: SwapEngine, forget: Callable[[], None]) -> T:
+def with_room(
+    step: Callable[[], T],
+    engine: SwapEngine,
+    forget: Callable[[], None],
+    tell: Callable[[str], None] = log.warning,
+) -> T:
     """Runs `step`; on running out of memory frees residents and runs it again.
 
     step:   a whole optimizer step up to, and without, the optimizer's: all its accumulated parts
     forget: drops what the broken try left (gradients)
+    tell:   hears what was done, in a sentence
     Raises UserError when no resident is left to free.
     """
     while True:
@@ -44,10 +50,11 @@ def with_room(step: Callable[[], T], engine: SwapEngine, forget: Callable[[], No
                 ) from error
         # outside of the handler: the traceback holds the broken step's tensors
         forget()
-        _shrink(engine)
+        shrink(engine, tell)
 
 
-def _shrink(engine: SwapEngine) -> None:
+def shrink(engine: SwapEngine, tell: Callable[[str], None] = log.warning) -> None:
+    """A quarter of the resident blocks leave the device, at even distances."""
     kept = [i for i in sorted(engine.residents) if engine.layouts[i].num_bytes]
     leave = max(1, round(len(kept) * _SHARE))
     step = len(kept) / leave
@@ -56,9 +63,7 @@ def _shrink(engine: SwapEngine) -> None:
     engine.resize(engine.residents - gone)
     if engine.backend.device.type == "cuda":
         torch.cuda.empty_cache()
-    log.warning(
-        "out of memory: %d of %d resident blocks (%.1f GB) are streamed from now on, and the step is run again",
-        len(gone),
-        len(kept),
-        freed / GIB,
+    tell(
+        f"out of memory: {len(gone)} of {len(kept)} resident blocks ({freed / GIB:.1f} GB) are streamed from now on, "
+        "and the step is run again"
     )

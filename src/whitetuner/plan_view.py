@@ -1,0 +1,138 @@
+"""`plan`: how a config or a released model fits a card, in sentences, a table or JSON. Loads no weight and needs no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from whitetuner.config.landed import refuse_not_landed
+from whitetuner.config.load import load_config
+from whitetuner.errors import EXIT_ENVIRONMENT, UserError
+from whitetuner.families import registry
+from whitetuner.memory.machine import GIB, Machine, this_machine, typical_machine
+from whitetuner.memory.plan import Choice, Plan
+from whitetuner.planning import Reckoning, Shape, Sketched, asked_base, largest, plan_released
+from whitetuner.prepared import find_items
+from whitetuner.records import Size
+from whitetuner.rehearsal import rehearse
+from whitetuner.resolve import choose_dtype, open_family
+
+#: Cards that are told of when none was named and none is here.
+CARDS_GB = (8, 12, 16, 24, 32)
+
+
+def machines(vram: float | None, host: float | None, measure: bool) -> list[Machine]:
+    """The card that is here or was named, or one of every usual size. Raises UserError for a measurement without a card."""
+    if vram is not None and vram <= 0:
+        raise UserError(
+            "{vram} GB is no card's memory", where="--vram", mend="give what the card has, e.g. 12", vram=vram
+        )
+    if torch.cuda.is_available() and (vram is None or measure):
+        here = this_machine(torch.device("cuda:0"), vram)
+        return [here if host is None else replace(here, host_bytes=int(host * GIB))]
+    if measure:
+        raise UserError(
+            "there is no GPU here to measure",
+            where="--measure",
+            mend="name the card's memory instead: --vram 12",
+            code=EXIT_ENVIRONMENT,
+        )
+    return [typical_machine(one, host) for one in ((vram,) if vram else CARDS_GB)]
+
+
+def of_config(path: Path, overrides: Sequence[str], on: Sequence[Machine]) -> dict[str, Any]:
+    """{"what", "shape", "steps", "plans": [(machine, plan or why not)]} of a config over its own pictures.
+
+    Raises UserError for what would stop the run itself.
+    """
+    config = load_config(path, overrides).config
+    refuse_not_landed(config)
+    family = open_family(config)
+    rehearse(config, family)
+    if config.memory.vram_gb != "auto":
+        on = [typical_machine(float(config.memory.vram_gb))] if len(on) > 1 else on
+    memory = config.memory
+    dtype = choose_dtype("bf16" if memory.base == "bf16" else memory.dtype, torch.device("cuda"))
+    part = family.spec.parts(family.options)[0]
+    sketched = Sketched(family, part, family.stride(), dtype)
+    items = find_items(config, family).items
+    shape = largest(
+        [Shape(item.size, config.data.batch_size, item.condition_sizes) for item in items], sketched
+    )
+    reckoning = Reckoning(config, sketched, shape, asked_base(config))
+    plans: list[tuple[Machine, Plan | UserError]] = []
+    for machine in on:
+        try:
+            plans.append((machine, reckoning.plan(machine)))
+        except UserError as error:
+            plans.append((machine, error))
+    return {
+        "what": f"{family.spec.title} ({path})",
+        "shape": str(shape),
+        "steps": config.run.steps if config.run.epochs is None else None,
+        "plans": plans,
+    }
+
+
+def of_family(text: str, size: Size | None, task: str | None, on: Sequence[Machine]) -> dict[str, Any]:
+    """The same of a released model: FAMILY or FAMILY:VARIANT at its usual settings."""
+    name, _, variant = text.partition(":")
+    spec = registry.spec(name)
+    if task is not None and task not in spec.tasks:
+        raise UserError(
+            "{title} has no task '{task}' here",
+            where="--task",
+            mend="use one of: {tasks}",
+            title=spec.title,
+            task=task,
+            tasks=", ".join(spec.tasks),
+        )
+    found = plan_released(name, variant or None, on, size, task)
+    return {"what": found.title, "shape": str(found.shape), "steps": None, "plans": found.plans}
+
+
+def as_json(found: dict[str, Any]) -> dict[str, Any]:
+    rows = []
+    for machine, plan in found["plans"]:
+        row: dict[str, Any] = {"card": machine.name, "vram_gb": round(machine.vram_bytes / GIB, 2)}
+        row |= {"refused": str(plan)} if isinstance(plan, UserError) else plan.to_json()
+        rows.append(row)
+    return {**found, "plans": rows}
+
+
+def as_text(found: dict[str, Any], verbose: bool) -> str:
+    """One card: its plan in sentences; several: a line each."""
+    lines = [f"{found['what']} at {found['shape']}, in predictions:"]
+    plans = found["plans"]
+    for machine, plan in plans:
+        head = f"{machine.vram_bytes / GIB:.0f} GB" if len(plans) > 1 else ""
+        if isinstance(plan, UserError):
+            lines.append(f"{head}  does not fit: {plan}".strip())
+        elif len(plans) > 1:
+            lines.append(f"{head}  {plan.best.sentence()}")
+        else:
+            lines += plan.words()
+            if found["steps"]:
+                lines.append(f"{found['steps']} steps: about {_time(found['steps'] * plan.best.seconds)}")
+        if verbose and isinstance(plan, Plan):
+            lines += [f"      {line}" for choice in plan.choices for line in _table(choice)]
+    if len(plans) > 1:
+        lines.append("more of one card: --vram GB; speeds are those assumed for a usual card of that size")
+    return "\n".join(lines)
+
+
+def _table(choice: Choice) -> list[str]:
+    rows = [f"{choice.base}, {choice.streamed} of {choice.blocks} blocks streamed:"]
+    rows += [f"  {size / GIB:6.2f} GB  {name}" for name, size in choice.parts.items() if size > 0]
+    return [
+        *rows,
+        f"  {choice.peak_bytes / GIB:6.2f} GB  at most, {choice.host_bytes / GIB:.1f} GB on the host",
+    ]
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds >= 5400 else f"{seconds / 60:.0f} minutes"

@@ -1,0 +1,324 @@
+"""How a run fits its card: from the config, the model's shapes and the sizes of the pictures to a plan, before anything loads.
+
+On a card the plan is always made; `memory` in the config only narrows it. On a CPU weights stay as they are unless something
+was asked for: there is no second memory to save (memory.vram_gb then stands for a card of that size, to try a plan out).
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from whitetuner.adapters.attach import attach
+from whitetuner.adapters.choose import choose
+from whitetuner.config.load import load_config
+from whitetuner.config.schema import Config
+from whitetuner.errors import UserError
+from whitetuner.families import registry
+from whitetuner.family import Family, ModelPaths, Part
+from whitetuner.memory.blocks import blocks_of
+from whitetuner.memory.build import Build
+from whitetuner.memory.machine import CONTEXT_BYTES, GIB, Machine, this_machine, typical_machine
+from whitetuner.memory.measure import StepCost, measure_step
+from whitetuner.memory.plan import Plan, Wishes, make_plan, weigh
+from whitetuner.memory.quantize import Kind, require_bitsandbytes
+from whitetuner.memory.skeleton import sketch_module
+from whitetuner.memory.swap.layout import spread_count
+from whitetuner.records import Batch, Item, Size
+from whitetuner.rehearsal import adapter_settings
+
+#: The seed's names of bases.
+_OTHER_NAMES = {"qint8": "int8", "qfloat8": "fp8"}
+_QUANTISED: dict[str, Kind] = {"int8": "int8", "fp8": "fp8", "nf4": "nf4"}
+#: Bytes that an optimizer keeps for each trained number (docs of each; adafactor's factored moments are next to nothing).
+_STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 1, "prodigy": 16}
+_OTHER_STATE_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a step is made of: so many samples of one size, each with conditions of these sizes."""
+
+    size: Size
+    batch: int = 1
+    conditions: tuple[Size, ...] = ()
+
+    def __str__(self) -> str:
+        frames = f" x {self.size.frames} frames" if self.size.frames > 1 else ""
+        more = f" with {len(self.conditions)} given pictures" if self.conditions else ""
+        return f"{self.size.width}x{self.size.height}{frames}, batch {self.batch}{more}"
+
+
+@dataclass(frozen=True)
+class Way:
+    """What a run does. quantize: of the frozen base;  residents: None: all;  plain: blocks not computed again;
+    plan: where it comes from, None when nothing had to be planned."""
+
+    base: str
+    quantize: Kind | None
+    residents: frozenset[int] | None
+    plain: frozenset[int]
+    slots: int = 2
+    plan: Plan | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """For run.json."""
+        return {"base": self.base, "plan": None if self.plan is None else self.plan.to_json()}
+
+    def words(self) -> list[str]:
+        return [] if self.plan is None else self.plan.words()
+
+
+@dataclass(frozen=True)
+class Sketched:
+    """A part of a family, in shapes: from a model folder, or from what is known of the released model."""
+
+    family: Family
+    part: Part
+    stride_px: int
+    dtype: torch.dtype
+
+    def module(self, config: Config, quantize: Kind | None) -> torch.nn.Module:
+        """The denoiser without weights, with the config's adapter on it."""
+        module = self.family.load(partial(sketch_module, dtype=self.dtype, quantize=quantize))[self.part.name]
+        paths = choose(module, config.method.targets or list(self.family.spec.adapter_targets))
+        attach(module, paths, adapter_settings(config), seed=0, device="meta")
+        return module
+
+    def cost(self, config: Config, shape: Shape) -> StepCost:
+        """Of one forward and backward of this shape."""
+        family, module = self.family, self.module(config, None)
+        task = config.model.task
+        fields = registry.sketch(family.spec.name).blank(
+            module, family.options, shape.size, self.stride_px, shape.conditions
+        )
+        layouts = {name: kind for one in family.encoders(task) for name, kind in one.fields.items()}
+        item = Item("plan-0", Path("plan"), "", "", shape.size, shape.size)
+        batch = Batch(
+            (item,) * shape.batch,
+            tuple(range(shape.batch)),
+            {
+                name: torch.stack([one] * shape.batch) if layouts[name] == "stack" else [one] * shape.batch
+                for name, one in fields.items()
+            },
+        )
+        latent = batch["latent"]
+        assert isinstance(latent, torch.Tensor)
+        # At the part's own noise levels: a family may choose its expert by them.
+        low, high = self.part.sigma_range
+        sigma = torch.full((shape.batch,), (low + high) / 2)
+
+        def step() -> torch.Tensor:
+            said = family.predict({self.part.name: module}, self.part.name, batch, latent.float(), sigma)
+            return said.square().mean()
+
+        return measure_step(module, self.part.block_lists, step)
+
+
+def way_of(
+    config: Config,
+    family: Family,
+    device: torch.device,
+    dtype: torch.dtype,
+    shapes: Sequence[Shape],
+    earlier: Mapping[str, Any] | None = None,
+) -> Way:
+    """What the run does, from the largest of the shapes. earlier: `resolved` of run.json, whose base an "auto" keeps.
+
+    Raises UserError when it cannot fit, or when what is asked for does not go together.
+    """
+    memory = config.memory
+    part = family.spec.parts(family.options)[0]
+    asked = asked_base(config)
+    if asked is None and earlier and earlier.get("base") in _QUANTISED:
+        asked = str(earlier["base"])
+    if asked == "nf4":
+        require_bitsandbytes()
+    if device.type == "cpu" and memory.vram_gb == "auto":
+        base = asked or name_of(dtype)
+        count = _blocks(family, part, dtype)
+        waiting = 0 if memory.blocks_to_swap == "auto" else memory.blocks_to_swap
+        _check_swap(waiting, count)
+        return Way(
+            base,
+            _QUANTISED.get(base),
+            spread_count(count, count - waiting) if waiting else None,
+            frozenset() if memory.gradient_checkpointing is True else frozenset(range(count)),
+        )
+    limit = None if memory.vram_gb == "auto" else float(memory.vram_gb)
+    machine = typical_machine(limit or 0) if device.type == "cpu" else this_machine(device, limit)
+    sketched = Sketched(family, part, family.stride(), dtype)
+    return _way(Reckoning(config, sketched, largest(shapes, sketched), asked).plan(machine))
+
+
+def _way(plan: Plan) -> Way:
+    choice = plan.best
+    residents = frozenset(choice.residents)
+    return Way(
+        choice.base,
+        _QUANTISED.get(choice.base),
+        None if len(residents) == choice.blocks else residents,
+        frozenset(choice.plain),
+        choice.slots,
+        plan,
+    )
+
+
+class Reckoning:
+    """Weights and costs of one model, config and shape: enough for a plan on any machine.
+
+    asked: the base; None: the plan's choice between the precise one and int8
+    """
+
+    def __init__(self, config: Config, sketched: Sketched, shape: Shape, asked: str | None = None) -> None:
+        memory, lists = config.memory, sketched.part.block_lists
+        bases = [asked] if asked else [name_of(sketched.dtype), "int8"]
+        self.shape = shape
+        self.weights = {base: weigh(sketched.module(config, _QUANTISED.get(base)), lists) for base in bases}
+        self.cost = sketched.cost(config, shape)
+        self.wishes = Wishes(
+            base=asked,
+            blocks_to_swap=None if memory.blocks_to_swap == "auto" else memory.blocks_to_swap,
+            recompute=None if memory.gradient_checkpointing == "auto" else memory.gradient_checkpointing,
+            state_bytes=_STATE_BYTES.get(config.optimizer.name, _OTHER_STATE_BYTES)
+            + (8 if config.optimizer.ema else 0),  # the average, and the weights kept while it is shown
+            inputs_on_host=memory.activation_offload,
+        )
+
+    def plan(self, machine: Machine) -> Plan:
+        """Raises UserError when nothing fits, with the least that would."""
+        return make_plan(self.weights, self.cost, machine, self.wishes)
+
+
+def largest(shapes: Sequence[Shape], sketched: Sketched) -> Shape:
+    """The shape with the most tokens: what has to fit."""
+    tokens = sketched.family.spec.tokens
+
+    def weight(shape: Shape) -> int:
+        seen = [shape.size, *shape.conditions]
+        return shape.batch * sum(tokens(size, sketched.stride_px) for size in seen)
+
+    return max(shapes, key=weight)
+
+
+def asked_base(config: Config) -> str | None:
+    """The base that the config fixes, by its own name here; None for "auto".
+
+    Raises UserError for a quantised base under full training, whose weights must stay precise.
+    """
+    given = config.memory.base
+    if given == "auto":
+        return None
+    base = _OTHER_NAMES.get(given, given)
+    if config.method.kind == "full" and base in _QUANTISED:
+        raise UserError(
+            "full training changes the weights themselves, and {base} cannot hold such small changes",
+            where="memory.base",
+            mend='set memory.base = "bf16" (or "auto"), or train an adapter (method.kind = "lokr")',
+            base=base,
+        )
+    if base == "bf16" and config.memory.dtype == "fp32":
+        return "fp32"
+    return base
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+
+
+def cap_memory(config: Config, device: torch.device) -> None:
+    """Holds this process to memory.vram_gb on a card: what it promises to leave to others is left."""
+    limit = config.memory.vram_gb
+    if device.type == "cuda" and limit != "auto":
+        total = torch.cuda.get_device_properties(device).total_memory
+        # The driver's context is outside of what the allocator counts.
+        share = (float(limit) * GIB - CONTEXT_BYTES) / total
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.01, share)), device)
+
+
+def denoiser_build(way: Way, device: torch.device, dtype: torch.dtype, lists: Sequence[str]) -> Build:
+    """Blocks that will wait on the host are never all on the card, not even while loading."""
+    host = () if way.residents is None else tuple(f"{name}.*" for name in lists)
+    return Build(dtype=dtype, device=device, quantize=way.quantize, host=host)
+
+
+def released(name: str, variant: str | None, folder: Path) -> tuple[Family, str]:
+    """(family, variant) over the released configs alone, written into `folder`. Raises UserError for an unknown variant."""
+    spec, known = registry.spec(name), registry.sketch(name).RELEASED
+    variant = variant or next(iter(known))
+    if variant not in known:
+        raise UserError(
+            "no released {title} is called '{variant}'",
+            where=f"{name}:{variant}",
+            mend="use one of: {known}",
+            title=spec.title,
+            variant=variant,
+            known=", ".join(f"{name}:{one}" for one in known),
+        )
+    single = {}
+    for part, config in known[variant].items():
+        single[part] = folder / part
+        single[part].mkdir(parents=True)
+        (single[part] / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    options = {"variant": variant} if "variant" in spec.options.model_fields else {}
+    return registry.load(name, spec.options(**options), ModelPaths(None, single)), variant
+
+
+@dataclass(frozen=True)
+class Released:
+    """Plans of a released model at its usual settings, one a machine: a plan, or why there is none."""
+
+    title: str
+    shape: Shape
+    plans: tuple[tuple[Machine, Plan | UserError], ...]
+
+
+def plan_released(
+    name: str,
+    variant: str | None,
+    machines: Sequence[Machine],
+    size: Size | None = None,
+    task: str | None = None,
+) -> Released:
+    """From the family's released configs alone: no files, no weights. size: None: the family's own."""
+    spec = registry.spec(name)
+    with tempfile.TemporaryDirectory(prefix="whitetuner-plan-") as folder:
+        family, variant = released(name, variant, Path(folder))
+        task = task or spec.tasks_of(variant)[0]
+        values = {"run.name": "plan", "model.family": name, "model.task": task, "model.path": folder}
+        config = load_config(None, base=values).config
+        sketched = Sketched(family, spec.parts(family.options)[0], spec.stride_px, torch.bfloat16)
+        size = size or spec.default_size
+        given = (size._replace(frames=1),) if task in ("edit", "i2v") else ()
+        shape = Shape(size, config.data.batch_size, given)
+        reckoning = Reckoning(config, sketched, shape)
+    found: list[tuple[Machine, Plan | UserError]] = []
+    for machine in machines:
+        try:
+            found.append((machine, reckoning.plan(machine)))
+        except UserError as error:
+            found.append((machine, error))
+    return Released(f"{spec.title} {variant} ({task})", shape, tuple(found))
+
+
+def _blocks(family: Family, part: Part, dtype: torch.dtype) -> int:
+    module = family.load(partial(sketch_module, dtype=dtype))[part.name]
+    return len(blocks_of(module, part.block_lists))
+
+
+def _check_swap(waiting: int, count: int) -> None:
+    if waiting > count:
+        raise UserError(
+            "{asked} blocks are to wait on the host, but the model has {count}",
+            where="memory.blocks_to_swap",
+            mend='give at most {count}, or "auto"',
+            asked=waiting,
+            count=count,
+        )
