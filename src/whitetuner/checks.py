@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from whitetuner.config.kinds import refuse_wrong_data
 from whitetuner.config.landed import refuse_not_landed
 from whitetuner.config.load import load_config
 from whitetuner.config.schema import Config
@@ -86,7 +87,8 @@ def check_config(
     paths: ModelPaths | None = None
     spec = registry.spec(config.model.family)
     advice: list[UserError] = []
-    for look in (lambda: refuse_not_landed(config), *([lambda: model_paths(config)] if model else [])):
+    looks = (lambda: refuse_not_landed(config), lambda: refuse_wrong_data(config))
+    for look in (*looks, *([lambda: model_paths(config)] if model else [])):
         try:
             paths = look() or paths
         except UserErrors as several:

@@ -184,7 +184,7 @@ def family(name: str, task: str | None, method: str, out: Path) -> int:
     from whitetuner.families import registry
 
     spec = registry.spec(name)
-    task = task or spec.tasks[0]
+    task = task or (spec.tasks_of(variant) if variant else spec.tasks)[0]
     if task not in spec.tasks:
         raise UserError(
             "{title} has no task '{task}' here",
@@ -193,6 +193,16 @@ def family(name: str, task: str | None, method: str, out: Path) -> int:
             title=spec.title,
             task=task,
             tasks=", ".join(spec.tasks),
+        )
+    if variant and task not in spec.tasks_of(variant):
+        raise UserError(
+            "{title} {variant} has no task '{task}'",
+            where="--task",
+            mend="use one of: {tasks}",
+            title=spec.title,
+            variant=variant,
+            task=task,
+            tasks=", ".join(spec.tasks_of(variant)),
         )
     out = out.resolve()
     if out.exists() and any(out.iterdir()):
@@ -207,6 +217,11 @@ def family(name: str, task: str | None, method: str, out: Path) -> int:
     from whitetuner.tiny import TINY_SIZE_PX, tiny_values
 
     values = tiny_values(name, out / "model", out / "data", out, task)
+    # The first picture of `testdata edit`: an empty place, and the thing that is to stand there.
+    given = [out / "data" / "condition_1" / "01.jpg", out / "data" / "condition_2" / "01.png"]
+    images = given if task == "edit" else []
+    prompt = "put the red ball on the left" if task == "edit" else "a red circle"
+    preview = {"text": prompt, "size": [TINY_SIZE_PX, TINY_SIZE_PX], "steps": 2}
     loaded = load_config(
         None,
         base={
@@ -215,7 +230,7 @@ def family(name: str, task: str | None, method: str, out: Path) -> int:
             "method.kind": method,
             "validation.every": 30,
             "preview.every": 30,
-            "preview.prompts": [{"text": "a red circle", "size": [TINY_SIZE_PX, TINY_SIZE_PX], "steps": 2}],
+            "preview.prompts": [{**preview, "images": [str(image) for image in images]}],
         },
     )
     refuse_not_landed(loaded.config)
@@ -238,7 +253,7 @@ def family(name: str, task: str | None, method: str, out: Path) -> int:
         return EXIT_FAILED
     print("4/4  a picture with the result", flush=True)
     picture = drawing.sample(
-        str(result.folder), prompt="a red circle", out=out / "sample.png", size=Size(64, 64), steps=2
+        str(result.folder), prompt=prompt, images=images, out=out / "sample.png", size=Size(64, 64), steps=2
     )
     from whitetuner.runs.events import Validation, read
 

@@ -1,8 +1,9 @@
-"""`sample`: a picture from a model folder, a model and an adapter file, or a run."""
+"""`sample`: a picture from a model folder, a model and an adapter file, or a run; beside given pictures in an edit task."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,15 +12,17 @@ import torch
 from whitetuner.adapters.attach import attach_state
 from whitetuner.adapters.files import load_adapter
 from whitetuner.config.load import load_config
+from whitetuner.data.inputs import Inputs
 from whitetuner.errors import EXIT_FAILED, UserError
 from whitetuner.families import registry
-from whitetuner.family import BuildFn, Family, ModelPaths
+from whitetuner.family import BuildFn, Family, FamilySpec, ModelPaths
 from whitetuner.memory.build import build_module
 from whitetuner.models import check_model, check_size, family_of, model_folder
 from whitetuner.records import EncodeInput, Size
 from whitetuner.rehearsal import check_weights
 from whitetuner.resolve import choose_device, choose_dtype
 from whitetuner.runs.folder import RunFolder
+from whitetuner.scenes import reference_resolution
 
 #: Longest side that is drawn; larger ones are a slip of the finger that would ask for terabytes.
 LARGEST_PX = 8192
@@ -33,6 +36,7 @@ def sample(
     strength: float = 1.0,
     prompt: str = "",
     negative: str = "",
+    images: Sequence[Path] = (),
     out: Path,
     family_name: str | None = None,
     size: Size | None = None,
@@ -40,8 +44,13 @@ def sample(
     cfg: float | None = None,
     seed: int = 0,
 ) -> Path:
-    """Draws one picture and writes it. model: run folder, model folder or builtin:nano; strength: factor of the adapter."""
+    """Draws one picture and writes it. model: run folder, model folder or builtin:nano; strength: factor of the adapter.
+
+    images: given pictures (edit), read as the run's own were; the first one's size is drawn at where none is named.
+    """
     options: dict[str, object] = {}
+    trained: str | None = None
+    resolution: int | None = None
     check_numbers(steps, cfg, seed, strength)
     check_place(out)
     run = RunFolder(Path(model))
@@ -54,6 +63,7 @@ def sample(
                 mend="give the model folder and --adapter instead of the run",
             )
         model, family_name, options = config.model.path, config.model.family, dict(config.model.options)
+        trained, resolution = config.model.task, reference_resolution(config)
         if adapter is None:
             adapter = run.final_adapter(config.method.kind)
     folder = model_folder(model)
@@ -63,9 +73,15 @@ def sample(
         options = default_options(model)
     family = registry.load(family_name, spec.options(**options), ModelPaths(folder))
     check_model(spec, family.paths)
+    task = task_for(spec, spec.variant_of(family.options, family.paths), bool(images), trained)
+    if resolution is None:
+        resolution = math.isqrt(spec.default_size.width * spec.default_size.height)
+    asked = [Inputs.prompt(text, images, resolution, family.stride()) for text in (prompt, negative)]
     check_weights(family)
     given = None if adapter is None else load_adapter(adapter, family.keys)
-    size = size or default_size(model, spec.default_size)
+    if size is None:
+        given_sizes = asked[0].condition_sizes
+        size = given_sizes[0] if given_sizes else default_size(model, spec.default_size)
     if not all(0 < side <= LARGEST_PX for side in (size.width, size.height)):
         raise UserError(
             "{width}x{height} is no size to draw",
@@ -78,7 +94,7 @@ def sample(
     check_size(size, family.stride(), "--size")
     device = choose_device("auto")
     build = partial(build_module, dtype=choose_dtype("auto", device), device=device)
-    scenes = encode_prompts(family, build, [prompt, negative])
+    scenes = encode_prompts(family, build, asked, task)
     part = spec.parts(family.options)[0].name
     modules = family.load(build)
     if given is not None:
@@ -150,16 +166,46 @@ def check_finite(modules: Mapping[str, torch.nn.Module], prompt: Mapping[str, to
         )
 
 
+def task_for(spec: FamilySpec, variant: str | None, given: bool, trained: str | None) -> str:
+    """The task that a picture is drawn in. variant: of the model, None: any; given: pictures are; trained: the run's task.
+
+    Raises UserError when the model needs given pictures and has none, or cannot take them.
+    """
+    beside_pictures = ("edit", "i2v")
+    tasks = spec.tasks if variant is None else spec.tasks_of(variant)
+    able = [task for task in tasks if (task in beside_pictures) == given]
+    if trained in beside_pictures and not given:
+        able = []
+    if able:
+        return trained if trained in able else able[0]
+    if given:
+        raise UserError(
+            "{title} takes no given pictures",
+            where="--image",
+            mend="leave --image out, or give a model for an edit task",
+            title=spec.title if variant is None else f"{spec.title} {variant}",
+        )
+    raise UserError(
+        "this is for an edit task: it draws beside given pictures, and there are none",
+        where="--image",
+        mend="add --image FILE (once for each picture)",
+    )
+
+
 def encode_prompts(
-    family: Family, build: BuildFn, prompts: list[str], task: str = "t2i"
+    family: Family, build: BuildFn, asked: Sequence[Inputs], task: str = "t2i"
 ) -> list[dict[str, torch.Tensor]]:
-    """The fields of every encoder that reads nothing but the caption, for each prompt."""
-    found: list[dict[str, torch.Tensor]] = [{} for _ in prompts]
+    """For each prompt the fields of every encoder that looks at no target: at the caption, the given pictures or both."""
+    found: list[dict[str, torch.Tensor]] = [{} for _ in asked]
+    given = []
+    for inputs in asked:
+        conditions, originals = inputs.pictures()
+        given.append(EncodeInput(inputs.caption, conditions=conditions, originals=originals))
     for encoder in family.encoders(task):
-        if encoder.reads <= {"caption"}:
+        if "target" not in encoder.reads and ("caption" in encoder.reads or asked[0].conditions):
             encoder.load(build)
-            for fields, prompt in zip(found, prompts):
-                fields.update(encoder.encode(EncodeInput(caption=prompt)))
+            for fields, one in zip(found, given):
+                fields.update(encoder.encode(one))
             encoder.free()
     return found
 

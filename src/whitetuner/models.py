@@ -10,7 +10,7 @@ from typing import Any
 from whitetuner.config.schema import Config
 from whitetuner.errors import UserError
 from whitetuner.families import registry
-from whitetuner.family import FamilySpec, ModelPaths
+from whitetuner.family import FamilySpec, ModelPaths, Options
 from whitetuner.records import Size
 
 BUILTIN = "builtin:nano"
@@ -45,7 +45,23 @@ def model_paths(config: Config) -> ModelPaths:
     folder = model_folder(config.model.path) if config.model.path else None
     paths = ModelPaths(folder, single)
     check_model(spec, paths)
+    check_task(spec, config.model_options(), paths, config.model.task)
     return paths
+
+
+def check_task(spec: FamilySpec, options: Options, paths: ModelPaths, task: str) -> None:
+    """Raises UserError when the variant that lies in the folder is not for this task."""
+    variant = spec.variant_of(options, paths)
+    if variant is not None and task not in spec.tasks_of(variant):
+        raise UserError(
+            "the folder holds {title} {variant}, which is for {tasks}, not for {task}",
+            where="model.task",
+            mend="give a model folder that is for {task}, or set model.task to what this one is for",
+            title=spec.title,
+            variant=variant,
+            tasks=", ".join(spec.tasks_of(variant)),
+            task=task,
+        )
 
 
 def model_folder(path: str) -> Path:

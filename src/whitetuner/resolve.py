@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from whitetuner.config.kinds import refuse_wrong_data
 from whitetuner.config.schema import Config
 from whitetuner.errors import EXIT_ENVIRONMENT, UserError
 from whitetuner.families import registry
@@ -35,7 +36,11 @@ class Resolved:
 
 
 def resolve(config: Config) -> Resolved:
-    """Checks that the model is there and of the right family, without loading a weight. Raises UserError."""
+    """Checks that the model is there, of the right family and for this kind of data, without loading a weight.
+
+    Raises UserError.
+    """
+    refuse_wrong_data(config)
     device = choose_device(config.memory.device)
     memory = config.memory
     # base = "bf16" says the same of the frozen weights as dtype does, unless dtype says otherwise.

@@ -150,21 +150,34 @@ class Bench:
         hashes = [short(config.model_dump_json().encode()) for config in (form, file, line)]
         return len(set(hashes)) == 1, hashes[0], "/".join(sorted(set(hashes[1:])))
 
-    def case(self) -> contract.Case:
-        return contract.Case(
-            ("a red circle", "two blue birds on a wire"), Size(TINY_SIZE_PX, TINY_SIZE_PX + 32)
-        )
+    def case(self, task: str = "t2i") -> contract.Case:
+        side = TINY_SIZE_PX
+        given = (Size(side + 32, side), Size(side, side)) if task == "edit" else ()
+        captions = ("a red circle", "two blue birds on a wire")
+        return contract.Case(captions, Size(side, side + 32), condition_sizes=given)
+
+    def tasks(self) -> list[str]:
+        """Those that the tiny model, of the first variant, is for."""
+        spec = registry.spec(self.name)
+        return [task for task in spec.tasks_of(next(iter(spec.variants))) if task in ("t2i", "edit")]
 
     def euler_step(self) -> tuple[bool, str, str]:
         """The right family passes and every wrong one fails, or the check proves nothing."""
         with contract.quiet():
             reference, mutants = self.reference()
-            error = contract.euler_step_error(
-                contract.Bench(self.family(), self.build, "t2i"), reference, self.case()
+            tasks = self.tasks()
+            error = max(
+                contract.euler_step_error(
+                    contract.Bench(self.family(), self.build, task), reference, self.case(task)
+                )
+                for task in tasks
             )
+            # A convention of all tasks is tried in the first alone, one of some tasks in those.
             caught = [
-                contract.told(one, self.family(), self.build, reference, self.case())
+                contract.told(one, self.family(), self.build, reference, self.case(task), task)
                 for one in mutants.values()
+                for task in (one.tasks or tasks[:1])
+                if task in tasks
             ]
         told = f"{error:.1e} < {contract.E1_TOLERANCE:.0e}"
         return (
@@ -176,10 +189,11 @@ class Bench:
     def encoders(self) -> tuple[bool, str, str]:
         with contract.quiet():
             reference, _ = self.reference()
-            bench = contract.Bench(self.family(), self.build, "t2i")
+            task = self.tasks()[-1]  # an edit task's encoders say all that those of t2i say, and more
+            bench = contract.Bench(self.family(), self.build, task)
             ours, theirs = {}, {}
             worst = 0.0
-            for index, given in enumerate(self.case().inputs()):
+            for index, given in enumerate(self.case(task).inputs()):
                 worst = max(worst, *contract.encoder_errors(bench, reference, given).values())
                 ours.update({f"{index}{name}": tensor for name, tensor in bench.encode(given).items()})
                 theirs.update({f"{index}{name}": tensor for name, tensor in reference.encode(given).items()})

@@ -17,7 +17,14 @@ def tiny_options(family: str) -> dict[str, Any]:
 
 
 def tiny_values(family: str, model: Path, data: Path, output: Path, task: str = "t2i") -> dict[str, Any]:
-    """Dotted config values of a run over a tiny model and a small data set; seconds on a CPU."""
+    """Dotted config values of a run over a tiny model and a small data set; seconds on a CPU.
+
+    data: folder of pictures; of an edit task: with the folders target, condition_1 and condition_2, as `testdata` makes them
+    """
+    edit = {
+        "data.target": str(data / "target"),
+        "data.conditions": [str(data / "condition_1"), str(data / "condition_2")],
+    }
     return {
         "run.name": f"tiny-{family}",
         "run.output_dir": str(output),
@@ -26,7 +33,7 @@ def tiny_values(family: str, model: Path, data: Path, output: Path, task: str = 
         "model.task": task,
         "model.path": str(model),
         **{f"model.options.{key}": value for key, value in tiny_options(family).items()},
-        "data.images": str(data),
+        **(edit if task == "edit" else {"data.images": str(data)}),
         "data.resolution": TINY_SIZE_PX,
         "data.batch_size": 2,
         "data.caption_dropout": 0.1,

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,6 @@ from whitetuner.families.contract import (
     encoder_errors,
     euler_step_error,
     quiet,
-    with_method,
 )
 from whitetuner.families.flux2_klein.keys import KEYS
 from whitetuner.families.flux2_klein.reference import Reference
@@ -84,56 +84,70 @@ def test_a_whole_picture_is_the_pipelines(klein: Subject) -> None:
     assert np.array_equal(np.asarray(frames[0]), np.asarray(theirs))
 
 
-# -- references (the edit task's side of `predict`) ------------------------------------------------------------------
-
-
-class WithReferences(Bench):
-    """Adds what an encoder of references would say; by the pipeline's own methods."""
-
-    pipe: Flux2KleinPipeline
-
-    def encode(self, given: EncodeInput) -> dict[str, torch.Tensor]:
-        pixels = [self.pipe.image_processor.preprocess(one) for one in given.conditions]
-        packed, _ = self.pipe.prepare_image_latents(pixels, 1, None, "cpu", torch.float32)
-        stride = klein_stride(self.pipe)
-        sizes = torch.tensor([[one.height // stride, one.width // stride] for one in given.conditions])
-        return {**super().encode(given), "reference_latents": packed[0], "reference_sizes": sizes}
-
-    def batch(self, given):  # type: ignore[no-untyped-def]
-        plain = super().batch(given)
-        encoded = [self.encode(one) for one in given]
-        extra = {
-            name: torch.stack([one[name] for one in encoded])
-            for name in ("reference_latents", "reference_sizes")
-        }
-        return type(plain)(plain.items, plain.visits, {**plain.fields, **extra})
-
-
-def klein_stride(pipe: Flux2KleinPipeline) -> int:
-    return pipe.vae_scale_factor * 2
+# -- references ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def with_references(klein: Subject) -> WithReferences:
-    bench = WithReferences(klein.family, plain_build, "t2i")
-    bench.pipe = klein.reference.pipe
-    return bench
+def edit(klein: Subject) -> Subject:
+    return Subject("flux2-klein", "edit", klein.folder)
 
 
 @pytest.mark.parametrize("sizes", [(Size(64, 64),), (Size(80, 64), Size(64, 96), Size(64, 64))])
-def test_one_step_beside_references_is_the_pipelines(
-    klein: Subject, with_references: WithReferences, sizes: tuple[Size, ...]
+def test_one_step_beside_any_number_of_references_is_the_pipelines(
+    edit: Subject, sizes: tuple[Size, ...]
 ) -> None:
     case = Case(("combine them",), Size(96, 64), condition_sizes=sizes)
-    assert euler_step_error(with_references, klein.reference, case) < E1_TOLERANCE
+    assert euler_step_error(edit.bench, edit.reference, case) < 1e-7
+    assert set(encoder_errors(edit.bench, edit.reference, case.inputs()[0]).values()) == {0.0}
 
 
-def test_references_at_other_times_are_told(klein: Subject, with_references: WithReferences) -> None:
-    case = Case(("combine them",), Size(96, 64), condition_sizes=(Size(80, 64), Size(64, 96)))
-    for wrong in (lambda index: index + 1, lambda index: 10, lambda index: 0):
-        with_references.family = with_method(klein.family, "reference_time", lambda right, wrong=wrong: wrong)
-        assert euler_step_error(with_references, klein.reference, case) > 10 * E1_TOLERANCE
-    with_references.family = klein.family
+def test_a_whole_edited_picture_is_the_pipelines(edit: Subject) -> None:
+    """From latents that were encoded before, as ours are, and from pictures, as the pipeline's users give them."""
+    case = Case(("put it there",), Size(96, 64), condition_sizes=(Size(80, 64), Size(64, 96)))
+    (given,) = case.inputs()
+    frames = edit.family.generate(
+        edit.bench.modules,
+        edit.family.load_decoder(plain_build),
+        edit.bench.encode(given),
+        edit.bench.encode(replace(given, caption="")),
+        size=case.size,
+        steps=3,
+        cfg=3.0,
+        seed=11,
+    )
+    theirs = edit.reference.pipe(
+        image=list(given.originals),
+        prompt=given.caption,
+        width=96,
+        height=64,
+        num_inference_steps=3,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(11),
+        **edit.reference.text,
+    ).images[0]
+    assert np.array_equal(np.asarray(frames[0]), np.asarray(theirs))
+
+
+def test_the_target_does_not_know_the_tokens_of_another_items_references(edit: Subject) -> None:
+    """Two items with pictures of their own in one batch, each as it is alone."""
+    case = edit.case("one", "two")
+    one, two = case.inputs()
+    assert not np.array_equal(np.asarray(one.conditions[0]), np.asarray(two.conditions[0]))
+    latent = edit.bench.batch([one, two])["latent"]
+    sigma = torch.tensor([0.7, 0.7])
+    predict = lambda given: edit.family.predict(  # noqa: E731 - the line would drown in arguments
+        edit.bench.modules, "transformer", edit.bench.batch(given), latent, sigma
+    )
+    assert torch.allclose(predict([one, two])[0], predict([one, one])[0], atol=1e-5)
+    assert not torch.allclose(predict([one, two])[1], predict([one, one])[1], atol=1e-3)
+
+
+def test_the_folder_tells_which_klein_it_holds(klein: Subject, tmp_path: Path) -> None:
+    registry.make_tiny("flux2-klein", str(tmp_path / "distilled"), "distilled")
+    assert SPEC.variant_of(klein.options, ModelPaths(tmp_path / "distilled")) == "distilled"
+    assert SPEC.variant_of(klein.options, ModelPaths(klein.folder)) is None  # tiny: of no released size
+    assert SPEC.pairs() == [("base-4b", "t2i"), ("base-4b", "edit")]
+    assert SPEC.tasks_of("distilled") == ("t2i", "edit")
 
 
 # -- other models of the same classes --------------------------------------------------------------------------------

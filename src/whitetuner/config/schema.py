@@ -199,6 +199,8 @@ class Config(Section):
             )
         if self.data.source is None:
             raise UserError(
-                "there is nothing to learn from", where="[data]", mend="set data.images = 'FOLDER'"
+                "there is nothing to learn from",
+                where="[data]",
+                mend="set data.images = 'FOLDER' (edit tasks: data.target and data.conditions)",
             )
         return (DataSet(**shared),)

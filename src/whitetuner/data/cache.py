@@ -222,7 +222,9 @@ def _free(encoder: Encoder) -> None:
 def _not_finite(encoder: Facts, inputs: Inputs) -> UserError:
     return UserError(
         "the model's part '{encoder}' makes numbers of this that are not finite",
-        where=repr(inputs.caption) if encoder.reads == {"caption"} else str(inputs.target),
+        where=repr(inputs.caption)
+        if encoder.reads == {"caption"}
+        else ", ".join(map(str, inputs.conditions if inputs.target is None else (inputs.target,))),
         mend="its weights are damaged: download this part again; or set memory.dtype = 'fp32'",
         code=EXIT_FAILED,
         encoder=encoder.name,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from whitetuner.data.digests import digest_of
+from whitetuner.data.buckets import fit
+from whitetuner.data.digests import digest_of, file_digest
 from whitetuner.data.media import CUT_VERSION, cut, naming, picture, read
+from whitetuner.data.probe import probe
 from whitetuner.errors import UserError
 from whitetuner.family import Encoder, Layout, Reads
 from whitetuner.records import EncodeInput, Item, Size
@@ -44,6 +46,30 @@ class Inputs:
             item.condition_digests,
             item.condition_sizes,
         )
+
+    @classmethod
+    def prompt(
+        cls, caption: str, given: Sequence[Path] = (), resolution: int = 1024, stride_px: int = 16
+    ) -> Inputs:
+        """A prompt beside given pictures, which keep their shapes and are scaled down to the area of resolution squared.
+
+        Raises UserError for a picture that cannot be read or is too small.
+        """
+        sizes = tuple(_size_of(path, resolution, stride_px) for path in given)
+        return cls(
+            caption,
+            conditions=tuple(given),
+            condition_digests=tuple(map(file_digest, given)),
+            condition_sizes=sizes,
+        )
+
+    def pictures(self) -> tuple[tuple[Image.Image, ...], tuple[Image.Image, ...]]:
+        """(the conditions cut to their sizes, the same uncut). Raises UserError for one that changed since it was looked at."""
+        originals = tuple(
+            read(path, data=_content(path, digest))
+            for path, digest in zip(self.conditions, self.condition_digests, strict=True)
+        )
+        return tuple(map(cut, originals, self.condition_sizes)), originals
 
 
 @dataclass(frozen=True)
@@ -90,13 +116,27 @@ class Facts:
             if inputs.target is not None and size is not None:
                 target = (picture(inputs.target, size, _content(inputs.target, inputs.digest)),)
         if "conditions" in self.reads:
-            originals = tuple(
-                read(path, data=_content(path, digest))
-                for path, digest in zip(inputs.conditions, inputs.condition_digests, strict=True)
-            )
-            conditions = tuple(map(cut, originals, inputs.condition_sizes))
+            conditions, originals = inputs.pictures()
         caption = inputs.caption if "caption" in self.reads else ""
         return EncodeInput(caption, target, conditions, originals, size)
+
+
+def _size_of(path: Path, resolution: int, stride_px: int) -> Size:
+    seen = probe(path)
+    if seen.problem is not None:
+        raise seen.problem.error
+    assert seen.size is not None, "readable"
+    size = fit(seen.size, resolution, stride_px)
+    if size is None:
+        raise UserError(
+            "{width} x {height} pixels are too few for a given picture: no side may come out under {stride}",
+            where=str(path),
+            mend="take a larger one, or one of a less extreme shape",
+            width=seen.size.width,
+            height=seen.size.height,
+            stride=stride_px,
+        )
+    return size
 
 
 def _content(path: Path, digest: str) -> bytes:

@@ -1,5 +1,5 @@
-"""FLUX.2 Klein's encoders: caption -> three layers of Qwen3; picture -> normalised 2x2 patches of the VAE's
-mode.
+"""FLUX.2 Klein's encoders: caption -> three layers of Qwen3; target and given pictures -> normalised 2x2 patches of the
+VAE's mode.
 
 As in diffusers pipelines/flux2/pipeline_flux2_klein.py (`_get_qwen3_prompt_embeds`, `_encode_vae_image`).
 """
@@ -189,6 +189,33 @@ class LatentEncoder:
 
     def free(self) -> None:
         self._vae = None
+
+
+class ReferenceEncoder(LatentEncoder):
+    """Given pictures -> `reference_latents` (N, C), the tokens of all of them one after the other, and `reference_sizes`
+    (n, 2), latent height and width of each. A picture becomes a latent as a target does.
+    """
+
+    name = "references"
+    fields: Mapping[str, Layout] = {"reference_latents": "stack", "reference_sizes": "stack"}
+    reads: frozenset[Reads] = frozenset({"conditions"})
+
+    def fingerprint(self) -> str:
+        return fingerprint_files(_files(self.paths.component("vae")), extra="klein references 1")
+
+    @torch.no_grad()
+    def encode(self, given: EncodeInput) -> dict[str, Tensor]:
+        assert self._vae is not None, "encode before load"
+        vae = self._vae
+        latents = [self.latent(vae, picture).cpu() for picture in self.in_order(given.conditions)]
+        return {
+            "reference_latents": torch.cat([one.flatten(1).T for one in latents]),
+            "reference_sizes": torch.tensor([list(one.shape[-2:]) for one in latents]),
+        }
+
+    def in_order(self, pictures: tuple[Image.Image, ...]) -> tuple[Image.Image, ...]:
+        """As they were given: the first is "image 1" of the prompt."""
+        return pictures
 
 
 def _files(component: Path) -> list[Path]:

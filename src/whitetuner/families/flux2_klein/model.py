@@ -21,7 +21,7 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor, nn
 
-from whitetuner.families.flux2_klein.encoders import LatentEncoder, TextEncoder
+from whitetuner.families.flux2_klein.encoders import LatentEncoder, ReferenceEncoder, TextEncoder
 from whitetuner.families.flux2_klein.keys import KEYS
 from whitetuner.families.flux2_klein.spec import SPEC, KleinOptions, is_distilled
 from whitetuner.family import BuildFn, Encoder, ModelPaths
@@ -41,7 +41,8 @@ class Model:
         return SPEC.stride(self.paths)
 
     def encoders(self, task: str) -> list[Encoder]:
-        return [TextEncoder(self.paths, self.options), LatentEncoder(self.paths)]
+        found: list[Encoder] = [TextEncoder(self.paths, self.options), LatentEncoder(self.paths)]
+        return [*found, ReferenceEncoder(self.paths)] if task == "edit" else found
 
     def load(self, build: BuildFn) -> dict[str, nn.Module]:
         folder = self.paths.component("transformer")
@@ -70,9 +71,8 @@ class Model:
         if "reference_latents" in batch.fields:
             references, sizes = batch["reference_latents"], batch["reference_sizes"]
             assert isinstance(references, Tensor) and isinstance(sizes, Tensor)
-            tokens = torch.cat([tokens, references.to(tokens)], dim=1)
-            for index, (rows, columns) in enumerate(sizes[0].tolist()):
-                ids = torch.cat([ids, self.image_ids(rows, columns, self.reference_time(index))])
+            tokens = self.join(tokens, references.to(tokens))
+            ids = self.join(ids[None], self.reference_ids(sizes[0])[None])[0]
         said = transformer(
             hidden_states=tokens.to(compute.dtype),
             timestep=self.clock(sigma).to(compute.dtype),
@@ -82,7 +82,7 @@ class Model:
             img_ids=ids.to(x_t.device),
             return_dict=False,
         )[0]
-        # The target's tokens come first; what the model says about the references is not asked for.
+        # What the model says about the references is not asked for.
         return said[:, : height * width].float().transpose(1, 2).reshape(x_t.shape)
 
     def clock(self, sigma: Tensor) -> Tensor:
@@ -102,13 +102,26 @@ class Model:
         """(length, 4) rotary positions (0, 0, 0, token)."""
         return nn.functional.pad(torch.arange(length)[:, None], (3, 0))
 
+    def join(self, target: Tensor, references: Tensor) -> Tensor:
+        """(B, H W, ...) and (B, N, ...) -> (B, H W + N, ...): the target's tokens come first."""
+        return torch.cat([target, references], dim=1)
+
+    def reference_ids(self, sizes: Tensor) -> Tensor:
+        """(N, 4) positions of all references' tokens; sizes: (n, 2) latent heights and widths. Each counts from 0 again."""
+        return torch.cat(
+            [
+                self.image_ids(rows, columns, self.reference_time(index))
+                for index, (rows, columns) in enumerate(sizes.tolist())
+            ]
+        )
+
     def reference_time(self, index: int) -> int:
         """References stand 10 apart on the time axis, the first at 10."""
         return 10 * (index + 1)
 
     # -- whole pictures -------------------------------------------------------------------------------------
 
-    def pipeline(self, modules: Mapping[str, nn.Module], decoder: nn.Module) -> Flux2KleinPipeline:
+    def pipeline(self, modules: Mapping[str, nn.Module], decoder: nn.Module) -> _Pipeline:
         """The diffusers pipeline around our modules, without text encoder; nothing is moved."""
         folder = self.paths.component("scheduler")
         pipe = _Pipeline(
@@ -136,8 +149,8 @@ class Model:
         seed: int,
         on_step: Callable[[int], bool] | None = None,
     ) -> list[Image.Image]:
-        """As in the contract. A distilled model takes no guidance, whatever cfg says: the pipeline's own
-        rule.
+        """As in the contract; references are taken from the prompt's fields. A distilled model takes no guidance, whatever
+        cfg says: the pipeline's own rule.
         """
         compute = _anchor(modules["transformer"])
 
@@ -149,7 +162,10 @@ class Model:
             return values
 
         pipe = self.pipeline(modules, decoder)
+        if "reference_latents" in prompt:
+            pipe.references = (prompt["reference_latents"], self.reference_ids(prompt["reference_sizes"]))
         latent = pipe(
+            image=None if pipe.references is None else _PLACEHOLDER,
             prompt_embeds=prompt["prompt_embeds"][None].to(compute),
             negative_prompt_embeds=None if negative is None else negative["prompt_embeds"][None].to(compute),
             width=size.width,
@@ -166,14 +182,28 @@ class Model:
         return pipe.image_processor.postprocess(pixels, output_type="pil")
 
 
+#: Makes the pipeline ask for reference latents; nothing of it is looked at but its size, which must be at least 64.
+_PLACEHOLDER = Image.new("RGB", (64, 64))
+
+
 class _Pipeline(Flux2KleinPipeline):
-    """Works where the denoiser computes; diffusers would look where the VAE lies, which may be parked
-    elsewhere.
+    """Works where the denoiser computes; diffusers would look where the VAE lies, which may be parked elsewhere.
+
+    references: tokens (N, C) and positions (N, 4), encoded before; they stand in for what it would make of pictures
     """
+
+    references: tuple[Tensor, Tensor] | None = None
 
     @property
     def _execution_device(self) -> torch.device:
         return _anchor(self.transformer).device
+
+    def prepare_image_latents(
+        self, images: Any, batch_size: int, generator: Any, device: Any, dtype: Any
+    ) -> tuple[Tensor, Tensor]:
+        assert self.references is not None, "a picture without latents"
+        latents, ids = (one.to(device).expand(batch_size, -1, -1) for one in self.references)
+        return latents, ids
 
 
 def _anchor(transformer: Any) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -66,6 +66,10 @@ def _patch_before_channel(right: Callable[..., Tensor]) -> Callable[..., Tensor]
     return latent
 
 
+def _edit(caught_by: Literal["E1", "E2"], mutate: Mutate) -> Mutant:
+    return Mutant(caught_by, mutate, ("edit",))
+
+
 MUTANTS: dict[str, Mutant] = {
     "tokens packed column by column": Mutant("E1", method("pack", _packed_by_columns)),
     "rows and columns exchanged in the positions": Mutant("E1", method("image_ids", _exchanged_axes)),
@@ -100,6 +104,23 @@ MUTANTS: dict[str, Mutant] = {
     "patch before channel in the latent": Mutant(
         "E2", encoder_method("vae", "latent", _patch_before_channel)
     ),
+    "references without distance on the time axis": _edit(
+        "E1", method("reference_time", lambda right: lambda index: index + 1)
+    ),
+    "references all at one time": _edit("E1", method("reference_time", lambda right: lambda index: 10)),
+    "references at the time of the target": _edit(
+        "E1", method("reference_time", lambda right: lambda index: 10 * index)
+    ),
+    "references in the opposite order": _edit(
+        "E2", encoder_method("references", "in_order", lambda right: lambda pictures: pictures[::-1])
+    ),
+    "references before the target": _edit(
+        "E1", method("join", lambda right: lambda target, references: right(references, target))
+    ),
+    "references not normalised": _edit(
+        "E2", encoder_method("references", "normalise", lambda right: lambda vae, latent: latent)
+    ),
+    "references drawn instead of the mode": _edit("E2", encoder_method("references", "latent", _sampled)),
     "pixels in [0, 1]": Mutant(
         "E2", encoder_method("vae", "pixels", lambda right: lambda picture: (right(picture) + 1) / 2)
     ),

@@ -42,10 +42,26 @@ class Reference:
         embeds, _ = self.pipe.encode_prompt(prompt=given.caption, **self.text)
         pixels = self.pipe.image_processor.preprocess(given.target[0])
         latent = self.pipe._encode_vae_image(pixels, generator=None)
-        return {"prompt_embeds": embeds[0], "latent": latent[0]}
+        found = {"prompt_embeds": embeds[0], "latent": latent[0]}
+        if given.conditions:
+            pictures = [self.pipe.image_processor.preprocess(one) for one in given.conditions]
+            packed, ids = self.pipe.prepare_image_latents(pictures, 1, None, "cpu", torch.float32)
+            times = ids[0, :, 0].unique()
+            last = [
+                ids[0][ids[0, :, 0] == time].amax(0) for time in times
+            ]  # of each picture: its last row and column
+            found["reference_latents"] = packed[0]
+            found["reference_sizes"] = torch.stack(last)[:, 1:3] + 1
+        return found
 
     def walk(self, given: Sequence[EncodeInput], noise: Tensor, steps: int, cfg: float) -> Walk:
-        """All items share the reference pictures of the first: the pipeline knows one list for the batch."""
+        """Each item beside its own reference pictures: the pipeline knows one list of them for a whole batch."""
+        if not given[0].conditions:
+            return self._walk(given, noise, steps, cfg)
+        alone = [self._walk([one], noise[i : i + 1], steps, cfg) for i, one in enumerate(given)]
+        return Walk(alone[0].sigmas, [torch.cat(points) for points in zip(*(walk.points for walk in alone))])
+
+    def _walk(self, given: Sequence[EncodeInput], noise: Tensor, steps: int, cfg: float) -> Walk:
         size = given[0].size
         assert size is not None
         ids = self.pipe._prepare_latent_ids(noise)

@@ -45,6 +45,17 @@ def is_distilled(options: KleinOptions, paths: ModelPaths) -> bool:
     return index.is_file() and bool(_read(index).get("is_distilled", False))
 
 
+def _variant(options: KleinOptions, paths: ModelPaths) -> str | None:
+    """Which one the folder holds: by model_index.json and the number of heads."""
+    return "distilled" if is_distilled(options, paths) else _size_of(paths)
+
+
+def _size_of(paths: ModelPaths) -> str | None:
+    transformer = paths.component("transformer")
+    heads = None if transformer.is_file() else _read(transformer / "config.json").get("num_attention_heads")
+    return _HEADS.get(heads) if isinstance(heads, int) else None
+
+
 def _stride(paths: ModelPaths) -> int:
     """The VAE halves the picture between its levels, and 2x2 of its pixels make one token: 16 for four
     levels.
@@ -73,14 +84,12 @@ def _advice(options: KleinOptions, paths: ModelPaths) -> tuple[UserError, ...]:
                 mend="train on FLUX.2-klein-base-4B or -9B",
             )
         )
-    transformer = paths.component("transformer")
-    heads = None if transformer.is_file() else _read(transformer / "config.json").get("num_attention_heads")
-    held = _HEADS.get(heads) if isinstance(heads, int) else None
+    held = _size_of(paths)
     if held is not None and options.variant in _HEADS.values() and options.variant != held:
         found.append(
             UserError(
                 "model.options.variant says {said}, but the folder holds {held}",
-                where=str(transformer),
+                where=str(paths.component("transformer")),
                 mend="leave variant out; it is told from the folder",
                 said=options.variant,
                 held=held,
@@ -121,7 +130,7 @@ SPEC = FamilySpec(
     name="flux2-klein",
     title="FLUX.2 Klein",
     title_zh="FLUX.2 Klein",
-    tasks=("t2i",),
+    tasks=("t2i", "edit"),
     variants={
         "base-4b": "FLUX.2-klein-base-4B: train on this one; fits small cards",
         "base-9b": "FLUX.2-klein-base-9B: the larger one",
@@ -131,6 +140,7 @@ SPEC = FamilySpec(
     parts=lambda options: (Part("transformer", ("transformer_blocks", "single_transformer_blocks")),),
     stride_px=16,
     stride_of=_stride,
+    variant_of=_variant,
     advice=_advice,
     components=dict.fromkeys(("transformer", "vae", "text_encoder", "tokenizer", "scheduler"), _HUB),
     transformer_class="Flux2Transformer2DModel",

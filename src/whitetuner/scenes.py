@@ -1,0 +1,71 @@
+"""The pictures that a run draws while it trains: what they need is checked before anything loads, and encoded with the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from whitetuner.config.schema import Config, Prompt
+from whitetuner.data.cache import Cached, Inputs
+from whitetuner.data.survey import SetOptions
+from whitetuner.errors import UserError
+from whitetuner.family import Family
+from whitetuner.models import check_size
+from whitetuner.records import Size
+from whitetuner.train.preview import Scene
+
+
+def check_previews(config: Config, family: Family) -> None:
+    """Raises UserError for the first preview that this model cannot draw: its size, its given pictures."""
+    for index, prompt in enumerate(config.preview.prompts):
+        where = f"preview.prompts[{index}]"
+        if prompt.size is not None:
+            check_size(Size(*prompt.size), family.stride(), f"{where}.size", "[{}, {}]")
+        if config.model.task == "edit" and not prompt.images:
+            raise UserError(
+                "a preview of an edit task needs given pictures",
+                where=f"{where}.images",
+                mend='name them: images = ["FILE"]; one of the condition folders will do',
+            )
+        if config.model.task in ("t2i", "t2v") and prompt.images:
+            raise UserError(
+                "given pictures are for an edit task, but the task is {task}",
+                where=f"{where}.images",
+                mend='leave images out, or set model.task = "edit"',
+                task=config.model.task,
+            )
+        inputs_of(prompt.text, prompt, config, family)
+
+
+def inputs_of(text: str, prompt: Prompt, config: Config, family: Family) -> Inputs:
+    """What the encoders are asked for a text of a preview. Raises UserError for a given picture that cannot be read."""
+    images = [Path(image).expanduser() for image in prompt.images]
+    return Inputs.prompt(text, images, reference_resolution(config) if images else 0, family.stride())
+
+
+def reference_resolution(config: Config) -> int:
+    """Side in pixels of a square of the area that given pictures are read at: as those of the first data set."""
+    return SetOptions.of(config.data_sets()[0]).reference_resolution
+
+
+def scene_of(prompt: Prompt, config: Config, family: Family, cached: Cached, size: Size) -> Scene:
+    """A preview ready to be drawn; size: without one of its own and without given pictures."""
+    spec = family.spec
+    wanted, unwanted = (inputs_of(text, prompt, config, family) for text in (prompt.text, prompt.negative))
+    if prompt.size is not None:
+        size = Size(*prompt.size)
+    elif wanted.condition_sizes:
+        size = wanted.condition_sizes[0]
+    cfg = spec.sample_cfg if prompt.cfg is None else prompt.cfg
+    fields: Mapping[str, torch.Tensor] = cached.fields(wanted)
+    return Scene(
+        text=prompt.text,
+        prompt=fields,
+        negative=cached.fields(unwanted) if cfg > 1 else None,
+        size=size,
+        seed=prompt.seed,
+        steps=prompt.steps or spec.sample_steps,
+        cfg=cfg,
+    )
