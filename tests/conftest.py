@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
+import tempfile
 
 # Before torch is imported by anything. One thread: sums in one order, and no fight over the cores of a CI machine.
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -11,6 +13,9 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ[name] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Runs of the tests must neither show up among the user's nor wait for them.
+os.environ["WHITETUNER_STATE"] = tempfile.mkdtemp(prefix="whitetuner-state-")
+atexit.register(shutil.rmtree, os.environ["WHITETUNER_STATE"], ignore_errors=True)
 
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402

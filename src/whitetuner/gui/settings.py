@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ipaddress
 import os
 import secrets
@@ -71,3 +72,54 @@ def password_for(host: str, file: Path | None) -> tuple[str | None, bool]:
             least=SHORTEST_PASSWORD,
         )
     return given, False
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The words of `whitetuner gui`."""
+    add = parser.add_argument
+    add(
+        "--listen",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="where others reach the page, e.g. 0.0.0.0 (a password is then needed; default: %(default)s)",
+    )
+    add("--port", type=int, default=7860, help="a taken one gives way to the next (default: %(default)s)")
+    add(
+        "--tensorboard",
+        type=int,
+        default=6006,
+        metavar="PORT",
+        help="TensorBoard's own port on this machine (default: %(default)s)",
+    )
+    add("--no-browser", action="store_true", help="do not open a browser")
+    add("--server", action="store_true", help="no dialogs; paths stay inside the --root folders")
+    add(
+        "--root",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="with --server: a folder that may be used (may be repeated; default: the current one)",
+    )
+    add(
+        "--password-file",
+        type=Path,
+        metavar="FILE",
+        help="holds the page's password (or WHITETUNER_PASSWORD; else one is made up where it is needed)",
+    )
+
+
+def from_arguments(given: argparse.Namespace) -> Settings:
+    """Raises UserError for a password that is none."""
+    password, made_up = password_for(given.listen, given.password_file)
+    roots = tuple(root.resolve() for root in given.root or [Path.cwd()]) if given.server else ()
+    return Settings(
+        host=given.listen,
+        port=given.port,
+        tensorboard_port=given.tensorboard,
+        open_browser=not given.no_browser,
+        server=given.server,
+        password=password,
+        made_up=made_up,
+        roots=roots,
+    )
