@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -43,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Before torch loads: libgomp's threads spin long before they sleep. The demo's step on two cores, seconds: quiet 0.12 by
     # default, 0.14 with this, 0.18 with sleeping at once; beside one busy core 0.66 to 1.4, 0.27 and 0.24 (docs/log.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    # It looks for kernels that are not used here, and warns of each that it does not find.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     parser = make_parser()
     given = parser.parse_args(arguments)
     if given.word is None:

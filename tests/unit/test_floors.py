@@ -40,7 +40,7 @@ FLOORS = [
         "drawing",
         "gui",
     },
-    {"api", "cli", "commands", "demo", "evidence", "selftest", "__main__", "__init__"},
+    {"api", "cli", "commands", "demo", "evidence", "memory_proofs", "selftest", "__main__", "__init__"},
 ]
 #: Words explain words; rooms on the two upper floors are steps of one thing. The page knows none of its neighbours.
 NEIGHBOURS_MAY = {0: FLOORS[0], 3: FLOORS[3] - {"gui"}, 4: FLOORS[4]}
