@@ -74,6 +74,7 @@ class FamilySpec:
     tasks:      of "t2i", "edit", "i2v", "t2v"
     variants:   name -> one line of what it is; the first is the default
     variant_tasks: variant -> the tasks it is for, where variants differ in that; empty: every variant does every task
+    most_references: variant -> the given pictures that it takes at most, where the model limits that
     variant_of: which variant a model folder holds, told from names and config files; None: cannot be told
     stride_px:  width and height of a training picture are multiples of this for the released models
     stride_of:  the same for the model at hand, told from its config files; `stride` asks it
@@ -108,6 +109,7 @@ class FamilySpec:
     transformer_class: str = ""
     converts: tuple[str, ...] = ()
     variant_tasks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    most_references: Mapping[str, int] = field(default_factory=dict)
     variant_of: Callable[[Any, ModelPaths], str | None] = lambda options, paths: None
     frames: int = 0
     min_size_px: int = 64

@@ -62,6 +62,7 @@ class Subject:
 
     def case(self, *captions: str, columns: int = 4, rows: int = 4, **more: Any) -> Case:
         conditions = (self.size(5, 4), self.size(4, 6)) if self.task == "edit" else ()
+        conditions = conditions[: self.spec.most_references.get(self.variant, len(conditions))]
         if self.task == "i2v":
             conditions = (self.size(columns, rows)._replace(frames=1),)
         return Case(captions or CAPTIONS[:1], self.size(columns, rows), condition_sizes=conditions, **more)

@@ -39,14 +39,14 @@ class Place:
 
 @pytest.fixture(
     scope="module",
-    params=[(name, task) for name in registry.FAMILIES for task in registry.spec(name).tasks],
+    params=[(name, *pair) for name in registry.FAMILIES for pair in registry.spec(name).pairs()],
     ids=lambda param: "-".join(param),
 )
 def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    name, task = request.param
+    name, variant, task = request.param
     folder = tmp_path_factory.mktemp(name) / "model"
     with quiet():
-        registry.make_tiny(name, str(folder))
+        registry.make_tiny(name, str(folder), variant)
         family = registry.load(
             name, registry.spec(name).options(**registry.spec(name).tiny_options), ModelPaths(Path(folder))
         )

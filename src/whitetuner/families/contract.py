@@ -77,7 +77,7 @@ class Walk:
 
 class Reference(Protocol):
     """A family's diffusers pipeline, loaded by diffusers and called as its users call it, told in our
-    conventions.
+    conventions. One that guides in another way than `guide` has a method of that name and signature.
     """
 
     def __init__(self, folder: Path, options: Any) -> None: ...
@@ -142,11 +142,16 @@ def euler_step_error(bench: Bench, reference: Reference, case: Case) -> float:
         velocity = bench.family.predict(bench.modules, part, batch, x, level)
         if case.cfg > 1:
             unguided = bench.family.predict(bench.modules, part, empty, x, level)
-            velocity = unguided + case.cfg * (velocity - unguided)
+            velocity = getattr(reference, "guide", guide)(velocity, unguided, case.cfg)
         ours = x + (following - sigma) * velocity
         error = float((ours - after).norm() / (after - x).norm())
         worst = max(worst, error if math.isfinite(error) else math.inf)
     return worst
+
+
+def guide(velocity: Tensor, unguided: Tensor, cfg: float) -> Tensor:
+    """Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598), as most pipelines do it."""
+    return unguided + cfg * (velocity - unguided)
 
 
 @torch.no_grad()

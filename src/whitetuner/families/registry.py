@@ -19,6 +19,7 @@ RANDOM_MARK = "RANDOM_WEIGHTS.txt"
 FAMILIES: dict[str, str] = {
     "flux2-klein": "whitetuner.families.flux2_klein",
     "zimage": "whitetuner.families.zimage",
+    "zimage-v2": "whitetuner.families.zimage_v2",
     "qwen-image": "whitetuner.families.qwen_image",
 }
 
