@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,9 +15,10 @@ def blank(
     module: nn.Module, options: ZImageOptions, size: Size, stride_px: int, conditions: tuple[Size, ...] = ()
 ) -> dict[str, Tensor]:
     """The fields of one sample, as the encoders would shape them, in zeros; without a batch dimension."""
+    config: Any = module.config
     # A token is 2x2 latent pixels.
     rows, columns = (2 * (side // stride_px) for side in (size.height, size.width))
     return {
-        "latent": torch.zeros(module.config.in_channels, rows, columns),
-        "prompt_embeds": torch.zeros(options.max_sequence_length, module.config.cap_feat_dim),
+        "latent": torch.zeros(config.in_channels, rows, columns),
+        "prompt_embeds": torch.zeros(options.max_sequence_length, config.cap_feat_dim),
     }

@@ -90,7 +90,7 @@ def variant_of(options: ZImageOptions, paths: ModelPaths) -> str | None:
     names = [part for folder in _folders(paths) for part in folder.absolute().parts[-4:]]
     kept = _folders(paths)[-1] / "config.json"
     if kept.is_file():
-        names.append(str(read_config(kept).get("_name_or_path", "")))
+        names += re.split(r"[/\\]", str(read_config(kept).get("_name_or_path", "")))[-4:]
     words = [name.lower() for name in names if re.search(r"z[-_ ]?image", name, re.IGNORECASE)]
     if any(re.search(r"de[-_ ]?turbo", word) for word in words):
         return "de-turbo"

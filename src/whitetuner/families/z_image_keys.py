@@ -165,3 +165,7 @@ def _replaced(name: str, table: Mapping[str, str]) -> str:
     if block is not None and block[3] in table:
         return f"{block[1]}.{block[2]}.{table[block[3]]}.{parameter}"
     return f"{table[module]}.{parameter}" if module in table else name
+
+
+#: V1's own; V2 reads adapters of V1 by it.
+V1_KEYS = ZImageKeys("Z-Image", {"noise_refiner": MODULATED, "context_refiner": PLAIN, "layers": MODULATED})

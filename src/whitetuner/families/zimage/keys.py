@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from whitetuner.families.z_image_keys import MODULATED, PLAIN, ZImageKeys
+from whitetuner.families.z_image_keys import V1_KEYS
 
-KEYS = ZImageKeys("Z-Image", {"noise_refiner": MODULATED, "context_refiner": PLAIN, "layers": MODULATED})
+KEYS = V1_KEYS
