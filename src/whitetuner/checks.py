@@ -115,6 +115,7 @@ def check_config(
         sections,
         spec.stride_px if paths is None else spec.stride(paths),
         min_size_px=spec.min_size_px,
+        most_conditions=None if paths is None else spec.references_at_most(config.model_options(), paths),
         batch_size=config.data.batch_size,
         deep=deep,
         tokens=None if paths is None else _counter(paths, spec.template_tokens),

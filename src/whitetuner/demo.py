@@ -216,10 +216,10 @@ def family(name: str, task: str | None, method: str, out: Path) -> int:
     from whitetuner.runs.console import Console
     from whitetuner.tiny import TINY_SIZE_PX, tiny_values
 
-    values = tiny_values(name, out / "model", out / "data", out, task)
+    values = tiny_values(name, out / "model", out / "data", out, task, variant)
     # The first picture of `testdata edit`: an empty place, and the thing that is to stand there.
     given = [out / "data" / "condition_1" / "01.jpg", out / "data" / "condition_2" / "01.png"]
-    images = given if task == "edit" else []
+    images = given[: len(values["data.conditions"])] if task == "edit" else []
     prompt = "put the red ball on the left" if task == "edit" else "a red circle"
     preview = {"text": prompt, "size": [TINY_SIZE_PX, TINY_SIZE_PX], "steps": 2}
     loaded = load_config(

@@ -22,7 +22,7 @@ from whitetuner.records import EncodeInput, Size
 from whitetuner.rehearsal import check_weights
 from whitetuner.resolve import choose_device, choose_dtype
 from whitetuner.runs.folder import RunFolder
-from whitetuner.scenes import reference_resolution
+from whitetuner.scenes import check_count, reference_resolution
 
 #: Longest side that is drawn; larger ones are a slip of the finger that would ask for terabytes.
 LARGEST_PX = 8192
@@ -76,6 +76,7 @@ def sample(
     task = task_for(spec, spec.variant_of(family.options, family.paths), bool(images), trained)
     if resolution is None:
         resolution = math.isqrt(spec.default_size.width * spec.default_size.height)
+    check_count(len(images), family, "--image")
     asked = [Inputs.prompt(text, images, resolution, family.stride()) for text in (prompt, negative)]
     check_weights(family)
     given = None if adapter is None else load_adapter(adapter, family.keys)

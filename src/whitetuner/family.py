@@ -135,6 +135,10 @@ class FamilySpec:
         """The tasks that a variant is for."""
         return self.variant_tasks.get(variant, self.tasks)
 
+    def references_at_most(self, options: Any, paths: ModelPaths) -> int | None:
+        """Given pictures that the model in the folder takes; None: any number."""
+        return self.most_references.get(self.variant_of(options, paths) or "")
+
     def pairs(self) -> list[tuple[str, str]]:
         """(variant, task) pairs that the contract suite proves, one random tiny model each.
 

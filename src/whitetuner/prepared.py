@@ -72,6 +72,7 @@ def find_items(config: Config, family: Family, progress: Progress | None = None)
         config.data_sets(),
         family.stride(),
         min_size_px=min(family.spec.min_size_px, *_smallest(config)),
+        most_conditions=family.spec.references_at_most(family.options, family.paths),
         index_folder=cache_folder(config),
         progress=None if progress is None else lambda done, total: progress("scan", done, total),
     )

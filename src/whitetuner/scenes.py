@@ -36,7 +36,21 @@ def check_previews(config: Config, family: Family) -> None:
                 mend='leave images out, or set model.task = "edit"',
                 task=config.model.task,
             )
+        check_count(len(prompt.images), family, f"{where}.images")
         inputs_of(prompt.text, prompt, config, family)
+
+
+def check_count(given: int, family: Family, where: str) -> None:
+    """Raises UserError when the model does not take so many given pictures."""
+    most = family.spec.references_at_most(family.options, family.paths)
+    if most is not None and given > most:
+        raise UserError(
+            "{count} given pictures, but this model takes at most {most}",
+            where=where,
+            mend="name fewer, or take a model for several",
+            count=given,
+            most=most,
+        )
 
 
 def inputs_of(text: str, prompt: Prompt, config: Config, family: Family) -> Inputs:

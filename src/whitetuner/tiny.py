@@ -16,15 +16,17 @@ def tiny_options(family: str) -> dict[str, Any]:
     return dict(registry.spec(family).tiny_options)
 
 
-def tiny_values(family: str, model: Path, data: Path, output: Path, task: str = "t2i") -> dict[str, Any]:
+def tiny_values(
+    family: str, model: Path, data: Path, output: Path, task: str = "t2i", variant: str = ""
+) -> dict[str, Any]:
     """Dotted config values of a run over a tiny model and a small data set; seconds on a CPU.
 
-    data: folder of pictures; of an edit task: with the folders target, condition_1 and condition_2, as `testdata` makes them
+    data: folder of pictures; of an edit task: with the folders target, condition_1 and condition_2, as `testdata` makes them,
+    of which a variant that takes one picture is given the first
     """
-    edit = {
-        "data.target": str(data / "target"),
-        "data.conditions": [str(data / "condition_1"), str(data / "condition_2")],
-    }
+    folders = [str(data / "condition_1"), str(data / "condition_2")]
+    most = registry.spec(family).most_references.get(variant, len(folders))
+    edit = {"data.target": str(data / "target"), "data.conditions": folders[:most]}
     return {
         "run.name": f"tiny-{family}",
         "run.output_dir": str(output),

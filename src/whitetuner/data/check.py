@@ -165,6 +165,7 @@ def check_sets(
     stride_px: int = 16,
     *,
     min_size_px: int = 64,
+    most_conditions: int | None = None,
     batch_size: int = 1,
     deep: bool = False,
     tokens: Callable[[str], int] | None = None,
@@ -173,9 +174,9 @@ def check_sets(
 ) -> CheckReport:
     """Everything that can be said of the sets. Raises nothing for what is wrong with them.
 
-    sections: objects with the fields of SetOptions; tokens: counts a caption's tokens as the model does (None: words are
-    counted), of which it reads max_tokens; deep: decode every picture;
-    progress: told (pictures looked at, pictures in all)
+    sections: objects with the fields of SetOptions; most_conditions: that the model takes, None: any number
+    tokens: counts a caption's tokens as the model does (None: words are counted), of which it reads max_tokens
+    deep: decode every picture; progress: told (pictures looked at, pictures in all)
     """
     began = time.perf_counter()
     looked = survey(sections, deep, progress)
@@ -189,7 +190,7 @@ def check_sets(
             size, problem = None, Problem("resolution", "error", of.folder, error)
         if problem is not None:
             problems.append(problem)
-        conditions, wrong = place_conditions(found, of, stride_px)
+        conditions, wrong = place_conditions(found, of, stride_px, most_conditions)
         problems += wrong
         if conditions is None:
             size = None

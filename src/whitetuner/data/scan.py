@@ -45,13 +45,14 @@ def scan(
     stride_px: int,
     *,
     min_size_px: int = 64,
+    most_conditions: int | None = None,
     index_folder: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scan:
     """Items of all sets, in an order that is the same on every machine.
 
-    sections: objects with the fields of SetOptions; index_folder: where content hashes are remembered;
-    progress: told (files hashed, files to hash)
+    sections: objects with the fields of SetOptions; most_conditions: that the model takes, None: any number;
+    index_folder: where content hashes are remembered; progress: told (files hashed, files to hash)
     Raises UserErrors with everything that must be mended first.
     """
     looked = survey(sections)
@@ -60,7 +61,7 @@ def scan(
     for found in looked.found:
         of = looked.sets[found.set_index]
         size, problem = place(found, of, stride_px, min_size_px)
-        conditions, wrong = place_conditions(found, of, stride_px)
+        conditions, wrong = place_conditions(found, of, stride_px, most_conditions)
         problems += [*([problem] if problem is not None else []), *wrong]
         if size is not None and conditions is not None:
             sized.append((found, size, conditions))
@@ -116,9 +117,21 @@ def place(
 
 
 def place_conditions(
-    found: Found, of: PictureSet, stride_px: int
+    found: Found, of: PictureSet, stride_px: int, most: int | None = None
 ) -> tuple[tuple[Size, ...] | None, list[Problem]]:
-    """The sizes the given pictures are read at, and what is wrong with them. None: one of them cannot be used."""
+    """The sizes the given pictures are read at, and what is wrong with them. None: one of them cannot be used.
+
+    most: given pictures that the model takes; None: any number
+    """
+    if most is not None and len(found.conditions) > most:
+        many = UserError(
+            "{count} given pictures of one target, but this model takes at most {most}",
+            where=str(found.path),
+            mend="name fewer condition folders (or suffixed pictures), or take a model for several",
+            count=len(found.conditions),
+            most=most,
+        )
+        return None, [Problem("too many conditions", "error", found.path, many)]
     sizes: list[Size] = []
     problems = []
     skip = of.options.too_small == "skip"
