@@ -25,19 +25,19 @@ _PRODUCT_ERROR = 1e-5
 def quantised_base(family: Family, part: Part) -> tuple[bool, str, str]:
     """E4: in every quantised layer the output and dL/dx are those of the dequantised weight, whose error is bounded."""
     product, weight, layers = 0.0, 0.0, 0
-    precise = dict(family.load(Build())[part.name].named_modules())
+    precise = dict(family.load(Build())[part.name].named_parameters())
     for kind, bound in _WEIGHT_ERROR.items():
         module: nn.Module = family.load(Build(quantize=kind))[part.name]  # type: ignore[arg-type]
         for path, layer in module.named_modules():
             if not isinstance(layer, QuantLinear):
                 continue
             layers += 1
-            dense, original = layer.dequantized(), precise[path].weight
-            largest = original.abs().amax(1, keepdim=True).clamp_min(1e-30)
+            dense, original = QuantLinear.dequantized(layer), precise[f"{path}.weight"]
+            largest = original.detach().abs().amax(1, keepdim=True).clamp_min(1e-30)
             weight = max(weight, float(((dense - original).abs() / largest).max()) / bound)
             generator = torch.Generator().manual_seed(layers)
             x = torch.randn(5, layer.in_features, generator=generator)
-            bias = None if layer.bias is None else layer.bias.detach()
+            bias = layer._parameters["bias"]
             found = _gradient(layer, x)
             wanted = _gradient(partial(nn.functional.linear, weight=dense, bias=bias), x)
             product = max(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from whitetuner.families import registry
 from whitetuner.family import Family, ModelPaths, Part
 from whitetuner.memory.blocks import blocks_of
 from whitetuner.memory.build import Build
+from whitetuner.memory.fit import Fitted, fit
 from whitetuner.memory.machine import CONTEXT_BYTES, GIB, Machine, this_machine, typical_machine
 from whitetuner.memory.measure import StepCost, measure_step
 from whitetuner.memory.plan import Plan, Wishes, make_plan, weigh
@@ -40,6 +41,8 @@ _QUANTISED: dict[str, Kind] = {"int8": "int8", "fp8": "fp8", "nf4": "nf4"}
 #: Bytes that an optimizer keeps for each trained number (docs of each; adafactor's factored moments are next to nothing).
 _STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 1, "prodigy": 16}
 _OTHER_STATE_BYTES = 8
+#: Of the memory that the first steps left free: later ones may need a little more.
+_USED_OF_FREE = 0.9
 
 
 @dataclass(frozen=True)
@@ -247,6 +250,47 @@ def denoiser_build(way: Way, device: torch.device, dtype: torch.dtype, lists: Se
     """Blocks that will wait on the host are never all on the card, not even while loading."""
     host = () if way.residents is None else tuple(f"{name}.*" for name in lists)
     return Build(dtype=dtype, device=device, quantize=way.quantize, host=host)
+
+
+def fit_denoiser(
+    config: Config,
+    way: Way,
+    module: torch.nn.Module,
+    part: Part,
+    device: torch.device,
+    tell: Callable[[str], None],
+) -> Fitted:
+    """Puts the way on a denoiser with its adapter. tell: hears what waits on the host, now and later."""
+    memory = config.memory
+    fitted = fit(
+        module,
+        part.block_lists,
+        device,
+        residents=way.residents,
+        plain=way.plain,
+        inputs_on_host=memory.activation_offload,
+        compiled=memory.compile,
+        attention=memory.attention,
+        slots=way.slots,
+        tell=tell,
+    )
+    if fitted.engine is not None:
+        streamed = len(fitted.engine.layouts) - len(fitted.engine.residents)
+        tell(f"{streamed} blocks wait on the host; {fitted.engine.pinned}")
+    return fitted
+
+
+def correct_plan(way: Way, fitted: Fitted | None, device: torch.device) -> dict[str, int]:
+    """The first steps have shown what the plan could only reckon: more or fewer blocks stay on the card from now on.
+
+    Returns what was seen, for run.json; nothing where there is no card or no plan.
+    """
+    if way.plan is None or fitted is None or device.type != "cuda":
+        return {}
+    seen = torch.cuda.max_memory_reserved(device) + CONTEXT_BYTES
+    free = way.plan.machine.vram_bytes - seen
+    fitted.correct(int(free * _USED_OF_FREE) if free > 0 else free)
+    return {"peak_bytes": seen, "planned_bytes": way.plan.best.peak_bytes}
 
 
 def released(name: str, variant: str | None, folder: Path) -> tuple[Family, str]:

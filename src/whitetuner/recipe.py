@@ -22,10 +22,8 @@ from whitetuner.data.loader import Loader
 from whitetuner.data.scan import Scan
 from whitetuner.diffusion.sigmas import SigmaSettings
 from whitetuner.errors import EXIT_FAILED, UserError
-from whitetuner.family import Part
 from whitetuner.final_files import write_final
-from whitetuner.memory.fit import Fitted, fit
-from whitetuner.planning import Shape, cap_memory, denoiser_build, way_of
+from whitetuner.planning import Shape, cap_memory, correct_plan, denoiser_build, fit_denoiser, way_of
 from whitetuner.prepared import data_hash, find_items, phase_build, prepare_data, shift_of
 from whitetuner.rehearsal import adapter_for, optimizer_for, rehearse
 from whitetuner.resolve import Resolved, resolve
@@ -43,6 +41,9 @@ from whitetuner.train.step import StepSettings
 
 #: Seconds between progress events: ten thousand pictures must not make ten thousand lines.
 PROGRESS_EVERY_S = 0.25
+
+#: Steps after which the plan is held against what was seen.
+CORRECTED_AFTER = 3
 
 Listener = Callable[[events.Event], None]
 
@@ -128,6 +129,16 @@ class Session:
         except UserError as error:
             self._failed(error)
             raise
+        except torch.OutOfMemoryError as error:
+            failure = UserError(
+                "the card ran out of memory ({reason})",
+                where=str(path),
+                mend="close what else uses the card, or lower data.resolution, batch_size or memory.vram_gb; what is saved stays",
+                code=EXIT_FAILED,
+                reason=str(error).splitlines()[0][:160],
+            )
+            self._failed(failure)
+            raise failure from error
         except OSError as error:  # previews, curves, run.json: whatever of the run's folder cannot be written
             failure = UserError(
                 "the run cannot be written ({reason}); what was saved before is intact",
@@ -226,30 +237,13 @@ class Session:
         adapter, limits = adapter_for(config, family, module, self.device)
         for limit in limits:
             self._message("warning", str(limit))
-        fitted = self._fitted(part, module)
+        fitted = fit_denoiser(
+            config, self.way, module, part, self.device, tell=lambda text: self._message("info", text)
+        )
         parameters = list(adapter.parameters())
         optimizer = optimizer_for(config, parameters)
         ema = Ema(parameters, config.optimizer.ema) if config.optimizer.ema else None
         return Learner(part, module, adapter, config.method.kind, optimizer, ema, fitted)
-
-    def _fitted(self, part: Part, module: torch.nn.Module) -> Fitted:
-        memory, way = self.config.memory, self.way
-        fitted = fit(
-            module,
-            part.block_lists,
-            self.device,
-            residents=way.residents,
-            plain=way.plain,
-            inputs_on_host=memory.activation_offload,
-            compiled=memory.compile,
-            attention=memory.attention,
-            slots=way.slots,
-            tell=lambda text: self._message("warning", text),
-        )
-        if fitted.engine is not None:
-            streamed = len(fitted.engine.layouts) - len(fitted.engine.residents)
-            self._message("info", f"{streamed} blocks wait on the host; {fitted.engine.pinned}")
-        return fitted
 
     def _step_settings(self) -> StepSettings:
         noise = self.config.noise
@@ -272,6 +266,7 @@ class Session:
             self.board = Board(self.folder.tensorboard, self.data.steps)
             self._closing.callback(self.board.close)
         self.tell(events.Phase(name="train", total=self.data.steps))
+        self._began_at = self.step
         if self.step == 0:
             if config.validation.every:
                 self._validate(0)
@@ -281,6 +276,8 @@ class Session:
     def advance(self, until: int) -> bool:
         """Learns until this step; False when it was stopped before. Saves, previews and validates in between as due."""
         o, start = self.config.optimizer, self.step
+        if self.device.type == "cuda" and start == self._began_at:
+            torch.cuda.reset_peak_memory_stats(self.device)  # of the steps, not of encoding and loading
         settings = LoopSettings(
             steps=until,
             lr=o.lr,
@@ -311,6 +308,10 @@ class Session:
 
     def _between(self, step: int) -> None:
         self.step = step
+        if step == self._began_at + CORRECTED_AFTER:
+            seen = correct_plan(self.way, self.learner.fitted, self.device)
+            if seen:
+                self.folder.update(measured=seen)
         config, last = self.config, step == self.data.steps
         due = lambda every: bool(every) and (step % every == 0 or last)  # noqa: E731 - a word of this paragraph only
         if due(config.validation.every):

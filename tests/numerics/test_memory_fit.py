@@ -53,6 +53,51 @@ def test_everything_together_changes_no_bit(
     assert all(torch.equal(a, b) for a, b in zip(gradients(net), wanted, strict=True))
 
 
+@pytest.mark.parametrize("free_blocks", [-9, -2, 0, 2, 9])
+def test_correcting_the_plan_between_steps_changes_no_bit(free_blocks: int) -> None:
+    wanted = gradients(build(Setup()))
+    net, told = build(Setup()), []
+    fitted = fit(net, LISTS, "cpu", residents=(1, 3, 4), backend=CpuBackend(3), tell=told.append)
+    assert fitted.engine is not None
+    sizes = [layout.num_bytes for layout in fitted.engine.layouts]
+    for step in range(3):
+        fitted.run(lambda step=step: net(*inputs(step)).square().mean().backward(), net.zero_grad)
+        if step == 0:
+            fitted.correct(free_blocks * max(sizes))
+    found = [p.grad for p in net.parameters() if p.grad is not None]
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    held = sum(sizes[i] for i in fitted.engine.residents)
+    assert held <= max(0, sum(sizes[i] for i in (1, 3, 4)) + free_blocks * max(sizes))
+    assert bool(told) == (free_blocks != 0)
+    fitted.remove()
+
+
+def test_a_resident_model_begins_to_swap_when_memory_runs_out() -> None:
+    wanted = gradients(build(Setup()))
+    net, told, broken = build(Setup()), [], []
+    fitted = fit(net, LISTS, "cpu", backend=CpuBackend(3), tell=told.append)
+    assert fitted.engine is None
+    for step in range(3):
+
+        def run(step: int = step) -> None:
+            net(*inputs(step)).square().mean().backward()
+            if step == 1 and not broken:
+                broken.append(step)
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+        before = [None if p.grad is None else p.grad.clone() for p in net.parameters()]
+
+        def forget(before: list[torch.Tensor | None] = before) -> None:
+            for parameter, gradient in zip(net.parameters(), before, strict=True):
+                parameter.grad = gradient
+
+        fitted.run(run, forget)
+    assert fitted.engine is not None and len(fitted.engine.residents) < 6 and "run again" in told[0]
+    found = [p.grad for p in net.parameters() if p.grad is not None]
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    fitted.remove()
+
+
 def test_compiled_blocks_are_fitted_too() -> None:
     torch._dynamo.reset()
     net, wanted = build(Setup(pairs=0, singles=4)), build(Setup(pairs=0, singles=4))

@@ -13,11 +13,13 @@ from torch import nn
 
 from whitetuner.memory.blocks import blocks_of
 from whitetuner.memory.kernels import Compiled, compile_blocks, set_attention
+from whitetuner.memory.machine import GIB
 from whitetuner.memory.offload import InputsOnHost
 from whitetuner.memory.recompute import Recompute, checkpoint_blocks
 from whitetuner.memory.swap.backend import Backend, Counters, CpuBackend
 from whitetuner.memory.swap.device import DeviceBackend
 from whitetuner.memory.swap.engine import SwapEngine
+from whitetuner.memory.swap.layout import spread
 from whitetuner.memory.swap.retry import shrink, with_room
 
 log = logging.getLogger(__name__)
@@ -53,6 +55,25 @@ class Fitted:
             self.engine = SwapEngine(self.module, self.block_lists, count, self.swap).attach()
             shrink(self.engine, self.tell)
         return step() if self.engine is None else with_room(step, self.engine, forget, self.tell)
+
+    def correct(self, free_bytes: int) -> None:
+        """Blocks come to the device, or leave it, by what the first steps left free of what the plan allowed.
+
+        free_bytes: beside the peak that was seen; negative when it was above the plan. Changes no bit of a result.
+        """
+        if self.engine is None:
+            return
+        sizes = [layout.num_bytes for layout in self.engine.layouts]
+        before = self.engine.residents
+        held = sum(sizes[index] for index in before)
+        residents = spread(sizes, max(0, held + free_bytes))
+        if len(residents) == len(before):
+            return
+        self.engine.resize(residents)
+        self.tell(
+            f"{len(sizes) - len(residents)} blocks wait on the host from now on, {len(sizes) - len(before)} by the plan: the "
+            f"first steps left {free_bytes / GIB:+.1f} GB"
+        )
 
     def make_room(self) -> None:
         """Frees the blocks' device memory for other work (a decoder); they come back with the next forward."""
