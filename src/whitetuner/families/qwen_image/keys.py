@@ -1,7 +1,7 @@
 """Names of Qwen-Image's modules: diffusers, ComfyUI and the original layout use the same ones, nothing is fused.
 
 ComfyUI's table (comfy/lora.py, QwenImage) knows bare paths, transformer.X, diffusion_model.X and lycoris_X with underscores.
-A full state of Edit-2511 needs one empty tensor more there, by which ComfyUI knows that references are free of noise.
+A full state of Edit-2511 has one empty tensor more there, by which ComfyUI knows that references are free of noise.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from whitetuner.errors import UserError
@@ -69,15 +68,11 @@ class QwenImageKeys:
         return None
 
     def to_original(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same names. Raises UserError for one that is not Qwen-Image's. The mark of Edit-2511 is `marked`'s."""
+        """The same names. Raises UserError for one that is not Qwen-Image's."""
         for name in state:
             if _general(name, ".")[0] not in _TENSORS:
                 raise _foreign(name)
         return dict(state)
-
-    def marked(self, original: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """An Edit-2511's full state as ComfyUI wants it: without the mark it silently takes the references as 2509 does."""
-        return {**original, REFERENCES_AT_ZERO: torch.empty(0)}
 
     def from_original(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Inverse of `to_original`; the mark is left out. `model.diffusion_model.` before the names is understood too.
@@ -96,7 +91,9 @@ class QwenImageKeys:
 
 
 def _general(path: str, between: str) -> tuple[str, str]:
-    """(path with # for the block's number, that number)."""
+    """(path with # for the block's number, that number). A path with a # of its own is none of ours."""
+    if "#" in path:
+        return "", ""
     lead = f"transformer_blocks{between}"
     block = re.fullmatch(rf"{re.escape(lead)}(\d+)({re.escape(between)}.+)", path)
     return (path, "") if block is None else (f"{lead}#{block[2]}", block[1])

@@ -102,7 +102,7 @@ class Reference:
         else:
             walks = []
             for one, start in zip(given, noise):
-                with _at_own_size(one):
+                with at_own_size(one):
                     walks.append(
                         self._points(one.caption, start[None], one, steps, cfg, image=self._given(one))
                     )
@@ -166,7 +166,7 @@ def _mark_pictures(text_encoder: Any) -> None:
 
 
 @contextmanager
-def _at_own_size(given: EncodeInput) -> Iterator[None]:
+def at_own_size(given: EncodeInput) -> Iterator[None]:
     """The VAE's pictures keep the sizes of `given.conditions`, which the pipelines would scale to a megapixel."""
     right = _PLUS.calculate_dimensions
     sizes = iter([(one.width, one.height) for one in given.conditions])

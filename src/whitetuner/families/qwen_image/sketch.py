@@ -32,6 +32,8 @@ RELEASED: dict[str, dict[str, dict[str, Any]]] = {
 }
 #: Pixels of a side that one token of the language model sees (patches of 14, merged 2x2).
 _SEEN_PX = 28
+#: Tokens around a picture: "Picture 1: ", where it starts and where it ends. (Rounding of its sides: 10 % above.)
+_AROUND = 7
 
 
 def blank(
@@ -43,12 +45,20 @@ def blank(
 ) -> dict[str, Tensor]:
     """The fields of one sample, as the encoders would shape them, in zeros; without a batch dimension.
 
-    An edit's text: max_sequence_length tokens of words, and those of its pictures, the larger of what Edit and 2509 show.
+    An edit's text: max_sequence_length tokens of words, and those of its pictures. Edit, which shows the language model the
+    picture that the VAE sees, is the more hungry one; where nothing tells which Edit it is, one picture is reckoned as its.
     """
     channels = int(module.config.in_channels)
     rows, columns = size.height // stride_px, size.width // stride_px
-    seen = sum(max(SEEN_AREA_PX, one.width * one.height) // _SEEN_PX**2 for one in conditions)
-    words = options.max_sequence_length + seen
+    numbered = (
+        options.variant in ("edit-2509", "edit-2511")
+        or len(conditions) > 1
+        or bool(module.config.zero_cond_t)
+    )
+    words = options.max_sequence_length
+    for one in conditions:
+        area = SEEN_AREA_PX if numbered else max(SEEN_AREA_PX, one.width * one.height)
+        words += round(1.1 * area / _SEEN_PX**2) + _AROUND
     fields = {
         "latent": torch.zeros(channels // 4, 2 * rows, 2 * columns),
         "prompt_embeds": torch.zeros(words, int(module.config.joint_attention_dim)),
