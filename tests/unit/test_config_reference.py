@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from whitetuner.config.kinds import refuse_wrong_data
 from whitetuner.config.landed import not_landed, refuse_not_landed
 from whitetuner.config.load import load_config
 from whitetuner.config.preset import preset_text, presets, tiny_text
@@ -111,6 +112,7 @@ def test_proposals_of_every_family_are_options_and_fit() -> None:
 def test_a_preset_is_a_config_that_trains_today(name: str) -> None:
     config = load_config(None, preset=name).config
     refuse_not_landed(config)
+    refuse_wrong_data(config)
     assert config.data_sets()
     assert preset_text(name).startswith("# "), "its first line says what it is for"
     assert name.startswith(("nano", config.model.family))

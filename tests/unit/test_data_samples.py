@@ -115,3 +115,7 @@ def test_the_shipped_set_is_small_sound_and_made_by_this_program(tmp_path: Path)
                 assert difference.mean() < 1
     report = check_sets([SetOptions(images=TESTDATASET / "t2i", resolution=64)], 16)
     assert not report.problems and report.usable == 6
+    edit = TESTDATASET / "edit"
+    conditions = (edit / "condition_1", edit / "condition_2")
+    report = check_sets([SetOptions(target=edit / "target", conditions=conditions, resolution=64)], 16)
+    assert not report.problems and report.given == [(2, 3), (3, 1)]
