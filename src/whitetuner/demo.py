@@ -194,6 +194,7 @@ def family(name: str, task: str | None, method: str, out: Path) -> int:
             task=task,
             tasks=", ".join(spec.tasks),
         )
+    variant = variant or next((one for one in spec.variants if task in spec.tasks_of(one)), "")
     if variant and task not in spec.tasks_of(variant):
         raise UserError(
             "{title} {variant} has no task '{task}'",

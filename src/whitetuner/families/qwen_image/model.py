@@ -168,11 +168,18 @@ class Model:
             return values
 
         compute = _anchor(modules["transformer"])
-        guided = negative is not None and cfg > 1
+        texts = {"": prompt} if negative is None or cfg <= 1 else {"": prompt, "negative_": negative}
+        embeds = {
+            f"{which}prompt_embeds": fields["prompt_embeds"][None].to(compute)
+            for which, fields in texts.items()
+        }
+        masks = {
+            f"{name}_mask": torch.ones(one.shape[:2]) for name, one in embeds.items()
+        }  # nothing is padding
         tokens = pipe(
-            prompt_embeds=prompt["prompt_embeds"][None].to(compute),
-            negative_prompt_embeds=negative["prompt_embeds"][None].to(compute) if guided else None,
-            true_cfg_scale=cfg if guided else 1.0,
+            **embeds,
+            **masks,
+            true_cfg_scale=cfg if len(texts) == 2 else 1.0,
             width=size.width,
             height=size.height,
             num_inference_steps=steps,
