@@ -15,7 +15,7 @@ import torch
 from whitetuner.adapters.attach import Adapter
 from whitetuner.checkpoint.store import read
 from whitetuner.diffusion.sigmas import SigmaSettings
-from whitetuner.family import Family
+from whitetuner.family import BuildFn, Family
 from whitetuner.records import Batch
 from whitetuner.runs import events
 from whitetuner.train.step import StepSettings, step_loss
@@ -33,6 +33,35 @@ def gradients(
     for parameter in adapter.parameters():
         parameter.grad = None
     return found
+
+
+@torch.no_grad()
+def begins_as(
+    ours: Family, build: BuildFn, theirs: Family, batch: Batch, *, tolerance: float
+) -> tuple[float, int, int]:
+    """How far a model that is converted while it loads is from the one in its folder, before anything is trained.
+
+    (error relative to the velocity, tensors of the converted model that were disturbed one at a time, how many of those
+    disturbances were seen). A comparison that does not see all of them proves nothing.
+    """
+    part = ours.spec.parts(ours.options)[0].name
+    x0 = batch["latent"]
+    assert isinstance(x0, torch.Tensor)
+    x_t = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+    sigma = torch.linspace(0.9, 0.2, len(x_t))
+    wanted = theirs.predict(theirs.load(build), part, batch, x_t, sigma)
+    modules = ours.load(build)
+
+    def error() -> float:
+        return float((ours.predict(modules, part, batch, x_t, sigma) - wanted).norm() / wanted.norm())
+
+    found, seen, tensors = error(), 0, list(modules[part].parameters())
+    for index, tensor in enumerate(tensors):
+        before = tensor.clone()
+        tensor.add_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(index)), alpha=0.1)
+        seen += error() > tolerance
+        tensor.copy_(before)
+    return found, len(tensors), seen
 
 
 def start_training(config: Path, *more: str) -> subprocess.Popen[bytes]:

@@ -91,6 +91,7 @@ class ZImageV2Transformer2DModel(ZImageTransformer2DModel):
     The arguments for several pictures and for SigLIP (Z-Image-Omni) are not there.
     """
 
+    layers: nn.ModuleList
     _no_split_modules = ("ZImageTransformerBlock", "DualStreamBlock")
     _repeated_blocks = ("ZImageTransformerBlock", "DualStreamBlock")
 
@@ -138,8 +139,7 @@ class ZImageV2Transformer2DModel(ZImageTransformer2DModel):
             axes_dims=axes_dims,
             axes_lens=axes_lens,
         )
-        single: nn.ModuleList = self.layers[n_double_layers:]
-        self.layers = single
+        self.layers = self.layers[n_double_layers:]
         self.double_stream_layers = nn.ModuleList(
             DualStreamBlock(index, dim, n_heads, n_kv_heads, norm_eps, qk_norm)
             for index in range(n_double_layers)
