@@ -99,17 +99,11 @@ class Access:
         if headers.get("content-length", "0").isdigit() and int(headers.get("content-length", "0")) > limit:
             await _reply(scope, receive, send, *_json(413, "too much at once"))
             return
-        begun = False
-
-        async def passed(message: Message) -> None:
-            nonlocal begun
-            begun = True
-            await _with_headers(send)(message)
-
+        bound = _Bound(receive, _with_headers(send), limit)
         try:
-            await self.app(scope, _bounded(receive, limit), passed)
+            await self.app(scope, bound.receive, bound.send)
         except TooMuch:
-            if not begun:
+            if not bound.begun:
                 await _reply(scope, receive, send, *_json(413, "too much at once"))
 
     def _refusal(self, scope: Scope, headers: dict[str, str]) -> Answer | None:
@@ -267,18 +261,25 @@ class TooMuch(Exception):
     """A body beyond its bound that did not announce its length."""
 
 
-def _bounded(receive: Receive, limit: int) -> Receive:
-    seen = 0
+class _Bound:
+    """Counts a body's bytes. Whatever the application answers after too many of them is told as 413."""
 
-    async def bounded() -> Message:
-        nonlocal seen
-        message = await receive()
-        seen += len(message.get("body", b""))
-        if seen > limit:
+    def __init__(self, receive: Receive, send: Send, limit: int) -> None:
+        self._receive, self._send, self._left = receive, send, limit
+        self.begun = False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._left -= len(message.get("body", b""))
+        if self._left < 0:
             raise TooMuch
         return message
 
-    return bounded
+    async def send(self, message: Message) -> None:
+        if self._left < 0 and not self.begun and message["type"] == "http.response.start":
+            message = {**message, "status": 413}
+        self.begun = True
+        await self._send(message)
 
 
 def _with_headers(send: Send) -> Send:

@@ -8,8 +8,12 @@ import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from whitetuner.errors import UserError
+
+if TYPE_CHECKING:
+    from whitetuner.gui.pickers import Roots
 
 #: Environment variable of the page's password, where a file does not suit (containers).
 PASSWORD_VARIABLE = "WHITETUNER_PASSWORD"
@@ -34,6 +38,12 @@ class Settings:
     def local(self) -> bool:
         """Only this machine reaches the page."""
         return is_loopback(self.host)
+
+    def paths(self) -> Roots:
+        """Where the page may look and write: everywhere for the user at this machine, inside the roots with --server."""
+        from whitetuner.gui.pickers import Roots
+
+        return Roots.of(self.roots if self.server else None, native=self.local and not self.server)
 
 
 def is_loopback(host: str) -> bool:

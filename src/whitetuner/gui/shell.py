@@ -6,6 +6,10 @@ from html import escape
 
 LANGUAGES = ("zh", "en")
 
+ICON = (
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><rect width="32" height="32" rx="7" fill="#2b5fc9"/>'
+    '<path d="M6 22 L12 10 L16 19 L20 10 L26 22" fill="none" stroke="#fff" stroke-width="3"/></svg>'
+)
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1f2430;--soft:#6b7280;--back:#f6f7f9;--card:#fff;--line:#e2e5ea;--blue:#3b6fd6}
 @media(prefers-color-scheme:dark){:root{--ink:#e8eaee;--soft:#9aa2ae;--back:#14161b;--card:#1d2027;--line:#333844;--blue:#7ea6ff}}
@@ -46,7 +50,7 @@ def _html(language: str, body: str) -> str:
     tag = "zh-CN" if language == "zh" else "en"
     return (
         f'<!doctype html><html lang="{tag}"><head><meta charset="utf-8"><title>White Tuner</title>'
-        f'<meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="data:,">'
+        f'<meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="/favicon.ico">'
         f"<style>{_STYLE}</style></head><body><main>{body}</main></body></html>"
     )
 

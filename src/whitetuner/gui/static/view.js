@@ -1,0 +1,134 @@
+// The ground of the run views: an element that asks the server and draws the answer. Nothing is kept here but what is on
+// screen, so a reload, a second browser or a restarted server shows the same.
+
+export let words = {};
+const loadedWords = fetch("/static/run_words.json").then((answer) => answer.json()).then((found) => { words = found; });
+
+/** An element with properties (on... : listeners) and children; text is always text, never HTML. */
+export function h(tag, given = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(given)) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else if (name === "class") made.className = value;
+    else made.setAttribute(name, value === true ? "" : value);
+  }
+  made.append(...children.flat().filter((one) => one !== null && one !== undefined && one !== false));
+  return made;
+}
+
+export const bytes = (count) => (count > 2 ** 30 ? `${(count / 2 ** 30).toFixed(2)} GB` : `${(count / 2 ** 20).toFixed(1)} MB`);
+export const gb = (mb) => `${(mb / 1024).toFixed(1)}`;
+export const clock = (seconds) => new Date(seconds * 1000).toLocaleString([], { month: "2-digit", day: "2-digit", hour: "2-digit", minute: "2-digit" });
+
+export class Told extends Error {}
+
+/** A part of the page that looks again every second while it is seen. */
+export class View extends HTMLElement {
+  every = 1000;
+  shown = new Map();
+
+  async connectedCallback() {
+    if (this.begun) return;
+    this.begun = true;
+    this.lang = this.dataset.lang === "zh" ? "zh" : "en";
+    await loadedWords;
+    this.draw();
+    this.loop();
+  }
+
+  disconnectedCallback() { clearTimeout(this.timer); this.begun = false; }
+
+  async loop() {
+    clearTimeout(this.timer);
+    if (!this.isConnected) return;
+    if (this.offsetParent !== null && !document.hidden) {
+      try {
+        await this.look();
+        this.offline(false);
+      } catch (error) {
+        if (error instanceof TypeError) this.offline(true);
+        else if (error instanceof Told) this.say(error.message);
+        else throw error;
+      } finally {
+        this.timer = setTimeout(() => this.loop(), this.every);
+      }
+    } else this.timer = setTimeout(() => this.loop(), 250);
+  }
+
+  offline(is) {
+    if (is && !this.warned) { this.warned = h("p", { class: "wt-offline", role: "status" }, this.w("offline")); this.prepend(this.warned); }
+    if (!is && this.warned) { this.warned.remove(); this.warned = null; }
+  }
+
+  w(name, values = {}) {
+    const both = words[name];
+    if (!both) throw new Error(`no words for ${name}`);
+    return both[this.lang === "zh" ? 0 : 1].replace(/\{(\w+)\}/g, (_, key) => values[key] ?? "");
+  }
+
+  async ask(path, body) {
+    const sent = body === undefined ? {} : { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) };
+    const answer = await fetch(path, { ...sent, headers: { ...sent.headers, "x-language": this.lang } });
+    if (answer.status === 401) { location.reload(); throw new Told("401"); }
+    const found = await answer.json().catch(() => ({ error: answer.statusText }));
+    if (!answer.ok) throw new Told(found.error ?? answer.statusText);
+    return found;
+  }
+
+  /** Draws a part again only when what it shows has changed. */
+  part(name, value, make) {
+    const key = JSON.stringify(value);
+    if (this.shown.get(name) === key) return;
+    this.shown.set(name, key);
+    this.querySelector(`[data-part="${name}"]`)?.replaceChildren(...[make()].flat().filter(Boolean));
+  }
+
+  say(text) {
+    const place = this.querySelector('[data-part="alert"]');
+    if (place) place.textContent = text;
+  }
+
+  async tried(doing) {
+    this.say("");
+    try { await doing(); } catch (error) { if (!(error instanceof Told)) throw error; this.say(error.message); }
+    this.loop();
+  }
+
+  stateWord(run) { return this.w(`state_${run.state}`, { place: run.place ?? "" }); }
+
+  phaseWord(name) {
+    const [kind, ...rest] = name.split(" ");
+    return kind === "cache" ? this.w("phase_cache", { what: rest.join(" ") }) : words[`phase_${name}`] ? this.w(`phase_${name}`) : name;
+  }
+
+  badge(run) { return h("span", { class: `wt-badge wt-${run.state}` }, this.stateWord(run)); }
+}
+
+/** Writes tab and run into the address, so that a reload or a copied link shows the same. */
+export function remember(change) {
+  const now = new URLSearchParams(location.hash.slice(1));
+  for (const [name, value] of Object.entries(change)) now.set(name, value);
+  location.hash = now.toString();
+}
+
+/** Gradio forgets its tab on reload: the address remembers it. */
+export function followTabs() {
+  document.documentElement.lang = location.pathname.startsWith("/zh") ? "zh-CN" : "en";
+  const button = (name) => document.querySelector(`#tab-${CSS.escape(name)}-button`);
+  const apply = () => {
+    const name = new URLSearchParams(location.hash.slice(1)).get("tab");
+    const found = name && button(name);
+    if (found && found.getAttribute("aria-selected") !== "true") found.click();
+    return Boolean(found) || !name;
+  };
+  document.addEventListener("click", (event) => {
+    const id = event.target.closest?.("[role=tab]")?.id ?? "";
+    const name = /^tab-(.+)-button$/.exec(id)?.[1];
+    if (name && event.isTrusted) remember({ tab: name });
+  });
+  addEventListener("hashchange", apply);
+  const until = Date.now() + 20000;
+  const wait = () => { if (!apply() && Date.now() < until) setTimeout(wait, 100); };
+  wait();
+}

@@ -1,0 +1,190 @@
+"""TensorBoard over the runs: on loopback at a port of its own as in the seed, and at /tb behind the page's login.
+
+It is started when it is first looked at, as a process of its own, and ended with the page.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from whitetuner.errors import EXIT_ENVIRONMENT, UserError
+from whitetuner.gui.settings import Settings
+from whitetuner.runs import jobs
+from whitetuner.runs.state import state_folder
+
+PREFIX = "/tb"
+#: Seconds between TensorBoard's looks at the files; ports tried when the wanted one is taken.
+_RELOAD_S, _PORTS_TRIED = 5, 20
+#: Headers that belong to one connection and are not passed on.
+_HOPS = {
+    "connection",
+    "keep-alive",
+    "transfer-encoding",
+    "te",
+    "trailer",
+    "upgrade",
+    "proxy-authorization",
+    "content-length",
+    "host",
+}
+#: The page's cookie is nobody else's business; the encoding is left to the two ends.
+_KEPT_BACK = _HOPS | {"cookie", "authorization", "origin", "referer"}
+
+
+def folders() -> list[Path]:
+    """Folders of runs that have curves, the newest run's first."""
+    found = [Path(job.run) for job in jobs.jobs() if (Path(job.run) / "tensorboard").is_dir()]
+    return list(dict.fromkeys(path.parent for path in found))
+
+
+class Board:
+    """The one TensorBoard of a page."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.port: int | None = None
+        self.folder: Path | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._client: httpx.AsyncClient | None = None
+        self._starting = asyncio.Lock()
+
+    def routes(self) -> list[Route]:
+        verbs = ["GET", "HEAD", "POST"]
+        return [
+            Route("/api/tensorboard", self.asked),
+            Route(PREFIX, self.passed, methods=verbs),
+            Route(PREFIX + "/{path:path}", self.passed, methods=verbs),
+        ]
+
+    async def asked(self, request: Request) -> Response:
+        """Starts it over the chosen folder (its place in `folders`); {ready, port, folders, chosen}."""
+        there = await asyncio.to_thread(folders)
+        given = request.query_params.get("folder", "")
+        chosen = int(given) if given.isdigit() and int(given) < len(there) else 0
+        if not there:
+            return JSONResponse({"ready": False, "folders": [], "chosen": 0, "port": None})
+        try:
+            async with self._starting:
+                if self.folder != there[chosen] or not self._alive():
+                    await asyncio.to_thread(self._start, there[chosen])
+        except UserError as error:
+            return JSONResponse({"error": str(error)}, 500)
+        found: dict[str, Any] = {"ready": await self._answers(), "folders": [str(one) for one in there]}
+        return JSONResponse(
+            {**found, "chosen": chosen, "port": self.port}, headers={"cache-control": "no-store"}
+        )
+
+    async def passed(self, request: Request) -> Response:
+        """A request to TensorBoard and its answer, as they are."""
+        if not self._alive():
+            return JSONResponse({"error": "TensorBoard is not running"}, 503)
+        if self._client is None:  # trust_env: a proxy of the environment must not get between us and loopback
+            self._client = httpx.AsyncClient(
+                base_url=f"http://127.0.0.1:{self.port}", trust_env=False, timeout=60
+            )
+        path = "/" + request.path_params.get("path", "")
+        headers = [(name, value) for name, value in request.headers.items() if name not in _KEPT_BACK]
+        outgoing = self._client.build_request(
+            request.method,
+            httpx.URL(path=path, query=request.url.query.encode()),
+            headers=headers,
+            content=await request.body(),
+        )
+        try:
+            answer = await self._client.send(outgoing, stream=True)
+        except httpx.TransportError:
+            return JSONResponse({"error": "TensorBoard does not answer"}, 503)
+        kept = {name: value for name, value in answer.headers.items() if name not in _HOPS}
+        return StreamingResponse(_body(answer), answer.status_code, kept)
+
+    async def close(self) -> None:
+        if self._client is not None:
+            await self._client.aclose()
+            self._client = None
+        await asyncio.to_thread(self._stop)
+
+    def _alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    async def _answers(self) -> bool:
+        try:
+            async with httpx.AsyncClient(trust_env=False, timeout=2) as client:
+                return (await client.get(f"http://127.0.0.1:{self.port}/data/environment")).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def _start(self, folder: Path) -> None:
+        self._stop()
+        self.port, self.folder = free_port(self.settings.tensorboard_port), folder
+        log = state_folder() / "tensorboard.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        command = [
+            sys.executable,
+            "-m",
+            "tensorboard.main",
+            f"--logdir={folder}",
+            "--host=127.0.0.1",
+            f"--port={self.port}",
+        ]
+        command += ["--load_fast=false", f"--reload_interval={_RELOAD_S}"]
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONUTF8": "1"},
+                creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+            )
+
+    def _stop(self) -> None:
+        if self._process is None:
+            return
+        self._process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(3)
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        self._process, self._client = None, None
+
+
+async def _body(answer: httpx.Response) -> AsyncIterator[bytes]:
+    try:
+        async for part in answer.aiter_raw():
+            yield part
+    finally:
+        await answer.aclose()
+
+
+def free_port(wanted: int) -> int:
+    """The wanted port of loopback or the next free one. Raises UserError when there is none."""
+    for port in range(wanted, min(65536, wanted + _PORTS_TRIED)):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as one:
+            if os.name != "nt":
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                one.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(one.getsockname()[1])
+    raise UserError(
+        "no port is free for TensorBoard from {port} on",
+        where="--tensorboard",
+        mend="give another one",
+        code=EXIT_ENVIRONMENT,
+        port=wanted,
+    )
