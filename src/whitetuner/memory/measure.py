@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,6 +24,9 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from whitetuner.memory.blocks import Patch, blocks_of
 from whitetuner.memory.recompute import checkpoint_blocks
+
+#: Whole numbers up to which a tensor is taken for sizes, lengths or a mask, whose values stay readable.
+_MOST_COUNTS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,14 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if given and all(map(_is_count, given)):  # a batch's sizes and lengths: the family reads their values
+            with unset_fake_temporarily():
+                return func(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
+        if not given and isinstance(result, FakeTensor) and _is_small(result):  # a mask, say, made on the way
+            with unset_fake_temporarily():
+                return func(*args, **(kwargs or {}))
         self.flops += _flops(func._overloadpacket, args, kwargs or {}, result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
@@ -177,6 +187,16 @@ class _Watch(TorchDispatchMode):
     def _part(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.bytes -= size
+
+
+def _is_count(tensor: torch.Tensor) -> bool:
+    """A few real whole numbers, as sizes, lengths and masks are."""
+    return not isinstance(tensor, FakeTensor) and _is_small(tensor)
+
+
+def _is_small(tensor: torch.Tensor) -> bool:
+    whole = not (tensor.is_floating_point() or tensor.is_complex())
+    return whole and tensor.device.type == "cpu" and tensor.numel() <= _MOST_COUNTS
 
 
 def _flops(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
