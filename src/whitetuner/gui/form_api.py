@@ -1,0 +1,248 @@
+"""The form's side of the server: its document is changed, checked, imported, planned for, and kept as a draft.
+
+Every answer is JSON. What the user can mend comes back as 422 with {"errors": [[where, what, mend]]} in the page's language.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from whitetuner.config.document import parse
+from whitetuner.config.preset import preset_text, presets
+from whitetuner.errors import UserError
+from whitetuner.gui import forms, made, plan_card
+from whitetuner.gui.commands_shown import commands
+from whitetuner.gui.document import NAME, changed, inner_value, with_row, without_row
+from whitetuner.gui.drafts import LARGEST_BYTES, Drafts
+from whitetuner.gui.fields import FormField
+from whitetuner.gui.goals import goals
+from whitetuner.gui.pickers import Roots, ask, can_ask, listing
+from whitetuner.gui.told import each, parts, where
+from whitetuner.gui.training_tabs import Tab, tab_for, tab_of
+
+Body = Mapping[str, Any]
+Verb = Callable[[Body, str], dict[str, Any]]
+
+
+def routes(roots: Roots, state: Path) -> list[BaseRoute]:
+    """All of /api/form/... and /api/path/.... state: the page's own folder (drafts, presets, plans).
+
+    The login, the check of foreign pages and the bound on bodies are in front of them (access.py).
+    """
+    api = FormApi(roots, Drafts(state), state)
+    return [
+        Route("/api/form/{tab}", api.opened, methods=["GET"]),
+        *(verb(f"/api/form/{{tab}}/{name}", getattr(api, name)) for name in FormApi.VERBS),
+        verb("/api/path/list", api.listed),
+        verb("/api/path/ask", api.asked),
+    ]
+
+
+def verb(path: str, run: Callable[..., dict[str, Any]]) -> Route:
+    """A POST of JSON, answered in a thread so that a slow disk holds up nobody else."""
+
+    async def answer(request: Request) -> Response:
+        if request.headers.get("content-type", "").partition(";")[0] != "application/json":
+            return JSONResponse({"errors": [["", "JSON is expected", ""]]}, status_code=415)
+        try:
+            body = json.loads(await request.body())
+        except ValueError:
+            body = None
+        if not isinstance(body, dict):
+            return JSONResponse({"errors": [["", "JSON is expected", ""]]}, status_code=400)
+        language = "zh" if body.get("language") == "zh" else "en"
+        try:
+            return JSONResponse(await run_in_threadpool(run, body, language, **request.path_params))
+        except UserError as error:
+            return JSONResponse({"errors": said(error, language)}, status_code=422)
+
+    return Route(path, answer, methods=["POST"])
+
+
+def said(error: UserError, language: str) -> list[list[str]]:
+    """[where, what, mend] of each mistake."""
+    return [[where(one.where, language), *parts(one, language)] for one in each(error)]
+
+
+def text_of(body: Body, name: str = "text") -> str:
+    """A text of the request. Raises UserError when it is none, or too long for a config."""
+    text = body.get(name)
+    if not isinstance(text, str) or len(text) > LARGEST_BYTES:
+        raise UserError("the text is too long for a config", mend="shorten it")
+    return text
+
+
+@dataclass(frozen=True)
+class FormApi:
+    """The verbs of the form."""
+
+    roots: Roots
+    drafts: Drafts
+    state: Path
+
+    VERBS = ("change", "preset", "keep_preset", "drop_preset", "imported", "command", "make", "plan")
+
+    def opened(self, request: Request) -> Response:
+        """What the page needs to draw a form, with the draft that was left on it."""
+        language = "zh" if request.query_params.get("language") == "zh" else "en"
+        tab = tab_of(request.path_params["tab"])
+        if tab is None:
+            return JSONResponse({"errors": [["", "there is no such form", ""]]}, status_code=404)
+        text = self.drafts.draft(tab.key)
+        return JSONResponse(self._whole(tab, forms.fresh(tab) if text is None else text, language))
+
+    def _whole(self, tab: Tab, text: str, language: str) -> dict[str, Any]:
+        return {
+            "spec": forms.spec_json(tab, language, text),
+            "state": self._state(tab, text, language),
+            "presets": [[name, title] for name, title in presets().items() if self._fits(name, tab)],
+            "own_presets": [name for name, one in self.drafts.presets().items() if _is_of(one, tab)],
+            "goals": [[one.key, one.title(language), one.help(language)] for one in goals()],
+            "native": self.roots.native and can_ask(),
+        }
+
+    def _state(self, tab: Tab, text: str, language: str) -> dict[str, Any]:
+        return forms.state(tab, text, language, self.roots)
+
+    def _fits(self, preset: str, tab: Tab) -> bool:
+        return _is_of(preset_text(preset), tab)
+
+    def change(self, body: Body, language: str, tab: str) -> dict[str, Any]:
+        """One or several values, a row more or less, or another text as a whole; kept as the draft.
+
+        body: text; changes {key: what the control holds, null: nothing}, add "data.sets", remove ["data.sets", 1], goal
+        """
+        of = _tab(tab)
+        text = text_of(body)
+        fields = _by_key(forms.fields_of(of, text))
+        wrong: dict[str, list[list[str]]] = {}
+        changes = body.get("changes") or {}
+        if isinstance(body.get("goal"), str):
+            changes = {**next((one.changes for one in goals() if one.key == body["goal"]), {}), **changes}
+        for key, given in changes.items():
+            if key == "model.task" and given in of.tasks:
+                text = with_task(text, given)
+                continue
+            try:
+                text = changed(text, fields, {key: given})
+            except UserError as error:
+                wrong[key] = [list(parts(one, language)) for one in each(error)]
+            except KeyError:
+                wrong[""] = [[f"{key}?", ""]]
+        if body.get("add") in fields:
+            text = with_row(text, body["add"], {"text": ""} if body["add"] == "preview.prompts" else {})
+        if isinstance(body.get("remove"), list) and body["remove"][0] in fields:
+            text = without_row(text, body["remove"][0], int(body["remove"][1]))
+        self.drafts.keep(of.key, text)
+        found = self._state(of, text, language)
+        for key, messages in wrong.items():
+            found["errors"].setdefault(key, []).extend(messages)
+            found["ok"] = False
+        return found
+
+    def preset(self, body: Body, language: str, tab: str) -> dict[str, Any]:
+        """A preset in place of all that was there. body: name, own: one of the user's."""
+        of, name = _tab(tab), str(body.get("name", ""))
+        own = self.drafts.presets()
+        text = own[name] if body.get("own") and name in own else preset_text(name)
+        self.drafts.keep(of.key, text)
+        return self._whole(of, text, language)
+
+    def keep_preset(self, body: Body, language: str, tab: str) -> dict[str, Any]:
+        name = self.drafts.keep_preset(str(body.get("name", "")), text_of(body))
+        return {"name": name, **self._whole(_tab(tab), text_of(body), language)}
+
+    def drop_preset(self, body: Body, language: str, tab: str) -> dict[str, Any]:
+        self.drafts.drop_preset(str(body.get("name", "")))
+        return self._whole(_tab(tab), text_of(body), language)
+
+    def imported(self, body: Body, language: str, tab: str) -> dict[str, Any]:
+        """A config file's text: it becomes the draft of the tab where it belongs. Raises UserError when it is no TOML."""
+        text = text_of(body).lstrip("\ufeff").replace("\r\n", "\n")
+        values = parse(text, NAME)
+        family, task = inner_value(values, "model.family"), inner_value(values, "model.task") or "t2i"
+        home = tab_for(family, task) if isinstance(family, str) and isinstance(task, str) else None
+        of = home or _tab(tab)
+        self.drafts.keep(of.key, text)
+        return {"tab": of.key, "title": of.title(language), **self._whole(of, text, language)}
+
+    def command(self, body: Body, language: str, tab: str) -> dict[str, Any]:
+        """What to type instead."""
+        return commands(text_of(body), _tab(tab))
+
+    def make(self, body: Body, language: str, tab: str) -> dict[str, Any]:
+        """A tiny model or sample data, made by a child process; the form is told where it lies. body: text, what."""
+        of, text = _tab(tab), text_of(body)
+        task = forms.task_of(of, text)
+        fields = _by_key(forms.fields_of(of, text))
+        made_at, changes = (
+            made.tiny_model(of.family, task, self.roots)
+            if body.get("what") == "model"
+            else made.sample_data(task, self.roots)
+        )
+        text = changed(text, fields, {key: one for key, one in changes.items() if key in fields})
+        self.drafts.keep(of.key, text)
+        return {"path": str(made_at), "state": self._state(of, text, language)}
+
+    def plan(self, body: Body, language: str, tab: str) -> dict[str, Any]:
+        """What fits the card. body: text, vram: GB or null for this machine's own."""
+        of, text = _tab(tab), text_of(body)
+        forms.loaded(text, of, self.roots)
+        vram = body.get("vram")
+        vram_gb = float(vram) if isinstance(vram, (int, float)) and not isinstance(vram, bool) else None
+        return plan_card.plan(text, vram_gb, language, self.state / "plans")
+
+    def listed(self, body: Body, language: str) -> dict[str, Any]:
+        """What a folder holds, for the page's own file browser."""
+        return listing(self.roots, str(body.get("path") or ""))
+
+    def asked(self, body: Body, language: str) -> dict[str, Any]:
+        """A native dialog's choice, where the page runs on the user's own desktop."""
+        if not self.roots.native:
+            raise UserError(
+                "no dialog can be shown here ({reason})",
+                mend="paste the path, or use the page's own list",
+                reason="--server",
+            )
+        wants = body.get("wants")
+        return {
+            "path": ask(
+                wants if wants in ("folder", "file", "any") else "folder", str(body.get("start") or "")
+            )
+        }
+
+
+def with_task(text: str, task: str) -> str:
+    """The document with another task of the same tab."""
+    field = FormField("model.task", "choice", "basic", choices=("t2i", "edit", "i2v", "t2v"))
+    return changed(text, {"model.task": field}, {"model.task": task})
+
+
+def _tab(key: str) -> Tab:
+    tab = tab_of(key)
+    if tab is None:
+        raise UserError("there is no form '{name}'", mend="load the page again", name=key)
+    return tab
+
+
+def _is_of(text: str, tab: Tab) -> bool:
+    """Whether a document is for this tab; one that cannot be read is for none."""
+    try:
+        values = parse(text, NAME)
+    except UserError:
+        return False
+    task = inner_value(values, "model.task") or "t2i"
+    return inner_value(values, "model.family") == tab.family and task in tab.tasks
+
+
+def _by_key(fields: tuple[FormField, ...]) -> dict[str, FormField]:
+    return {one.key: one for field in fields for one in (field, *field.rows)}

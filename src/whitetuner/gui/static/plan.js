@@ -1,0 +1,106 @@
+// The plan card: what fits the card, as choices; it follows the form.
+
+import { el, fill } from "/static/widgets.js";
+
+const QUIET_MS = 1200;
+
+export class PlanCard {
+  constructor(form) {
+    Object.assign(this, { form, text: null, timer: null, running: false, stale: false });
+    const { words } = form;
+    this.vram = null;
+    this.list = el("div", { class: "wt-plans", "aria-live": "polite" });
+    this.say = el("p", { class: "wt-note" });
+    this.sizes = el("div", { class: "wt-sizes" });
+    this.box = el("details", { class: "wt-section wt-plan" }, el("summary", {}, words.plan), this.sizes, this.say, this.list);
+    this.box.addEventListener("toggle", () => this.box.open && this.plan());
+    this.drawSizes([8, 10, 12, 16, 24, 32]);
+  }
+
+  drawSizes(sizes) {
+    const { words } = this.form;
+    const button = (label, vram) =>
+      el("button", { type: "button", "aria-pressed": this.vram === vram, onclick: () => ((this.vram = vram), this.drawSizes(sizes), this.plan(true)) }, label);
+    this.sizes.replaceChildren(button(words.plan_this, null), ...sizes.map((gb) => button(`${gb} GB`, gb)));
+  }
+
+  /** The form has changed: a plan that is looked at is made again when the typing rests. */
+  follow(state) {
+    const same = this.text === state.text;
+    this.ok = state.ok;
+    if (!this.box.open || same) return;
+    clearTimeout(this.timer);
+    if (!state.ok) {
+      this.say.textContent = this.form.words.plan_first;
+      this.list.classList.add("wt-stale");
+      return;
+    }
+    this.timer = setTimeout(() => this.plan(), QUIET_MS);
+  }
+
+  async plan(again = false) {
+    const { form } = this;
+    const { words } = form;
+    clearTimeout(this.timer);
+    if (!form.state?.ok) {
+      this.say.textContent = words.plan_first;
+      return;
+    }
+    if (this.running) {
+      this.stale = true;
+      return;
+    }
+    if (!again && this.text === form.state.text) return;
+    this.running = true;
+    this.say.textContent = words.plan_busy;
+    this.list.classList.add("wt-stale");
+    const text = form.state.text;
+    const answer = await form.ask("plan", { text, vram: this.vram, language: form.language });
+    this.running = false;
+    this.text = text;
+    this.say.textContent = "";
+    if (answer) this.show(answer);
+    if (this.stale) {
+      this.stale = false;
+      if (form.state.text !== text || again) this.plan(true);
+    }
+  }
+
+  show(answer) {
+    const { words } = this.form;
+    this.list.classList.remove("wt-stale");
+    this.list.replaceChildren();
+    if (this.vram === null && !answer.found) this.say.textContent = words.plan_ask;
+    for (const card of answer.cards) {
+      const several = answer.cards.length > 1;
+      const head = el("h4", {}, `${card.vram} GB · ${card.name} `, card.measured ? el("small", {}, card.measured) : "");
+      const box = el("div", { class: "wt-card" }, head);
+      if (card.refused) box.append(el("p", { class: "wt-warning" }, card.refused));
+      for (const choice of several ? card.choices.slice(0, 1) : card.choices) box.append(this.choice(choice, card));
+      if (!card.refused && !several) box.append(el("p", { class: "wt-note" }, card.why, el("br"), card.more));
+      this.list.append(box);
+    }
+  }
+
+  choice(choice, card) {
+    const { words } = this.form;
+    const bar = el("div", { class: "wt-memory", role: "img", "aria-label": choice.parts.map(([name, gb]) => `${name} ${gb} GB`).join(", ") });
+    choice.parts.forEach(([name, gb], index) => {
+      bar.append(el("i", { style: `width:${(100 * gb) / card.vram}%`, class: `wt-part-${index % 6}`, title: `${name}: ${gb} GB` }));
+    });
+    const use = async () => {
+      Object.assign(this.form.pending, choice.changes);
+      await this.form.send();
+      this.say.textContent = words.plan_used;
+    };
+    return el(
+      "div",
+      { class: "wt-choice" },
+      el("strong", {}, choice.title),
+      el("span", {}, choice.words.join(" · ")),
+      el("span", { class: "wt-figures" }, choice.figures.join(" · ")),
+      bar,
+      el("button", { type: "button", onclick: use }, words.plan_use),
+    );
+  }
+}

@@ -1,0 +1,97 @@
+"""Every message that a user can meet on the page has a Chinese one with the same values in it."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from whitetuner.config import landed
+from whitetuner.config import told as config_told
+from whitetuner.config.load import load_config
+from whitetuner.errors import UserError, UserErrors
+from whitetuner.gui.told import each, parts, table, told, translated, where
+
+SOURCE = Path(__file__).parents[2] / "src/whitetuner"
+#: The installer speaks in the terminal, before there is a page.
+NOT_ON_THE_PAGE = {"install"}
+
+
+def literals(node: ast.expr) -> Iterator[str]:
+    """The texts that an argument can be, through `a if x else b`."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    elif isinstance(node, ast.IfExp):
+        yield from literals(node.body)
+        yield from literals(node.orelse)
+
+
+def templates() -> dict[str, str]:
+    """Template -> the file where it stands."""
+    found = {}
+    for file in sorted(SOURCE.rglob("*.py")):
+        room = file.relative_to(SOURCE).parts[0]
+        if room in NOT_ON_THE_PAGE:
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "UserError":
+                given = [*node.args[:1], *(one.value for one in node.keywords if one.arg in ("what", "mend"))]
+                for text in (text for one in given for text in literals(one) if text):
+                    found[text] = str(file.relative_to(SOURCE))
+    found.update(dict.fromkeys((text for text, _ in config_told._FINDINGS.values()), "config/told.py"))
+    found.update(dict.fromkeys((feature for _, feature in landed._REFUSED.values()), "config/landed.py"))
+    return found
+
+
+def test_every_message_has_a_chinese_one() -> None:
+    missing = [f"{file}: {text!r}" for text, file in templates().items() if text not in table()]
+    assert not missing, "add them to gui/static/errors_zh.toml"
+
+
+def test_both_have_the_same_places_for_values() -> None:
+    names = re.compile(r"\{(\w*)(?:![rsa])?(?::[^}]*)?\}")
+    wrong = [text for text in table() if set(names.findall(table()[text])) != set(names.findall(text))]
+    assert not wrong
+
+
+def test_a_message_is_told_with_its_place_in_the_pages_language() -> None:
+    with pytest.raises(UserErrors) as caught:
+        load_config(
+            None, ['model.family="flux2-klein"', "optimizer.lr=0", "run.stepz=3", 'memory.base="fp4"']
+        )
+    chinese, english = told(caught.value, "zh"), told(caught.value, "en")
+    assert "学习率 (LR)（optimizer.lr）：0 太小，必须大于 0" in chinese
+    assert "没有选项“run.stepz”" in chinese and "是不是 run.steps？" in chinese
+    assert "is none of" not in chinese and "底模精度" in chinese
+    assert english == "\n".join(str(one) for one in each(caught.value))
+    assert where("optimizer.lr (my.toml line 7)", "zh") == "学习率 (LR)（optimizer.lr，第 7 行）"
+
+
+def test_values_that_are_our_own_sentences_are_translated_too() -> None:
+    error = UserError(
+        "{value} is not {message}",
+        mend="{help}",
+        value=3,
+        message="'auto' or a whole number",
+        help="learning rate; prodigy: 1",
+    )
+    assert parts(error, "zh") == ("3 不是 'auto' 或 整数", "每步学多少；prodigy 填 1")
+
+
+@pytest.mark.parametrize(
+    "english, chinese",
+    [
+        ("no caption file (same name, ending in .txt) beside the picture", "旁边没有同名的 .txt 描述文件"),
+        (
+            "error: /a/b.png: the file is empty (0 bytes)\n  -> copy or download it again, or delete it",
+            "error: /a/b.png: 文件是空的（0 字节）\n  -> 请重新复制或下载，或删掉它",
+        ),
+        ("something that nobody wrote a template for", "something that nobody wrote a template for"),
+    ],
+)
+def test_what_a_child_process_printed_is_recognised(english: str, chinese: str) -> None:
+    assert translated(english, "zh") == chinese
+    assert translated(english, "en") == english
