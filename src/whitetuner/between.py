@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from whitetuner.family import Family
-from whitetuner.memory.fit import Fitted
 from whitetuner.prepared import Prepared
 from whitetuner.runs import events
 from whitetuner.runs.folder import RunFolder
@@ -60,7 +59,10 @@ def previews_of(
     """Draws into the run's samples/ with the averaged weights; the decoder goes back to the host after."""
     told: list[events.Event] = []
     modules = {learner.part.name: learner.module}
-    with learner.averaged(), decoding_in_room(decoder, learner.fitted):
+    with (
+        learner.averaged(),
+        decoding_in_room(decoder, [] if learner.fitted is None else [learner.fitted.make_room]),
+    ):
         draw = partial(
             draw_previews, family, modules, decoder.to(device), data.scenes, folder.samples, step, max_seconds
         )
@@ -98,15 +100,16 @@ def _warning(text: str) -> events.Event:
 
 
 @contextmanager
-def decoding_in_room(decoder: Any, fitted: Fitted | None) -> Iterator[None]:
-    """Within it the denoiser's blocks leave the device before a picture is decoded; they come back when they are called."""
-    if fitted is None or fitted.engine is None:
+def decoding_in_room(decoder: Any, make_room: Sequence[Callable[[], None]]) -> Iterator[None]:
+    """Within it the denoisers' blocks leave the device before a picture is decoded; they come back when they are called."""
+    if not make_room:
         yield
         return
     decode = decoder.decode
 
     def in_room(*args: Any, **kwargs: Any) -> Any:
-        fitted.make_room()
+        for one in make_room:
+            one()
         return decode(*args, **kwargs)
 
     decoder.decode = in_room

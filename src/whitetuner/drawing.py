@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from whitetuner.adapters.attach import attach_state
 from whitetuner.adapters.files import load_adapter
+from whitetuner.between import decoding_in_room
 from whitetuner.config.load import load_config
 from whitetuner.data.inputs import Inputs
 from whitetuner.errors import EXIT_FAILED, UserError
 from whitetuner.families import registry
 from whitetuner.family import BuildFn, Family, FamilySpec, ModelPaths
-from whitetuner.memory.build import build_module
+from whitetuner.memory.build import Build
+from whitetuner.memory.phases import PhaseBuild, device_budget
 from whitetuner.models import check_model, check_size, family_of, model_folder
 from whitetuner.records import EncodeInput, Size
 from whitetuner.rehearsal import check_weights
 from whitetuner.resolve import choose_device, choose_dtype
 from whitetuner.runs.folder import RunFolder
-from whitetuner.scenes import check_count, reference_resolution
+from whitetuner.scenes import check_given, reference_resolution, size_beside, target_resolution
 
 #: Longest side that is drawn; larger ones are a slip of the finger that would ask for terabytes.
 LARGEST_PX = 8192
@@ -50,7 +51,7 @@ def sample(
     """
     options: dict[str, object] = {}
     trained: str | None = None
-    resolution: int | None = None
+    resolutions: tuple[int, int] | None = None
     check_numbers(steps, cfg, seed, strength)
     check_place(out)
     run = RunFolder(Path(model))
@@ -63,7 +64,7 @@ def sample(
                 mend="give the model folder and --adapter instead of the run",
             )
         model, family_name, options = config.model.path, config.model.family, dict(config.model.options)
-        trained, resolution = config.model.task, reference_resolution(config)
+        trained, resolutions = config.model.task, (target_resolution(config), reference_resolution(config))
         if adapter is None:
             adapter = run.final_adapter(config.method.kind)
     folder = model_folder(model)
@@ -74,15 +75,14 @@ def sample(
     family = registry.load(family_name, spec.options(**options), ModelPaths(folder))
     check_model(spec, family.paths)
     task = task_for(spec, spec.variant_of(family.options, family.paths), bool(images), trained)
-    if resolution is None:
-        resolution = math.isqrt(spec.default_size.width * spec.default_size.height)
-    check_count(len(images), family, "--image")
-    asked = [Inputs.prompt(text, images, resolution, family.stride()) for text in (prompt, negative)]
+    if resolutions is None:
+        resolutions = (math.isqrt(spec.default_size.width * spec.default_size.height),) * 2
+    check_given(images, family, "--image")
+    asked = [Inputs.prompt(text, images, resolutions[1], family.stride()) for text in (prompt, negative)]
     check_weights(family)
     given = None if adapter is None else load_adapter(adapter, family.keys)
     if size is None:
-        given_sizes = asked[0].condition_sizes
-        size = given_sizes[0] if given_sizes else default_size(model, spec.default_size)
+        size = size_beside(images, resolutions[0], family.stride()) or default_size(model, spec.default_size)
     if not all(0 < side <= LARGEST_PX for side in (size.width, size.height)):
         raise UserError(
             "{width}x{height} is no size to draw",
@@ -94,16 +94,20 @@ def sample(
         )
     check_size(size, family.stride(), "--size")
     device = choose_device("auto")
-    build = partial(build_module, dtype=choose_dtype("auto", device), device=device)
+    build = PhaseBuild(Build(choose_dtype("auto", device), device), device_budget(device, None), tell=print)
     scenes = encode_prompts(family, build, asked, task)
-    part = spec.parts(family.options)[0].name
-    modules = family.load(build)
+    build.release()
+    parts = spec.parts(family.options)
+    part, lists = parts[0].name, parts[0].block_lists
+    denoisers = PhaseBuild(build.build, build.budget_bytes, block_lists=lists, together=True, tell=print)
+    modules = family.load(denoisers)
     if given is not None:
         attached = attach_state(modules[part], *given)
         attached.strength = strength
     decoder = family.load_decoder(build)
     guidance = spec.sample_cfg if cfg is None else cfg
-    with torch.no_grad():
+    room = [engine.evict for engine in denoisers.engines]
+    with torch.no_grad(), decoding_in_room(decoder, room):
         frames = family.generate(
             modules,
             decoder,

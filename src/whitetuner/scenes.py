@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -36,26 +36,31 @@ def check_previews(config: Config, family: Family) -> None:
                 mend='leave images out, or set model.task = "edit"',
                 task=config.model.task,
             )
-        check_count(len(prompt.images), family, f"{where}.images")
+        check_given(_paths(prompt), family, f"{where}.images")
         inputs_of(prompt.text, prompt, config, family)
 
 
-def check_count(given: int, family: Family, where: str) -> None:
-    """Raises UserError when the model does not take so many given pictures."""
+def check_given(images: Sequence[Path], family: Family, where: str) -> None:
+    """Raises UserError for a given picture that is not there, and when the model does not take so many."""
+    for path in images:
+        if not path.is_file():
+            raise UserError(
+                "there is no file {path}", where=where, mend="mend the name of the given picture", path=path
+            )
     most = family.spec.references_at_most(family.options, family.paths)
-    if most is not None and given > most:
+    if most is not None and len(images) > most:
         raise UserError(
             "{count} given pictures, but this model takes at most {most}",
             where=where,
             mend="name fewer, or take a model for several",
-            count=given,
+            count=len(images),
             most=most,
         )
 
 
 def inputs_of(text: str, prompt: Prompt, config: Config, family: Family) -> Inputs:
     """What the encoders are asked for a text of a preview. Raises UserError for a given picture that cannot be read."""
-    images = [Path(image).expanduser() for image in prompt.images]
+    images = _paths(prompt)
     return Inputs.prompt(text, images, reference_resolution(config) if images else 0, family.stride())
 
 
@@ -64,14 +69,28 @@ def reference_resolution(config: Config) -> int:
     return SetOptions.of(config.data_sets()[0]).reference_resolution
 
 
+def size_beside(images: Sequence[Path], resolution: int, stride_px: int) -> Size | None:
+    """What is drawn beside given pictures is of the first one's shape, as the pipelines do; None without any.
+
+    resolution: that targets are trained at, which conditions need not be. Raises UserError as `Inputs.prompt` does.
+    """
+    return Inputs.prompt("", images[:1], resolution, stride_px).condition_sizes[0] if images else None
+
+
+def target_resolution(config: Config) -> int:
+    """The largest that the first data set's targets are trained at."""
+    resolution = config.data_sets()[0].resolution
+    return resolution if isinstance(resolution, int) else max(resolution)
+
+
 def scene_of(prompt: Prompt, config: Config, family: Family, cached: Cached, size: Size) -> Scene:
     """A preview ready to be drawn; size: without one of its own and without given pictures."""
     spec = family.spec
     wanted, unwanted = (inputs_of(text, prompt, config, family) for text in (prompt.text, prompt.negative))
     if prompt.size is not None:
         size = Size(*prompt.size)
-    elif wanted.condition_sizes:
-        size = wanted.condition_sizes[0]
+    elif prompt.images:
+        size = size_beside(_paths(prompt), target_resolution(config), family.stride()) or size
     cfg = spec.sample_cfg if prompt.cfg is None else prompt.cfg
     fields: Mapping[str, torch.Tensor] = cached.fields(wanted)
     return Scene(
@@ -83,3 +102,7 @@ def scene_of(prompt: Prompt, config: Config, family: Family, cached: Cached, siz
         steps=prompt.steps or spec.sample_steps,
         cfg=cfg,
     )
+
+
+def _paths(prompt: Prompt) -> list[Path]:
+    return [Path(image).expanduser() for image in prompt.images]

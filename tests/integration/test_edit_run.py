@@ -124,6 +124,22 @@ def test_an_edit_run_learns_resumes_to_the_bit_and_draws(place: dict[str, Any]) 
         )
 
 
+def test_what_is_drawn_has_the_first_given_pictures_shape_at_the_targets_resolution(
+    place: dict[str, Any], tmp_path: Path
+) -> None:
+    values = {**place, "run.steps": 1, "data.condition_resolution": 32}
+    run = train(
+        values,
+        "small",
+        **{"preview.every": 1, "preview.prompts": [{"text": "a", "images": given(place), "steps": 1}]},
+    )
+    preview = Image.open(run.folder / "samples" / "step-000001" / "00.png")
+    drawn = drawing.sample(
+        str(run.folder), images=[Path(one) for one in given(place)], out=tmp_path / "a.png", steps=1
+    )
+    assert preview.size == Image.open(drawn).size == (64, 48)  # of 96 x 64 at the area of 64 x 64
+
+
 def test_accumulating_two_singles_is_a_batch_of_two(place: dict[str, Any]) -> None:
     """E6: as far as the gradients, through the first step of plain descent; the order of samples is the same."""
     more = {

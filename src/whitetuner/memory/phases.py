@@ -36,7 +36,8 @@ class PhaseBuild:
 
     budget_bytes: device memory that a model and its activations may take; None: whatever it takes
     block_lists:  of the model, where the caller knows them; None: its longest list of blocks
-    backend:      of the swap; None: the device's own
+    together:     the models made are used side by side; else the one before gives its memory back first
+    backend:      of the swap
     """
 
     def __init__(
@@ -46,15 +47,18 @@ class PhaseBuild:
         *,
         block_lists: Sequence[str] | None = None,
         room_bytes: int = ROOM_BYTES,
+        together: bool = False,
         backend: Callable[[torch.device], Backend | None] = backend_for,
         tell: Callable[[str], None] = log.info,
     ) -> None:
         self.build, self.budget_bytes, self.block_lists = build, budget_bytes, block_lists
+        self.together = together
         self.room_bytes, self.backend, self.tell = room_bytes, backend, tell
         self.engines: list[SwapEngine] = []
 
     def __call__(self, cls: type, folder: Path, *, keep_precise: Sequence[str] = ()) -> Any:
-        self.release()
+        if not self.together:
+            self.release()
         if self.budget_bytes is None:
             return self.build(cls, folder, keep_precise=keep_precise)
         sketch = sketch_module(
