@@ -45,7 +45,7 @@ class Reference:
 
     def __init__(self, folder: Path, options: QwenImageOptions) -> None:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        self.kind: type = {
+        self.kind: Any = {
             one.__name__: one for one in (QwenImagePipeline, QwenImageEditPipeline, QwenImageEditPlusPipeline)
         }[index["_class_name"]]
         more: dict[str, Any] = {}
@@ -59,7 +59,7 @@ class Reference:
                     Qwen2Tokenizer.from_pretrained(folder / "tokenizer", local_files_only=True),
                 )
                 _mark_pictures(text_encoder)
-            self.pipe: Any = self.kind.from_pretrained(  # type: ignore[attr-defined]
+            self.pipe: Any = self.kind.from_pretrained(
                 folder, text_encoder=text_encoder, local_files_only=True, **more
             )
         self.pipe.set_progress_bar_config(disable=True)

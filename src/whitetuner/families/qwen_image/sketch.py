@@ -48,12 +48,11 @@ def blank(
     An edit's text: max_sequence_length tokens of words, and those of its pictures. Edit, which shows the language model the
     picture that the VAE sees, is the more hungry one; where nothing tells which Edit it is, one picture is reckoned as its.
     """
-    channels = int(module.config.in_channels)
+    config: Any = module.config
+    channels = int(config.in_channels)
     rows, columns = size.height // stride_px, size.width // stride_px
     numbered = (
-        options.variant in ("edit-2509", "edit-2511")
-        or len(conditions) > 1
-        or bool(module.config.zero_cond_t)
+        options.variant in ("edit-2509", "edit-2511") or len(conditions) > 1 or bool(config.zero_cond_t)
     )
     words = options.max_sequence_length
     for one in conditions:
@@ -61,7 +60,7 @@ def blank(
         words += round(1.1 * area / _SEEN_PX**2) + _AROUND
     fields = {
         "latent": torch.zeros(channels // 4, 2 * rows, 2 * columns),
-        "prompt_embeds": torch.zeros(words, int(module.config.joint_attention_dim)),
+        "prompt_embeds": torch.zeros(words, int(config.joint_attention_dim)),
     }
     if conditions:
         sides = [(one.height // stride_px, one.width // stride_px) for one in conditions]
