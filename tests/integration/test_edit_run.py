@@ -159,6 +159,29 @@ def test_accumulating_two_singles_is_a_batch_of_two(place: dict[str, Any]) -> No
             assert torch.allclose(two[name], ones[name], rtol=1e-5, atol=1e-7), name
 
 
+def test_memory_options_change_no_bit_beside_references_and_a_quantised_base_learns_nearly_the_same(
+    place: dict[str, Any],
+) -> None:
+    """E5, and E4 through the whole recipe."""
+    short = {"run.steps": 3, "validation.every": 3}
+    plain = train(place, "plain", **short)
+    swapped = train(
+        place,
+        "swapped",
+        **short,
+        **{
+            "memory.blocks_to_swap": 1,
+            "memory.gradient_checkpointing": True,
+            "memory.activation_offload": True,
+        },
+    )
+    assert losses(swapped.folder) == losses(plain.folder)
+    assert digest(checkpoint(swapped.folder, 3)) == digest(checkpoint(plain.folder, 3))
+    quantised = train(place, "int8", **short, **{"memory.base": "int8"})
+    one, two = (torch.tensor([row[1] for row in losses(run.folder)]) for run in (plain, quantised))
+    assert not torch.equal(one, two) and torch.allclose(one, two, rtol=0.05)
+
+
 def test_cached_is_live_and_a_condition_file_invalidates_what_it_must(
     place: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
