@@ -19,7 +19,6 @@ Word = Callable[[argparse.Namespace], int]
 #: Words of the contract whose feature is not there yet: they say so and exit with 2.
 NOT_LANDED = {
     "merge": "merging an adapter into a model",
-    "caption": "writing captions",
     "fork": "forking a run",
     "doctor": "the check of this machine",
 }
@@ -226,6 +225,24 @@ def make_parser() -> argparse.ArgumentParser:
     gui = add("gui", _gui, "open the page in the browser")
     add_arguments(gui)
 
+    caption = add("caption", _caption, "write missing captions with a vision-language model of yours")
+    caption.add_argument("dir", type=Path, metavar="DIR")
+    caption.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        help="folder of Qwen2.5-VL, of another such model, or of Qwen-Image",
+    )
+    caption.add_argument("--instruction", help="what to ask of each picture")
+    caption.add_argument("--trigger", default="", help="word that begins every caption")
+    caption.add_argument("--ext", default=".txt", help="ending of caption files (default: %(default)s)")
+    caption.add_argument(
+        "--overwrite", action="store_true", help="also where there is one (kept as NAME.txt.bak)"
+    )
+    caption.add_argument("--recursive", action="store_true", help="sub-folders too")
+    caption.add_argument("--most", type=int, metavar="N", help="at most N, to try the instruction")
+    caption.add_argument("--max-tokens", type=int, default=160, help="length at most (default: %(default)s)")
+
     for name, feature in NOT_LANDED.items():
         one = add(name, _not_landed, f"{feature} (not yet)")
         one.add_argument("rest", nargs=argparse.REMAINDER)
@@ -348,6 +365,12 @@ def _export(given: argparse.Namespace) -> int:
     from whitetuner import commands
 
     return commands.export(given.source, given.target, given.to, given.family)
+
+
+def _caption(given: argparse.Namespace) -> int:
+    from whitetuner import commands
+
+    return commands.caption(given)
 
 
 def _inspect(given: argparse.Namespace) -> int:

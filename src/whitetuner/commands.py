@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from whitetuner.errors import EXIT_STOPPED, EXIT_USE, UserError
+from whitetuner.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USE, UserError
 from whitetuner.records import Size
 
 
@@ -245,6 +246,42 @@ def export(source: Path, target: Path, naming: str, family_name: str | None) -> 
     export_adapter(tensors, settings, keys, path=target, naming=naming)  # type: ignore[arg-type]
     print(f"wrote {target} ({naming} names, {len(tensors)} tensors)")
     return 0
+
+
+def caption(given: argparse.Namespace) -> int:
+    """Writes missing captions; exit code 1 when pictures could not be read."""
+    from rich.progress import Progress
+
+    from whitetuner.captioning import INSTRUCTION, caption_folder
+
+    for name, value in (("--most", given.most), ("--max-tokens", given.max_tokens)):
+        if value is not None and value < 1:
+            raise UserError("{value} does not do here", where=name, mend="give 1 or more", value=value)
+    with Progress(transient=True) as bar:
+        task = bar.add_task("captions", total=None)
+
+        def told(done: int, total: int, picture: Path, text: str) -> None:
+            bar.update(task, completed=done, total=total)
+            bar.console.print(f"{picture.name}: {text}", markup=False, highlight=False)
+
+        found = caption_folder(
+            given.dir,
+            given.model,
+            instruction=given.instruction or INSTRUCTION,
+            trigger=given.trigger,
+            ending=given.ext if given.ext.startswith(".") else f".{given.ext}",
+            overwrite=given.overwrite,
+            recursive=given.recursive,
+            most=given.most,
+            max_tokens=given.max_tokens,
+            progress=told,
+        )
+    for error in found.failed:
+        print(f"warning: {error}", file=sys.stderr)
+    print(f"{len(found.written)} captions written, {found.kept} were there and stay")
+    if found.replaced:
+        print(f"{len(found.replaced)} were replaced; the old ones are kept, e.g. {found.replaced[0]}")
+    return EXIT_FAILED if found.failed else 0
 
 
 def inspect(file: Path, *, as_json: bool) -> int:

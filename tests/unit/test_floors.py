@@ -27,6 +27,7 @@ FLOORS = [
         "rehearsal",
         "planning",
         "plan_view",
+        "captioning",
         "between",
         "final_files",
         "resolve",

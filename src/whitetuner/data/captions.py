@@ -131,6 +131,16 @@ def convert_captions(paths: Iterable[Path], encoding: str | None = None) -> list
     return done
 
 
+def write_keeping(path: Path, text: str) -> Path | None:
+    """Writes a caption, whole or not at all; what was there stays beside it as NAME.bak, whose path is returned."""
+    if path.is_file() and path.read_bytes().strip():
+        return _replace_keeping(path, text)
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(tidy(text) + "\n", encoding="utf-8", newline="\n")
+    temporary.replace(path)
+    return None
+
+
 def _replace_keeping(path: Path, text: str) -> Path:
     kept = path.with_name(path.name + KEPT_AS)
     number = 1
