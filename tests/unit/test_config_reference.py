@@ -138,6 +138,36 @@ def test_a_tiny_config_for_a_folder_of_pictures_takes_the_embedded_model(tmp_pat
     assert (config.model.path, config.data.images) == ("builtin:nano", str(pictures))
 
 
+def test_a_tiny_config_for_an_edit_folder_is_an_edit_config(tmp_path: Path) -> None:
+    file, folder = tmp_path / "c.toml", tmp_path / "it's 照片"
+    for name in ("target", "condition_1", "condition_2"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "a.png").write_bytes(b"")
+    file.write_text(tiny_text(folder), encoding="utf-8")
+    config = load_config(file).config
+    assert (config.model.task, config.model.path) == ("edit", "builtin:nano")
+    assert config.data.target == str(folder / "target") and config.data.images is None
+    assert config.data.conditions == [str(folder / "condition_1"), str(folder / "condition_2")]
+    assert config.preview.prompts[0].images == [str(folder / "condition_1" / "a.png")]
+    refuse_wrong_data(config)
+
+
+def test_a_tiny_config_for_a_model_that_edits_alone_is_an_edit_config(tmp_path: Path) -> None:
+    model = tmp_path / "tiny"
+    (model / "transformer").mkdir(parents=True)
+    spec = registry.spec("qwen-image")
+    (model / "model_index.json").write_text('{"_class_name": "QwenImageEditPipeline"}', encoding="utf-8")
+    (model / "transformer" / "config.json").write_text(
+        f'{{"_class_name": "{spec.transformer_class}"}}', encoding="utf-8"
+    )
+    file = tmp_path / "c.toml"
+    file.write_text(tiny_text(model), encoding="utf-8")
+    config = load_config(file).config
+    assert (config.model.task, len(config.data.conditions)) == ("edit", 1)
+    assert len(config.preview.prompts[0].images) == 1
+    refuse_wrong_data(config)
+
+
 def test_a_tiny_config_for_a_model_folder_tells_its_family(tmp_path: Path) -> None:
     model = tmp_path / "tiny"
     (model / "transformer").mkdir(parents=True)
