@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from whitetuner.config.document import key_lines, parse
+from whitetuner.config.kinds import refuse_wrong_data
 from whitetuner.config.landed import refuse_not_landed
 from whitetuner.config.load import Loaded, validate
 from whitetuner.config.schema import Config
@@ -45,6 +46,7 @@ def loaded(text: str, tab: Tab | None = None, roots: Roots | None = None) -> Loa
     lines = {key: f"{NAME} line {line}" for key, line in key_lines(text).items()}
     found = validate(values, lines)
     refuse_not_landed(found.config)
+    refuse_wrong_data(found.config)
     if tab is not None and (
         found.config.model.family != tab.family or found.config.model.task not in tab.tasks
     ):

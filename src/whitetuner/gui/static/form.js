@@ -1,6 +1,6 @@
 // A training form: drawn from what the server says of the options, one TOML document behind it that the server keeps.
 
-import { Refused, choosePath, copy, dialog, el, fill, get, post, save, style, toast } from "/static/widgets.js";
+import { Refused, choosePath, copy, dialog, el, fill, get, openTab, post, save, style, toast } from "/static/widgets.js";
 import { PlanCard } from "/static/plan.js";
 
 const forms = new Map();
@@ -490,7 +490,7 @@ class Form {
     if (!answer) return;
     if (answer.tab !== this.tab) {
       toast(fill(this.words.imported_elsewhere, { title: answer.title }));
-      document.getElementById(`tab-${answer.tab}-button`)?.click();
+      openTab(answer.tab, answer.title);
       reload(answer.tab);
       return;
     }
@@ -529,7 +529,7 @@ class Form {
   async lookAtData() {
     await this.settled();
     sessionStorage.setItem("wt-data", JSON.stringify({ tab: this.tab, text: this.state.text }));
-    document.getElementById("tab-data-button")?.click();
+    openTab("data", this.words.data_tab);
     window.dispatchEvent(new Event("wt-data"));
   }
 }

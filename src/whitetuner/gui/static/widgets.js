@@ -159,3 +159,9 @@ export async function choosePath(wants, start, words, language, native) {
     go(start);
   });
 }
+
+/** Goes to another tab of the page; on a phone its button is in Gradio's menu of further tabs. */
+export function openTab(key, title) {
+  const inMenu = [...document.querySelectorAll("#tabs .overflow-dropdown button")];
+  (document.getElementById(`tab-${key}-button`) ?? inMenu.find((one) => one.textContent.trim() === title))?.click();
+}

@@ -1,0 +1,60 @@
+"""Small pictures for the page: made when they are first seen, kept in the page's own folder, never beside the user's files."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+from pathlib import Path
+from threading import BoundedSemaphore
+
+from whitetuner.data.media import read
+from whitetuner.records import Size
+from whitetuner.runs.files import write_atomically
+
+#: Longer side in pixels: of the grid, of one looked at.
+SIDES = (256, 1024)
+#: So many are kept; then the oldest half goes.
+_KEPT = 20_000
+#: Decoding large photos takes hundreds of megabytes: two at a time.
+_TWO = BoundedSemaphore(2)
+
+
+class Thumbs:
+    """folder: where they are kept."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "thumbs"
+
+    def get(self, path: Path, side: int) -> bytes:
+        """WebP of a picture, at most `side` pixels wide and high. Raises UserError when the picture cannot be read."""
+        side = min(SIDES, key=lambda one: abs(one - side))
+        kept = self._file(path, side)
+        try:
+            return kept.read_bytes()
+        except OSError:
+            pass  # not made yet
+        with _TWO:
+            image = read(path, Size(side, side))
+            image.thumbnail((side, side))
+            stream = io.BytesIO()
+            image.save(stream, "WEBP", quality=80, method=2)
+        with contextlib.suppress(OSError):  # a full disk costs time, not the picture
+            write_atomically(kept, stream.getvalue())
+        return stream.getvalue()
+
+    def tidy(self) -> None:
+        """Lets the oldest half go when there are too many."""
+        files = [one for one in self.folder.glob("*/*.webp") if one.is_file()]
+        if len(files) > _KEPT:
+            for one in sorted(files, key=lambda file: file.stat().st_mtime)[: len(files) // 2]:
+                one.unlink(missing_ok=True)
+
+    def _file(self, path: Path, side: int) -> Path:
+        try:
+            stat = path.stat()
+            mark = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{side}"
+        except OSError:
+            mark = f"{path}|{side}"
+        name = hashlib.sha256(mark.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+        return self.folder / name[:2] / f"{name}.webp"
