@@ -22,10 +22,12 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from whitetuner.errors import EXIT_ENVIRONMENT, UserError
-from whitetuner.gui import shell
+from whitetuner.gui import form_api, run_api, shell
 from whitetuner.gui.access import Access, App, Receive, Scope, Send
+from whitetuner.gui.run_state import Runs
 from whitetuner.gui.settings import Settings
-from whitetuner.runs.state import machine_secret
+from whitetuner.gui.tensorboard import Board
+from whitetuner.runs.state import machine_secret, state_folder
 
 #: So many ports after the wanted one are tried when it is taken.
 PORTS_TRIED = 20
@@ -100,13 +102,28 @@ def make_app(settings: Settings) -> Access:
         answer.set_cookie("wt_lang", name, max_age=365 * 24 * 3600, samesite="lax")
         return answer
 
+    async def icon(request: Request) -> Response:
+        return Response(shell.ICON, media_type="image/svg+xml", headers={"cache-control": "max-age=86400"})
+
+    board = Board(settings)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(own: Starlette) -> AsyncIterator[None]:
+        async with forms.lifespan(own):
+            yield
+        await board.close()
+
     routes: list[BaseRoute] = [
         Route("/", root),
+        Route("/favicon.ico", icon),
         Route("/api/ready", ready),
         Route("/lang/{name}", language),
+        *run_api.routes(settings, Runs()),
+        *form_api.routes(settings.paths(), state_folder()),
+        *board.routes(),
         Mount("/static", StaticFiles(packages=[("whitetuner.gui", "static")])),
     ]
-    own = Starlette(routes=routes, lifespan=forms.lifespan)
+    own = Starlette(routes=routes, lifespan=lifespan)
 
     async def dispatch(scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import, which asks for it
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -10,48 +11,54 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import gradio as gr
 from fastapi import FastAPI
 
-from whitetuner.families import registry
+from whitetuner.gui import frame
 from whitetuner.gui.access import UPLOAD
+from whitetuner.gui.frame import word
 from whitetuner.gui.settings import Settings
 from whitetuner.gui.shell import LANGUAGES
+from whitetuner.gui.training_tabs import draw_form, tabs
 
-#: (family, task) in the seed's order -> the seed's name of the tab; families that have not landed show none.
-TABS = {
-    ("flux2-klein", "edit"): "FLUX.2 Klein Edit",
-    ("flux2-klein", "t2i"): "FLUX.2 Klein T2I",
-    ("wan", "i2v"): "WAN I2V",
-    ("wan", "t2v"): "WAN T2V",
-    ("qwen-image", "t2i"): "Qwen T2I",
-    ("qwen-image", "edit"): "Qwen Edit",
-    ("zimage", "t2i"): "ZImage",
-    ("zimage-v2", "t2i"): "ZImage V2",
-    ("glm-image", "t2i"): "GLM-Image",
-    ("glm-image", "edit"): "GLM-Image Edit",
-}
 FONTS = ["system-ui", "Microsoft YaHei", "PingFang SC", "Noto Sans CJK SC", "sans-serif"]
 MONO = ["ui-monospace", "Consolas", "Noto Sans Mono CJK SC", "monospace"]
 
 
-def training_tabs() -> list[tuple[str, str, str]]:
-    """(family, task, name) of the tabs that there are today."""
-    landed = {(name, task) for name in registry.FAMILIES for task in registry.spec(name).tasks}
-    more = [
-        (pair, f"{registry.spec(pair[0]).title} {pair[1].upper()}") for pair in sorted(landed - set(TABS))
-    ]
-    return [(*pair, name) for pair, name in [*TABS.items(), *more] if pair in landed]
-
-
 def blocks(settings: Settings, language: str) -> gr.Blocks:
     """The page in one language. Everything it shows comes from files, so it can be built again at any time."""
+    titles = {
+        "home": word("tab_home", language),
+        **{tab.key: tab.title(language) for tab in tabs()},
+        "runs": word("tab_runs", language),
+        "results": word("tab_results", language),
+        "tensorboard": "TensorBoard",
+    }
     with gr.Blocks(
         title="White Tuner", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)
     ) as page:
-        gr.HTML("<h1>White Tuner</h1>")
+        _html(frame.title(language, settings.password is not None, titles))
         with gr.Tabs(elem_id="tabs"):
-            for family, task, name in training_tabs():
-                with gr.Tab(name, id=f"{family}-{task}", elem_id=f"tab-{family}-{task}"):
-                    gr.Markdown(name)
+            with _tab("home", titles):
+                _html(frame.element("wt-home", language))
+            for tab in tabs():
+                with _tab(tab.key, titles), gr.Row():
+                    with gr.Column(scale=6, min_width=360):
+                        draw_form(tab, language)
+                    with gr.Column(scale=5, min_width=360):
+                        _html(frame.training(tab, language))
+            with _tab("runs", titles):
+                _html(frame.element("wt-runs", language, view="wt-run"))
+            with _tab("results", titles):
+                _html(frame.element("wt-runs", language, view="wt-result"))
+            with _tab("tensorboard", titles):
+                _html(frame.element("wt-board", language))
     return page
+
+
+def _tab(key: str, titles: Mapping[str, str]) -> gr.Tab:
+    return gr.Tab(titles[key], id=key, elem_id=f"tab-{key}")
+
+
+def _html(text: str) -> gr.HTML:
+    return gr.HTML(text, apply_default_css=False)
 
 
 def mounted(settings: Settings) -> FastAPI:
@@ -71,6 +78,7 @@ def mounted(settings: Settings) -> FastAPI:
             show_error=True,
             max_file_size=UPLOAD,
             theme=theme,
+            head=frame.HEAD,
             mcp_server=False,
             enable_monitoring=False,
             pwa=False,

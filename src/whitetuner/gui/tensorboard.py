@@ -67,6 +67,7 @@ class Board:
             Route("/api/tensorboard", self.asked),
             Route(PREFIX, self.passed, methods=verbs),
             Route(PREFIX + "/{path:path}", self.passed, methods=verbs),
+            Route("/font-roboto/{path:path}", self.passed),  # its style sheet asks for these from the root
         ]
 
     async def asked(self, request: Request) -> Response:
@@ -96,6 +97,8 @@ class Board:
                 base_url=f"http://127.0.0.1:{self.port}", trust_env=False, timeout=60
             )
         path = "/" + request.path_params.get("path", "")
+        if not request.url.path.startswith(PREFIX):
+            path = request.url.path
         headers = [(name, value) for name, value in request.headers.items() if name not in _KEPT_BACK]
         outgoing = self._client.build_request(
             request.method,

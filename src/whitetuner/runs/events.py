@@ -235,7 +235,8 @@ def read(path: Path, offset: int = 0) -> tuple[list[Event], int]:
 
 
 def last_of(path: Path, kinds: tuple[type[Event], ...], block: int = 1 << 16) -> Event | None:
-    """The last event of one of these kinds, found from the end, so that a long run is not read whole."""
+    """The last event of one of these kinds, found from the end; lines of others are passed over without being parsed."""
+    marks = [f'{{"kind": "{kind.kind}"'.encode() for kind in kinds]
     try:
         with path.open("rb") as file:
             start, rest = file.seek(0, os.SEEK_END), b""
@@ -243,10 +244,18 @@ def last_of(path: Path, kinds: tuple[type[Event], ...], block: int = 1 << 16) ->
                 size = min(block, start)
                 start -= size
                 file.seek(start)
-                lines = (file.read(size) + rest).split(b"\n")
-                rest = lines.pop(0) if start > 0 else b""
-                for line in reversed(lines):
-                    event = from_line(line.decode("utf-8", "replace")) if line else None
+                text = file.read(size) + rest
+                first = text.find(b"\n") + 1 if start > 0 else 0
+                if start > 0 and first == 0:  # the middle of a long line
+                    rest = text
+                    continue
+                rest = text[:first]
+                if not any(mark in text for mark in marks):
+                    continue
+                for line in reversed(text[first:].split(b"\n")):
+                    event = (
+                        from_line(line.decode("utf-8", "replace")) if line.startswith(tuple(marks)) else None
+                    )
                     if isinstance(event, kinds):
                         return event
     except FileNotFoundError:

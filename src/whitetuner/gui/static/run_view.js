@@ -40,6 +40,7 @@ class RunView extends View {
       this.log.textContent = text;
       if (follow) this.log.scrollTop = this.log.scrollHeight;
     }
+    if (this.asked && run.state !== "running") { this.asked = false; this.say(""); }
     this.dataset.state = run.state;
     this.dispatchEvent(new CustomEvent("run", { detail: run }));
   }
@@ -81,7 +82,7 @@ class RunView extends View {
     const doing = async () => {
       if (words[`${wish}_sure`] && !confirm(this.w(`${wish}_sure`))) return;
       await this.ask(`/api/runs/${id}/${wish === "resume" ? "resume" : "ask"}`, wish === "resume" ? {} : { wish });
-      if (["stop", "save", "preview"].includes(wish)) this.say(this.w("asked"));
+      if (["stop", "save", "preview"].includes(wish)) { this.say(this.w("asked")); this.asked = true; }
     };
     const kind = wish === "stop" || wish === "resume" ? "wt-main" : wish === "now" ? "wt-danger" : "";
     return h("button", { "data-wish": wish, class: kind, onclick: () => this.tried(doing) }, this.w(wish));

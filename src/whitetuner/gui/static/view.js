@@ -112,20 +112,24 @@ export function remember(change) {
   location.hash = now.toString();
 }
 
-/** Gradio forgets its tab on reload: the address remembers it. */
+/** Gradio forgets its tab on reload: the address remembers it. On a phone tabs lie in a menu and are known by their title alone. */
 export function followTabs() {
   document.documentElement.lang = location.pathname.startsWith("/zh") ? "zh-CN" : "en";
-  const button = (name) => document.querySelector(`#tab-${CSS.escape(name)}-button`);
+  const titles = () => JSON.parse(document.querySelector("[data-tabs]")?.dataset.tabs ?? "{}");
+  const inMenu = () => [...document.querySelectorAll("#tabs .overflow-dropdown button")];
+  const button = (name) => document.querySelector(`#tab-${CSS.escape(name)}-button`)
+    ?? inMenu().find((one) => one.textContent.trim() === titles()[name]);
+  const seen = (name) => document.querySelector(`#tab-${CSS.escape(name)}`)?.offsetParent;
   const apply = () => {
     const name = new URLSearchParams(location.hash.slice(1)).get("tab");
-    const found = name && button(name);
-    if (found && found.getAttribute("aria-selected") !== "true") found.click();
-    return Boolean(found) || !name;
+    if (name && !seen(name)) button(name)?.click();
+    return !name || Boolean(seen(name));
   };
   document.addEventListener("click", (event) => {
-    const id = event.target.closest?.("[role=tab]")?.id ?? "";
-    const name = /^tab-(.+)-button$/.exec(id)?.[1];
-    if (name && event.isTrusted) remember({ tab: name });
+    const clicked = event.isTrusted && event.target.closest?.("[role=tab], .overflow-dropdown button");
+    const text = clicked ? clicked.textContent.trim() : "";
+    const name = Object.keys(titles()).find((one) => titles()[one] === text);
+    if (name && clicked.closest("#tabs")) remember({ tab: name });
   });
   addEventListener("hashchange", apply);
   const until = Date.now() + 20000;

@@ -1,0 +1,175 @@
+"""What the page's scripts ask about runs: /api/runs and below. Runs are named by their id, never by a path."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from whitetuner.errors import UserError
+from whitetuner.gui import results, starting
+from whitetuner.gui.run_state import Runs, ask, finals, job_of
+from whitetuner.gui.settings import Settings
+from whitetuner.gui.told import told
+from whitetuner.runs.folder import RunFolder
+from whitetuner.runs.report import write_report
+
+#: Kinds of files that are shown; anything else of a run's folder is never sent as a page.
+_SHOWN = {
+    ".png": "image/png",
+    ".jpg": "image/jpeg",
+    ".webp": "image/webp",
+    ".mp4": "video/mp4",
+    ".gif": "image/gif",
+}
+_ALONE = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'self'"
+WISHES = ("stop", "now", "save", "preview", "cancel", "forget")
+
+Answer = Callable[[Request], Any]
+
+
+def routes(settings: Settings, runs: Runs) -> list[Route]:
+    def listed(request: Request) -> Any:
+        return {"runs": runs.listed(), "machine": runs.machine()}
+
+    def shown(request: Request) -> Any:
+        return {**runs.shown(_job(request)), "machine": runs.machine(), "comfyui": results.comfyui_folder()}
+
+    def curve(request: Request) -> Any:
+        reader = runs.reader(_job(request))
+        if request.query_params.get("version") == str(reader.version):
+            return {"version": reader.version}
+        return reader.curve()
+
+    def log(request: Request) -> Any:
+        return {"lines": runs.log(_job(request))}
+
+    def preview(request: Request) -> Response:
+        job = _job(request)
+        event = runs.reader(job).previews.get(int(request.path_params["step"]))
+        number = int(request.path_params["number"])
+        if event is None or number >= len(event.files):
+            return JSONResponse({"error": "no such preview"}, 404)
+        return _file(Path(job.run), event.files[number])
+
+    def final(request: Request) -> Response:
+        job = _job(request)
+        number = int(request.path_params["number"])
+        files = finals(RunFolder(Path(job.run)))
+        if number >= len(files):
+            return JSONResponse({"error": "no such file"}, 404)
+        path = Path(job.run) / files[number]["place"]
+        return FileResponse(path, media_type="application/octet-stream", filename=path.name)
+
+    def report(request: Request) -> Response:
+        path = write_report(Path(_job(request).run))
+        return FileResponse(path, media_type="text/html", headers={"content-security-policy": _ALONE})
+
+    async def wished(request: Request) -> Any:
+        wish = (await _body(request)).get("wish")
+        if wish not in WISHES:
+            raise UserError("there is nothing of that name to ask for")
+        await asyncio.to_thread(ask, _job(request), wish)
+        runs.changed()
+        return {"ok": True}
+
+    async def resumed(request: Request) -> Any:
+        body = await _body(request)
+        more = body.get("more")
+        job = await asyncio.to_thread(starting.resume, _job(request), more if isinstance(more, int) else 0)
+        runs.changed()
+        return {"id": job.id}
+
+    async def started(request: Request) -> Any:
+        body = await _body(request)
+        given = [str(body.get(name) or "") for name in ("tab", "text", "gpus", "existing")]
+        found = await asyncio.to_thread(starting.start_form, settings, *given)
+        runs.changed()
+        return found
+
+    async def tried(request: Request) -> Any:
+        job = await asyncio.to_thread(starting.start_trial, settings)
+        runs.changed()
+        return {"id": job.id}
+
+    async def copied(request: Request) -> Any:
+        body = await _body(request)
+        path = await asyncio.to_thread(
+            results.copy_to_comfyui, settings, _job(request), str(body.get("folder") or "")
+        )
+        return {"path": str(path)}
+
+    one = "/api/runs/{ident}"
+    return [
+        Route("/api/runs", _get(listed)),
+        Route("/api/start", _post(started), methods=["POST"]),
+        Route("/api/try", _post(tried), methods=["POST"]),
+        Route(one, _get(shown)),
+        Route(f"{one}/curve", _get(curve)),
+        Route(f"{one}/log", _get(log)),
+        Route(f"{one}/report", _get(report)),
+        Route(f"{one}/preview/{{step:int}}/{{number:int}}", _get(preview)),
+        Route(f"{one}/final/{{number:int}}", _get(final)),
+        Route(f"{one}/ask", _post(wished), methods=["POST"]),
+        Route(f"{one}/resume", _post(resumed), methods=["POST"]),
+        Route(f"{one}/comfyui", _post(copied), methods=["POST"]),
+    ]
+
+
+def _job(request: Request) -> Any:
+    return job_of(request.path_params["ident"])
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    """The command's JSON. Raises UserError for anything else: a form of a foreign page cannot send this type."""
+    if request.headers.get("content-type", "").partition(";")[0] != "application/json":
+        raise UserError("the request is no JSON")
+    try:
+        found = json.loads(await request.body())
+    except ValueError as error:
+        raise UserError("the request is no JSON") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _get(answer: Answer) -> Callable[[Request], Awaitable[Response]]:
+    async def asked(request: Request) -> Response:
+        return await _told(request, asyncio.to_thread(answer, request))
+
+    return asked
+
+
+def _post(answer: Callable[[Request], Awaitable[Any]]) -> Callable[[Request], Awaitable[Response]]:
+    async def asked(request: Request) -> Response:
+        return await _told(request, answer(request))
+
+    return asked
+
+
+async def _told(request: Request, answer: Awaitable[Any]) -> Response:
+    """The answer; what the user can mend as 422 with the message in the page's language, what cannot be read as 500."""
+    try:
+        found = await answer
+    except UserError as error:
+        language = "zh" if request.headers.get("x-language") == "zh" else "en"
+        status = 404 if request.method == "GET" else 422
+        return JSONResponse({"error": told(error, language)}, status)
+    except OSError as error:
+        return JSONResponse({"error": f"{error.filename or ''}: {error.strerror or error}"}, 500)
+    if isinstance(found, Response):
+        return found
+    return JSONResponse(found, headers={"cache-control": "no-store"})
+
+
+def _file(run: Path, place: str) -> Response:
+    """A picture or clip of the run's own folder: links out of it and other kinds are refused."""
+    path = (run / place).resolve()
+    kind = _SHOWN.get(path.suffix.lower())
+    if kind is None or not path.is_relative_to(run.resolve()) or not path.is_file():
+        return JSONResponse({"error": "not shown"}, 404)
+    return FileResponse(path, media_type=kind, headers={"cache-control": "private, max-age=60"})
