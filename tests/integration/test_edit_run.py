@@ -230,6 +230,25 @@ def test_what_does_not_go_together_is_refused_before_anything_loads(
     assert not (Path(place["run.output_dir"]) / "refused").exists()
 
 
+def test_a_model_for_the_other_task_is_told(place: dict[str, Any], tmp_path: Path) -> None:
+    """Where variants of a family are for different tasks; where one model does both, both are trained."""
+    spec = registry.spec(place["model.family"])
+    others = [variant for variant, tasks in spec.variant_tasks.items() if tasks == ("t2i",)]
+    if not others:
+        pytest.skip("one model does both")
+    unedited = {key: value for key, value in place.items() if key not in ("data.target", "data.conditions")}
+    with pytest.raises(UserError, match="which is for edit, not for t2i"):
+        train({**unedited, "model.task": "t2i", "data.images": place["data.target"]}, "as-t2i")
+    registry.make_tiny(spec.name, str(tmp_path / "model"), others[0])
+    with pytest.raises(UserError, match="which is for t2i, not for edit"):
+        train({**place, "model.path": str(tmp_path / "model")}, "as-edit")
+    with pytest.raises(UserError, match="takes no given pictures"):
+        images = [Path(path) for path in given(place)]
+        drawing.sample(str(tmp_path / "model"), images=images, out=tmp_path / "x.png", size=Size(64, 64))
+    with pytest.raises(UserError, match="add --image"):
+        drawing.sample(place["model.path"], out=tmp_path / "x.png", size=Size(64, 64))
+
+
 def test_more_given_pictures_than_the_model_takes_are_refused(place: dict[str, Any], tmp_path: Path) -> None:
     model = load_config(None, base=place).config
     spec = registry.spec(model.model.family)
