@@ -95,7 +95,8 @@ class Access:
         if answer is not None:
             await _reply(scope, receive, send, *answer)
             return
-        limit = UPLOAD if scope["path"].startswith(("/zh/", "/en/")) else SMALL_BODY
+        takes_files = scope["path"].startswith(("/zh/", "/en/")) or scope["path"] == "/api/data/upload"
+        limit = UPLOAD if takes_files else SMALL_BODY
         if headers.get("content-length", "0").isdigit() and int(headers.get("content-length", "0")) > limit:
             await _reply(scope, receive, send, *_json(413, "too much at once"))
             return

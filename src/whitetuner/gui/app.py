@@ -22,7 +22,7 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from whitetuner.errors import EXIT_ENVIRONMENT, UserError
-from whitetuner.gui import form_api, run_api, shell
+from whitetuner.gui import data_page, form_api, run_api, shell
 from whitetuner.gui.access import Access, App, Receive, Scope, Send
 from whitetuner.gui.run_state import Runs
 from whitetuner.gui.settings import Settings
@@ -120,6 +120,7 @@ def make_app(settings: Settings) -> Access:
         Route("/lang/{name}", language),
         *run_api.routes(settings, Runs()),
         *form_api.routes(settings.paths(), state_folder()),
+        *data_page.routes(settings.paths(), state_folder()),
         *board.routes(),
         Mount("/static", StaticFiles(packages=[("whitetuner.gui", "static")])),
     ]

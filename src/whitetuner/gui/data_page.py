@@ -92,7 +92,7 @@ class DataApi:
         try:
             look = self.looks.get(query.get("look"))
         except UserError as error:
-            return JSONResponse({"errors": said(error, language)}, status_code=404)
+            return JSONResponse({"refused": said(error, language)})
         start, count = _whole(query.get("start"), 0), min(PAGE_ROWS, _whole(query.get("count"), PAGE_ROWS))
         numbers = look.numbers(query.get("kind", ""))
         rows = [self._row(look, number, language) for number in numbers[start : start + count]]
@@ -162,7 +162,7 @@ class DataApi:
                     )
             await run_in_threadpool(_add, target, bytes(body))
         except UserError as error:
-            return JSONResponse({"errors": said(error, language)}, status_code=422)
+            return JSONResponse({"refused": said(error, language)})
         return JSONResponse({"name": target.name})
 
     def _target(self, look: Look, name: str, into: int) -> Path:

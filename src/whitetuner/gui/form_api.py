@@ -1,6 +1,7 @@
 """The form's side of the server: its document is changed, checked, imported, planned for, and kept as a draft.
 
-Every answer is JSON. What the user can mend comes back as 422 with {"errors": [[where, what, mend]]} in the page's language.
+Every answer is JSON. What the user can mend comes back as {"refused": [[where, what, mend]]} in the page's language, with status
+200: browsers write other answers into their console as errors, which a mistake on a form is not.
 """
 
 from __future__ import annotations
@@ -52,18 +53,18 @@ def verb(path: str, run: Callable[..., dict[str, Any]]) -> Route:
 
     async def answer(request: Request) -> Response:
         if request.headers.get("content-type", "").partition(";")[0] != "application/json":
-            return JSONResponse({"errors": [["", "JSON is expected", ""]]}, status_code=415)
+            return JSONResponse({"refused": [["", "JSON is expected", ""]]}, status_code=415)
         try:
             body = json.loads(await request.body())
         except ValueError:
             body = None
         if not isinstance(body, dict):
-            return JSONResponse({"errors": [["", "JSON is expected", ""]]}, status_code=400)
+            return JSONResponse({"refused": [["", "JSON is expected", ""]]}, status_code=400)
         language = "zh" if body.get("language") == "zh" else "en"
         try:
             return JSONResponse(await run_in_threadpool(run, body, language, **request.path_params))
         except UserError as error:
-            return JSONResponse({"errors": said(error, language)}, status_code=422)
+            return JSONResponse({"refused": said(error, language)})
 
     return Route(path, answer, methods=["POST"])
 
@@ -96,7 +97,7 @@ class FormApi:
         language = "zh" if request.query_params.get("language") == "zh" else "en"
         tab = tab_of(request.path_params["tab"])
         if tab is None:
-            return JSONResponse({"errors": [["", "there is no such form", ""]]}, status_code=404)
+            return JSONResponse({"refused": [["", "there is no such form", ""]]}, status_code=404)
         text = self.drafts.draft(tab.key)
         return JSONResponse(self._whole(tab, forms.fresh(tab) if text is None else text, language))
 

@@ -11,12 +11,13 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import gradio as gr
 from fastapi import FastAPI
 
-from whitetuner.gui import frame
+from whitetuner.gui import data_page, frame
 from whitetuner.gui.access import UPLOAD
 from whitetuner.gui.frame import word
 from whitetuner.gui.settings import Settings
 from whitetuner.gui.shell import LANGUAGES
 from whitetuner.gui.training_tabs import draw_form, tabs
+from whitetuner.gui.words import texts
 
 FONTS = ["system-ui", "Microsoft YaHei", "PingFang SC", "Noto Sans CJK SC", "sans-serif"]
 MONO = ["ui-monospace", "Consolas", "Noto Sans Mono CJK SC", "monospace"]
@@ -27,6 +28,7 @@ def blocks(settings: Settings, language: str) -> gr.Blocks:
     titles = {
         "home": word("tab_home", language),
         **{tab.key: tab.title(language) for tab in tabs()},
+        "data": texts("form", language)["data_tab"],
         "runs": word("tab_runs", language),
         "results": word("tab_results", language),
         "tensorboard": "TensorBoard",
@@ -44,6 +46,8 @@ def blocks(settings: Settings, language: str) -> gr.Blocks:
                         draw_form(tab, language)
                     with gr.Column(scale=5, min_width=360):
                         _html(frame.training(tab, language))
+            with _tab("data", titles):
+                data_page.draw(language)
             with _tab("runs", titles):
                 _html(frame.element("wt-runs", language, view="wt-run"))
             with _tab("results", titles):

@@ -92,7 +92,7 @@ def _card(row: Mapping[str, Any], steps: int | None, language: str) -> dict[str,
     machine = row.get("machine") or {}
     vram = row.get("vram_gb") or machine.get("vram_bytes", 0) / GIB
     found: dict[str, Any] = {
-        "name": row.get("card") or machine.get("name", ""),
+        "name": translated(str(row.get("card") or machine.get("name", "")), language),
         "vram": round(vram, 1),
         "refused": "",
         "choices": [],
@@ -126,7 +126,7 @@ def _choice(
     figures = [
         say["plan_peak"].format(gb=f"{one['peak_bytes'] / GIB:.1f}"),
         say["plan_host"].format(gb=f"{one['host_bytes'] / GIB:.0f}"),
-        say["plan_step"].format(seconds=f"{one['seconds']:.2g}"),
+        say["plan_step"].format(seconds=f"{one['seconds']:.2g}" if one["seconds"] >= 0.01 else "0.01"),
     ]
     if steps:
         figures.append(say["plan_total"].format(steps=steps, time=duration(steps * one["seconds"], say)))

@@ -1,6 +1,6 @@
 // The data page: a grid of any length, of which only what is near is held; findings, sizes, captions to change.
 
-import { Refused, choosePath, dialog, el, fill, get, post, style, toast } from "/static/widgets.js";
+import { Refused, answered, choosePath, dialog, el, fill, get, post, style, toast } from "/static/widgets.js";
 
 const CHUNK = 48;
 let page = null;
@@ -238,8 +238,7 @@ class DataPage {
       const query = new URLSearchParams({ look: this.look.look, name: file.name, into: 0, language: this.language });
       try {
         const answer = await fetch(`/api/data/upload?${query}`, { method: "POST", headers: { "content-type": "application/octet-stream" }, body: file });
-        const found = await answer.json();
-        if (!answer.ok) throw new Refused(found.errors ?? [["", String(answer.status), ""]]);
+        await answered(answer);
         count += 1;
       } catch (error) {
         refused.push(`${file.name}: ${error instanceof Refused ? error.message : words.lost}`);

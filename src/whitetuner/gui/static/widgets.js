@@ -5,6 +5,7 @@ export function el(name, attributes = {}, ...inside) {
   const made = document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) {
     if (key.startsWith("on")) made.addEventListener(key.slice(2), value);
+    else if (key.startsWith("aria-") && value !== null && value !== undefined) made.setAttribute(key, String(value));
     else if (value === true) made.setAttribute(key, "");
     else if (value !== false && value !== null && value !== undefined) made.setAttribute(key, value);
   }
@@ -17,7 +18,7 @@ export function fill(text, values) {
   return (text ?? "").replace(/\{(\w+)\}/g, (whole, name) => values[name] ?? whole);
 }
 
-/** What the server refused, in the page's language: errors is [[where, what, mend], ...]. */
+/** What the server refused, in the page's language: refused is [[where, what, mend], ...]. */
 export class Refused extends Error {
   constructor(errors) {
     super(errors.map(([where, what, mend]) => (where ? `${where}: ` : "") + what + (mend ? ` → ${mend}` : "")).join("\n"));
@@ -39,7 +40,8 @@ export async function get(path) {
   return answered(await fetch(path));
 }
 
-async function answered(answer) {
+/** The JSON of an answer. Throws Refused for what the user can mend, and for a server that refuses. */
+export async function answered(answer) {
   let found = null;
   try {
     found = await answer.json();
@@ -47,8 +49,8 @@ async function answered(answer) {
     found = null;
   }
   if (answer.status === 401) location.reload();
-  if (answer.ok && found) return found;
-  throw new Refused(found?.errors ?? [["", `${answer.status} ${answer.statusText}`, ""]]);
+  if (answer.ok && found && !found.refused) return found;
+  throw new Refused(found?.refused ?? [["", `${answer.status} ${answer.statusText}`, ""]]);
 }
 
 /** A word at the foot of the page, for a few seconds; with an action it stays longer. */
@@ -160,8 +162,11 @@ export async function choosePath(wants, start, words, language, native) {
   });
 }
 
-/** Goes to another tab of the page; on a phone its button is in Gradio's menu of further tabs. */
+/** Goes to another tab of the page; the address follows. On a phone its button is in Gradio's menu of further tabs. */
 export function openTab(key, title) {
+  const now = new URLSearchParams(location.hash.slice(1));
+  now.set("tab", key);
+  location.hash = now.toString();
   const inMenu = [...document.querySelectorAll("#tabs .overflow-dropdown button")];
   (document.getElementById(`tab-${key}-button`) ?? inMenu.find((one) => one.textContent.trim() === title))?.click();
 }
