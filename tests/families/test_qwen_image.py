@@ -223,6 +223,62 @@ def test_edit_without_a_picture_and_with_too_many_is_told(subjects: dict[str, Su
         subjects["edit"].bench.encoders[0].encode(given)
 
 
+def test_a_caption_with_the_mark_of_a_picture_is_told(subjects: dict[str, Subject]) -> None:
+    (given,) = subjects["edit"].case("a <|image_pad|> b").inputs()
+    with pytest.raises(UserError, match=r"has the word <\|image_pad\|>"):
+        subjects["edit"].bench.encoders[0].encode(given)
+
+
+def test_folders_as_released_say_the_same(subjects: dict[str, Subject], tmp_path: Path) -> None:
+    """Of transformers 4: a flat config, vocab.json and merges.txt, preprocessor_config.json of another image processor."""
+    subject, folder = subjects["edit-2511"], tmp_path / "model"
+    shutil.copytree(subject.folder, folder)
+
+    def read(file: str) -> dict:
+        return json.loads((subject.folder / file).read_text(encoding="utf-8"))
+
+    def write(file: str, document: object) -> None:
+        (folder / file).write_text(json.dumps(document), encoding="utf-8")
+
+    for name in ("processor", "tokenizer"):
+        shutil.rmtree(folder / name)
+        (folder / name).mkdir()
+    looks = {
+        **read("processor/processor_config.json")["image_processor"],
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+        "processor_class": "Qwen2_5_VLProcessor",
+        "max_pixels": 84 * 84,
+        "min_pixels": 28 * 28,
+    }
+    write("processor/preprocessor_config.json", looks)
+    whole = read("tokenizer/tokenizer.json")
+    added = {one["content"]: one["id"] for one in whole["added_tokens"]}
+    write("tokenizer/vocab.json", whole["model"]["vocab"])
+    write("tokenizer/added_tokens.json", added)
+    write(
+        "tokenizer/tokenizer_config.json",
+        {
+            "tokenizer_class": "Qwen2Tokenizer",
+            "additional_special_tokens": list(added)[1:],
+            "unk_token": None,
+        },
+    )
+    merges = [" ".join(pair) for pair in whole["model"]["merges"]]
+    (folder / "tokenizer" / "merges.txt").write_text(
+        "\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8"
+    )
+    config = read("text_encoder/config.json")
+    text = config.pop("text_config")
+    text = {key: value for key, value in text.items() if key not in ("rope_parameters", "layer_types")}
+    rope = {"rope_scaling": {"mrope_section": [1, 1, 2], "type": "mrope"}, "rope_theta": 1e6}
+    write("text_encoder/config.json", {**text, **config, **rope})
+    encoder = registry.load("qwen-image", subject.options, ModelPaths(folder)).encoders("edit")[0]
+    encoder.load(Build())
+    (given,) = subject.case("make it red, 红色").inputs()
+    ours = encoder.encode(given)["prompt_embeds"]
+    assert torch.equal(ours, subject.bench.encoders[0].encode(given)["prompt_embeds"])
+
+
 # -- text ------------------------------------------------------------------------------------------------------------
 
 
@@ -247,7 +303,7 @@ def test_the_template_is_the_pipelines(subjects: dict[str, Subject], variant: st
 
 
 def test_picture_marks_are_the_processors_own(subjects: dict[str, Subject]) -> None:
-    """What diffusers 0.42 forgets to pass on with transformers 5; also when a caption speaks of <|image_pad|>."""
+    """What diffusers 0.42 forgets to pass on with transformers 5."""
     subject = subjects["edit-2509"]
     encoder, processor = subject.bench.encoders[0], subject.reference.pipe.processor
     pictures = [picture(Size(64, 64), 0), picture(Size(96, 64), 1)]

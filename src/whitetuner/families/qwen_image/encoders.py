@@ -177,14 +177,20 @@ class EditTextEncoder(TextEncoder):
 
     @torch.no_grad()
     def encode(self, given: EncodeInput) -> dict[str, Tensor]:
-        """Nothing is cut: the Edit pipelines do not."""
+        """Nothing is cut: the Edit pipelines do not. Raises UserError for a caption with the mark of a picture."""
         assert self._model is not None, "encode before load"
+        if _IMAGE_TOKEN in given.caption:
+            raise UserError(
+                "the caption has the word {word}, by which the model knows a picture",
+                where=repr(given.caption[:200]),
+                mend="take it out; the given pictures get theirs on their own",
+                word=_IMAGE_TOKEN,
+            )
         pictures = self.seen(given)
         looked = self.processor(images=pictures, return_tensors="pt")
         text = self.template(self.instruction(given.caption, len(pictures)))
-        # One token for each square of merge_size x merge_size patches. In one go, lest a caption with such words be read
-        # as a picture twice.
-        before, *after = text.split(_IMAGE_TOKEN, len(pictures))
+        # One token for each square of merge_size x merge_size patches.
+        before, *after = text.split(_IMAGE_TOKEN)
         for grid, rest in zip(looked["image_grid_thw"], after, strict=True):
             before += _IMAGE_TOKEN * int(grid.prod() // self.processor.merge_size**2) + rest
         tokens = self.tokenizer(before, return_tensors="pt")

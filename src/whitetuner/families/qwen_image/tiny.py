@@ -125,6 +125,8 @@ def _text_encoder(tokenizer: Qwen2TokenizerFast) -> Qwen2_5_VLForConditionalGene
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+            "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
             "hidden_size": 16,
             "intermediate_size": 16,
             "num_hidden_layers": 2,
