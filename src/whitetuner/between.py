@@ -17,30 +17,36 @@ from whitetuner.runs.folder import RunFolder
 from whitetuner.train.learner import Learner
 from whitetuner.train.preview import draw_previews
 from whitetuner.train.step import StepSettings
+from whitetuner.train.team import Team
 from whitetuner.train.validate import sigma_grid, validate
 
 
 def validation_of(
     step: int,
     family: Family,
-    learner: Learner,
+    team: Team,
     data: Prepared,
-    settings: StepSettings,
+    settings: Callable[[Learner], StepSettings],
     sigmas: int,
     device: torch.device,
 ) -> events.Validation | None:
-    """The loss on fixed noise at so many sigmas, of the averaged weights; None where nothing is held for it."""
+    """The loss on fixed noise at so many sigmas of each part's range, of the averaged weights; None without pictures for it."""
     if not data.validation:
         return None
-    grid = sigma_grid(sigmas, *learner.part.sigma_range)
     began = time.perf_counter()
-    with learner.averaged():
-        modules = {learner.part.name: learner.module}
-        found = validate(family, modules, learner.part.name, data.validation, grid, settings, device)
+    by_sigma: dict[str, float] = {}
+    with team.averaged():
+        for learner in team.learners:
+            team.make_way_for(learner)
+            part = learner.part
+            grid = sigma_grid(sigmas, *part.sigma_range)
+            modules = {part.name: learner.module}
+            found = validate(family, modules, part.name, data.validation, grid, settings(learner), device)
+            by_sigma |= {str(sigma): loss for sigma, loss in found.by_sigma.items()}
     return events.Validation(
         step=step,
-        loss=found.loss,
-        by_sigma={str(k): v for k, v in found.by_sigma.items()},
+        loss=sum(by_sigma.values()) / len(by_sigma),
+        by_sigma=by_sigma,
         seconds=time.perf_counter() - began,
         held_out=data.held_out,
     )
@@ -49,7 +55,7 @@ def validation_of(
 def previews_of(
     step: int,
     family: Family,
-    learner: Learner,
+    team: Team,
     decoder: torch.nn.Module,
     data: Prepared,
     folder: RunFolder,
@@ -58,13 +64,16 @@ def previews_of(
 ) -> list[events.Event]:
     """Draws into the run's samples/ with the averaged weights; the decoder goes back to the host after."""
     told: list[events.Event] = []
-    modules = {learner.part.name: learner.module}
-    with (
-        learner.averaged(),
-        decoding_in_room(decoder, [] if learner.fitted is None else [learner.fitted.make_room]),
-    ):
+    with team.averaged(), decoding_in_room(decoder, team.make_room()):
         draw = partial(
-            draw_previews, family, modules, decoder.to(device), data.scenes, folder.samples, step, max_seconds
+            draw_previews,
+            family,
+            team.modules,
+            decoder.to(device),
+            data.scenes,
+            folder.samples,
+            step,
+            max_seconds,
         )
         try:
             drawn = draw()
@@ -76,8 +85,8 @@ def previews_of(
             )
             if hasattr(decoder, "enable_tiling"):
                 decoder.enable_tiling()  # type: ignore[operator]
-            if learner.fitted is not None:
-                learner.fitted.make_room()
+            for make_room in team.make_room():
+                make_room()
             try:
                 drawn = draw()
             except torch.OutOfMemoryError:

@@ -60,11 +60,17 @@ class Part:
     name:        component folder and key of `Family.load`'s result
     block_lists: attributes holding the blocks, in the order they run
     sigma_range: [low, high) of the sigmas it is trained and used at
+    suffix:      of its files where a model has several ("high_noise": NAME_high_noise.safetensors)
     """
 
     name: str
     block_lists: tuple[str, ...]
     sigma_range: tuple[float, float] = (0.0, 1.0)
+    suffix: str = ""
+
+    def file(self, name: str, more: str = "") -> str:
+        """ "lokr" -> "lokr.safetensors", "lokr_high_noise_diffusers.safetensors"; more: what stands last ("diffusers")."""
+        return "_".join(one for one in (name, self.suffix, more) if one) + ".safetensors"
 
 
 @dataclass(frozen=True)

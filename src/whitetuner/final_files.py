@@ -14,33 +14,37 @@ from whitetuner.checkpoint.export import export_adapter
 from whitetuner.config.schema import Config
 from whitetuner.family import KeyMap
 from whitetuner.runs.folder import RunFolder
-from whitetuner.train.learner import Learner
+from whitetuner.train.team import Team
 
 
 def write_final(
-    config: Config, learner: Learner, keys: KeyMap, folder: RunFolder, metadata: Mapping[str, str]
+    config: Config, team: Team, keys: KeyMap, folder: RunFolder, metadata: Mapping[str, str]
 ) -> tuple[Path, ...]:
-    """-> (final/NAME.safetensors, final/KIND/KIND.safetensors, final/KIND/KIND_diffusers.safetensors).
+    """-> (final/NAME.safetensors, final/KIND/KIND.safetensors, final/KIND/KIND_diffusers.safetensors), for each part.
 
     Raises UserError when one cannot be written.
     """
     kind, final = config.method.kind, folder.final
-    with learner.averaged():
-        write = partial(
-            export_adapter,
-            learner.adapter_tensors(),
-            learner.adapter.settings,
-            keys,
-            metadata=metadata,
-            dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[config.save.dtype],
-        )
-        named = final / f"{config.run.name}.safetensors"
-        plain = final / kind / f"{kind}.safetensors"
-        diffusers = final / kind / f"{kind}_diffusers.safetensors"
-        write(path=plain, naming="comfyui")
-        write(path=diffusers, naming="diffusers")
-    _same_file(plain, named)
-    return named, plain, diffusers
+    written: list[Path] = []
+    with team.averaged():
+        for learner in team.learners:
+            part = learner.part
+            write = partial(
+                export_adapter,
+                learner.adapter_tensors(),
+                learner.adapter.settings,
+                keys,
+                metadata=metadata,
+                dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[config.save.dtype],
+            )
+            named = final / part.file(config.run.name)
+            plain = final / kind / part.file(kind)
+            diffusers = final / kind / part.file(kind, "diffusers")
+            write(path=plain, naming="comfyui")
+            write(path=diffusers, naming="diffusers")
+            _same_file(plain, named)
+            written += [named, plain, diffusers]
+    return tuple(written)
 
 
 def _same_file(source: Path, target: Path) -> None:

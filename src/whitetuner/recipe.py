@@ -38,6 +38,7 @@ from whitetuner.train.learner import Learner
 from whitetuner.train.loop import Hooks, LoopSettings, train
 from whitetuner.train.optim import lr_factor
 from whitetuner.train.step import StepSettings
+from whitetuner.train.team import Team
 
 #: Seconds between progress events: ten thousand pictures must not make ten thousand lines.
 PROGRESS_EVERY_S = 0.25
@@ -213,10 +214,9 @@ class Session:
         for note in self.data.notes:
             self._message("info", note)
         self.tell(events.Phase(name="load"))
-        self.learner = self._learner()
-        self.step_settings = self._step_settings()
+        self.team = self._team()
         if checkpoint is not None:
-            self.learner.load(checkpoint.tensors, checkpoint.documents)
+            self.team.load(checkpoint.tensors, checkpoint.documents)
             for path in self.store.set_aside_after(checkpoint.step):
                 self._message("info", f"a later checkpoint was set aside: {path.name}")
         self._begin_training()
@@ -229,23 +229,28 @@ class Session:
             self.config, self.family, self.device, self.resolved.dtype, sorted(shapes, key=str), before
         )
 
-    def _learner(self) -> Learner:
+    def _team(self) -> Team:
         config, family = self.config, self.family
-        part = family.spec.parts(family.options)[0]
-        build = denoiser_build(self.way, self.device, self.resolved.dtype, part.block_lists)
-        module = family.load(build)[part.name]
-        adapter, limits = adapter_for(config, family, module, self.device)
-        for limit in limits:
-            self._message("warning", str(limit))
-        fitted = fit_denoiser(
-            config, self.way, module, part, self.device, tell=lambda text: self._message("info", text)
-        )
-        parameters = list(adapter.parameters())
-        optimizer = optimizer_for(config, parameters)
-        ema = Ema(parameters, config.optimizer.ema) if config.optimizer.ema else None
-        return Learner(part, module, adapter, config.method.kind, optimizer, ema, fitted)
+        parts = family.spec.parts(family.options)
+        # Parts of a family are of one architecture: what fits one fits each while the others are away.
+        lists = parts[0].block_lists
+        modules = family.load(denoiser_build(self.way, self.device, self.resolved.dtype, lists))
+        learners = []
+        for part in parts:
+            module = modules[part.name]
+            adapter, limits = adapter_for(config, family, part, module, self.device)
+            for limit in limits:
+                self._message("warning", str(limit))
+            fitted = fit_denoiser(
+                config, self.way, module, part, self.device, tell=lambda text: self._message("info", text)
+            )
+            parameters = list(adapter.parameters())
+            optimizer = optimizer_for(config, parameters)
+            ema = Ema(parameters, config.optimizer.ema) if config.optimizer.ema else None
+            learners.append(Learner(part, module, adapter, config.method.kind, optimizer, ema, fitted))
+        return Team(learners)
 
-    def _step_settings(self) -> StepSettings:
+    def _step_settings(self, learner: Learner) -> StepSettings:
         noise = self.config.noise
         sigmas = SigmaSettings(
             timesteps=noise.timesteps,
@@ -255,7 +260,7 @@ class Session:
             lognorm_alpha=noise.lognorm_alpha,
             min_timestep=noise.min_timestep,
             max_timestep=noise.max_timestep,
-            part_range=self.learner.part.sigma_range,
+            part_range=learner.part.sigma_range,
         )
         return StepSettings(self.config.run.seed, sigmas, noise.loss_weighting, noise.noise_offset)
 
@@ -278,13 +283,6 @@ class Session:
         o, start = self.config.optimizer, self.step
         if self.device.type == "cuda" and start == self._began_at:
             torch.cuda.reset_peak_memory_stats(self.device)  # of the steps, not of encoding and loading
-        settings = LoopSettings(
-            steps=until,
-            lr=o.lr,
-            lr_at=lambda step: lr_factor(step, self.data.steps, o.schedule, o.warmup_steps, o.min_lr_ratio),
-            accumulate=o.gradient_accumulation,
-            max_grad_norm=o.max_grad_norm,
-        )
         hooks = Hooks(
             on_step=self.tell,
             after_step=self._between,
@@ -292,24 +290,38 @@ class Session:
             on_bad=lambda step: self._save_last_good(step > start),
         )
         assert self._batches is not None, "advance before prepare"
-        outcome = train(
-            self.family,
-            self.learner,
-            self._batches,
-            self.step_settings,
-            settings,
-            hooks,
-            start=start,
-            device=self.device,
-        )
-        return not outcome.stopped
+        while self.step < until:
+            learner = self.team.at(self.step)
+            self.team.make_way_for(learner)
+            settings = LoopSettings(
+                steps=until if len(self.team.learners) == 1 else min(until, self.team.turn_ends(self.step)),
+                lr=o.lr,
+                lr_at=lambda step: lr_factor(
+                    step, self.data.steps, o.schedule, o.warmup_steps, o.min_lr_ratio
+                ),
+                accumulate=o.gradient_accumulation,
+                max_grad_norm=o.max_grad_norm,
+            )
+            outcome = train(
+                self.family,
+                learner,
+                self._batches,
+                self._step_settings(learner),
+                settings,
+                hooks,
+                start=self.step,
+                device=self.device,
+            )
+            if outcome.stopped:
+                return False
+        return True
 
     # -- between steps ---------------------------------------------------------------------------------------------
 
     def _between(self, step: int) -> None:
         self.step = step
         if step == self._began_at + CORRECTED_AFTER:
-            seen = correct_plan(self.way, self.learner.fitted, self.device)
+            seen = correct_plan(self.way, self.team.at(step - 1).fitted, self.device)
             if seen:
                 self.folder.update(measured=seen)
         config, last = self.config, step == self.data.steps
@@ -324,7 +336,7 @@ class Session:
     def save(self) -> Path:
         """A checkpoint of now. Raises UserError when it cannot be written; earlier ones stay."""
         began = time.perf_counter()
-        tensors, documents = self.learner.save()
+        tensors, documents = self.team.save()
         path = self.store.save(
             self.step, tensors, documents, {"config": self.loaded.document()}, self.loaded.metadata()
         )
@@ -339,7 +351,7 @@ class Session:
     def _validate(self, step: int) -> None:
         count = self.config.validation.sigmas
         event = validation_of(
-            step, self.family, self.learner, self.data, self.step_settings, count, self.device
+            step, self.family, self.team, self.data, self._step_settings, count, self.device
         )
         if event is not None:
             self.tell(event)
@@ -351,7 +363,7 @@ class Session:
             self.decoder = self.family.load_decoder(self.build)
         limit = self.config.preview.max_seconds
         for event in previews_of(
-            step, self.family, self.learner, self.decoder, self.data, self.folder, limit, self.device
+            step, self.family, self.team, self.decoder, self.data, self.folder, limit, self.device
         ):
             self.tell(event)
 
@@ -360,7 +372,7 @@ class Session:
     def finish(self) -> tuple[Path, ...]:
         """Writes the final files: the averaged adapter for ComfyUI (under the run's name too) and for diffusers."""
         self.tell(events.Phase(name="export"))
-        return write_final(self.config, self.learner, self.family.keys, self.folder, self.loaded.metadata())
+        return write_final(self.config, self.team, self.family.keys, self.folder, self.loaded.metadata())
 
     def _progress(self, phase: str, done: int, total: int) -> None:
         if self.signals.asked or self.folder.asked("stop"):

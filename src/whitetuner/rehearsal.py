@@ -17,7 +17,7 @@ from whitetuner.adapters.shapes import AdapterSettings, reading_limits
 from whitetuner.checkpoint.export import check_names
 from whitetuner.config.schema import Config
 from whitetuner.errors import UserError
-from whitetuner.family import Family
+from whitetuner.family import Family, Part
 from whitetuner.memory.build import rehearse_module
 from whitetuner.memory.weights import read_header, weight_files
 from whitetuner.scenes import check_previews
@@ -28,10 +28,10 @@ def rehearse(config: Config, family: Family) -> None:
     """Raises UserError for what would stop the run once the model is loaded. Reads headers and config files only."""
     check_weights(family)
     check_previews(config, family)
-    part = family.spec.parts(family.options)[0]
-    module = family.load(rehearse_module)[part.name]
-    adapter, _ = adapter_for(config, family, module, torch.device("cpu"))
-    optimizer_for(config, list(adapter.parameters()))
+    modules = family.load(rehearse_module)
+    for part in family.spec.parts(family.options):
+        adapter, _ = adapter_for(config, family, part, modules[part.name], torch.device("cpu"))
+        optimizer_for(config, list(adapter.parameters()))
 
 
 def check_weights(family: Family) -> None:
@@ -44,9 +44,12 @@ def check_weights(family: Family) -> None:
 
 
 def adapter_for(
-    config: Config, family: Family, module: torch.nn.Module, device: torch.device
+    config: Config, family: Family, part: Part, module: torch.nn.Module, device: torch.device
 ) -> tuple[Adapter, list[UserError]]:
-    """The config's adapter on this denoiser, begun from method.init_from if that is set, and who will not read its files."""
+    """The config's adapter on this denoiser, begun from method.init_from if that is set, and who will not read its files.
+
+    init_from may be a folder as a run leaves it (final/lokr): each part takes its own file there.
+    """
     settings = adapter_settings(config)
     paths = choose(module, config.method.targets or list(family.spec.adapter_targets))
     for naming in ("comfyui", "diffusers"):  # the two that the final files have
@@ -54,7 +57,18 @@ def adapter_for(
     limits = list(reading_limits(layer_sizes(module, paths), settings))
     adapter = attach(module, paths, settings, seed=config.run.seed, device=device)
     if config.method.init_from:
-        adapter.load_file(Path(config.method.init_from), family.keys)
+        begun = Path(config.method.init_from)
+        if begun.is_dir():
+            begun = begun / part.file(settings.kind)
+        elif part.suffix and len(family.spec.parts(family.options)) > 1:
+            raise UserError(
+                "two experts cannot begin from one file",
+                where="method.init_from",
+                mend="give the folder that holds {name} and its companion, e.g. a run's final/{kind}",
+                name=part.file(settings.kind),
+                kind=settings.kind,
+            )
+        adapter.load_file(begun, family.keys)
     return adapter, limits
 
 

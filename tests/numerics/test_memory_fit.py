@@ -122,6 +122,13 @@ def test_attention_backends_that_train_give_gradients(name: str) -> None:
             assert torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-7), key
 
 
+def test_an_attention_backend_is_of_its_model_alone() -> None:
+    untouched, chosen = model(), model()
+    before = loss_of(untouched)
+    set_attention(chosen, "math")
+    assert torch.equal(loss_of(untouched), before) and torch.equal(loss_of(model()), before)
+
+
 def test_attention_that_cannot_train_or_run_is_refused() -> None:
     for name in ("sage", "sage_hub", "nonsense"):
         with pytest.raises(UserError, match=r"memory\.attention"):

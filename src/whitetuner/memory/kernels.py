@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers import attention_backend
 from torch import nn
 
 from whitetuner.errors import EXIT_ENVIRONMENT, UserError
@@ -44,7 +45,9 @@ def set_attention(module: Any, name: str) -> None:
             known=", ".join(ATTENTION),
         )
     try:
-        module.set_attention_backend(backend)
+        # The method sets the choice of every model in the process, too; leaving the context takes that back.
+        with attention_backend("native"):
+            module.set_attention_backend(backend)
     except (RuntimeError, ImportError, ValueError) as error:
         raise UserError(
             "the attention backend '{name}' does not run here: {error}",

@@ -80,20 +80,25 @@ class Learner:
     def save(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
         """(tensors by file, documents by file) of a checkpoint."""
         tensors, scalars = optimizer_tensors(self.optimizer)
-        files: dict[str, dict[str, torch.Tensor]] = {
-            f"{self.kind}/{self.kind}.safetensors": self.adapter_tensors()
-        }
+        files: dict[str, dict[str, torch.Tensor]] = {self._file: self.adapter_tensors()}
         if tensors:
-            files[f"{STATE}/optimizer.safetensors"] = tensors
-        documents = {f"{STATE}/optimizer.json": scalars}
+            files[f"{self._state('optimizer')}.safetensors"] = tensors
+        documents = {f"{self._state('optimizer')}.json": scalars}
         if self.ema is not None:
-            files[f"{STATE}/ema.safetensors"] = self.ema.state_tensors()
-            documents[f"{STATE}/ema.json"] = {"updates": self.ema.updates}
+            files[f"{self._state('ema')}.safetensors"] = self.ema.state_tensors()
+            documents[f"{self._state('ema')}.json"] = {"updates": self.ema.updates}
         return files, documents
+
+    @property
+    def _file(self) -> str:
+        return f"{self.kind}/{self.part.file(self.kind)}"
+
+    def _state(self, name: str) -> str:
+        return f"{STATE}/{self.part.file(name).removesuffix('.safetensors')}"
 
     def load(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], documents: Mapping[str, Any]) -> None:
         """Back to a checkpoint, to the bit. Raises UserError when it does not fit this run's settings."""
-        name = f"{self.kind}/{self.kind}.safetensors"
+        name = self._file
         if name not in tensors:
             raise UserError(
                 "the checkpoint holds no {name}",
@@ -105,15 +110,15 @@ class Learner:
         self.adapter.load_state_dict(tensors[name])
         restore_optimizer(
             self.optimizer,
-            tensors.get(f"{STATE}/optimizer.safetensors", {}),
-            documents[f"{STATE}/optimizer.json"],
+            tensors.get(f"{self._state('optimizer')}.safetensors", {}),
+            documents[f"{self._state('optimizer')}.json"],
         )
         if self.ema is not None:
-            ema = tensors.get(f"{STATE}/ema.safetensors")
+            ema = tensors.get(f"{self._state('ema')}.safetensors")
             if ema is None:
                 raise UserError(
                     "the checkpoint holds no running average, but optimizer.ema is set now",
                     where="optimizer.ema",
                     mend="set optimizer.ema = 0 as when the run began, or start a new run",
                 )
-            self.ema.load_state_tensors(ema, int(documents[f"{STATE}/ema.json"]["updates"]))
+            self.ema.load_state_tensors(ema, int(documents[f"{self._state('ema')}.json"]["updates"]))
