@@ -65,10 +65,10 @@ def test_a_run_is_followed_in_two_browsers_stopped_and_saved(server: Server, wat
     one.page.goto(f"{server.url}/zh/#tab=runs&run={run}")
     two.page.goto(f"{server.url}/en/#tab=runs&run={run}")
     view, other = one.page.locator("wt-runs wt-run").first, two.page.locator("wt-runs wt-run").first
-    expect(view.locator(".wt-head")).to_contain_text("训练中")
-    expect(other.locator(".wt-head")).to_contain_text("running")
+    expect(view.locator(".wr-head")).to_contain_text("训练中")
+    expect(other.locator(".wr-head")).to_contain_text("running")
     expect(view.locator("[data-tile=eta] b")).to_contain_text(":")
-    expect(view.locator(".wt-log")).to_contain_text("loss")
+    expect(view.locator(".wr-log")).to_contain_text("loss")
     expect(view.locator("wt-chart")).to_have_attribute("data-points", events_seen := re.compile(r"\d+"))
     assert events_seen
     before = step_of(one.page)
@@ -76,35 +76,35 @@ def test_a_run_is_followed_in_two_browsers_stopped_and_saved(server: Server, wat
     assert step_of(one.page) > before and step_of(two.page) > before
 
     view.locator("[data-wish=save]").click()
-    expect(view.locator(".wt-log")).to_contain_text("saved checkpoints/checkpoint-")
-    previews = view.locator(".wt-grid thead th")
+    expect(view.locator(".wr-log")).to_contain_text("saved checkpoints/checkpoint-")
+    previews = view.locator(".wr-grid thead th")
     count = previews.count()
     view.locator("[data-wish=preview]").click()
     expect(previews).not_to_have_count(count)
-    view.locator(".wt-thumb").last.click()
-    dialog = one.page.locator("dialog.wt-compare")
+    view.locator(".wr-thumb").last.click()
+    dialog = one.page.locator("dialog.wr-compare")
     expect(dialog.locator("img").first).to_be_visible()
     assert (
         dialog.locator("img").first.evaluate("image => image.decode().then(() => image.naturalWidth)") == 64
     )
     dialog.locator("input[type=range]").fill("20")
-    assert "20%" in dialog.locator("img.wt-over").evaluate("image => image.style.clipPath")
+    assert "20%" in dialog.locator("img.wr-over").evaluate("image => image.style.clipPath")
     one.page.keyboard.press("Escape")
     expect(dialog).to_have_count(0)
 
     view.locator("[data-wish=stop]").click()
-    expect(view.locator(".wt-head")).to_contain_text("已停止并保存")
-    expect(other.locator(".wt-head")).to_contain_text("stopped and saved")
+    expect(view.locator(".wr-head")).to_contain_text("已停止并保存")
+    expect(other.locator(".wr-head")).to_contain_text("stopped and saved")
     child.wait(10)
-    expect(view.locator(".wt-log")).to_contain_text("stopped at step")
-    expect(view.locator(".wt-alert")).to_be_empty()
+    expect(view.locator(".wr-log")).to_contain_text("stopped at step")
+    expect(view.locator(".wr-alert")).to_be_empty()
 
     shown = said(view)
     one.page.reload()
-    expect(view.locator(".wt-head")).to_contain_text("已停止并保存")
+    expect(view.locator(".wr-head")).to_contain_text("已停止并保存")
     expect(view.locator("[data-tile=step] b")).to_have_text(re.compile(r"\d+/2000"))
-    expect(view.locator(".wt-thumb").first).to_be_visible()
-    expect(view.locator(".wt-log")).to_contain_text("stopped at step")
+    expect(view.locator(".wr-thumb").first).to_be_visible()
+    expect(view.locator(".wr-log")).to_contain_text("stopped at step")
     assert said(view) == shown
     assert "stopped" in server.run_cli("jobs").stdout
 
@@ -116,14 +116,14 @@ def test_a_killed_trainer_is_shown_as_crashed_in_both_languages(server: Server, 
     page = watched("zh-CN").page
     page.goto(f"{server.url}/zh/#tab=runs&run={run}")
     view = page.locator("wt-runs wt-run").first
-    expect(view.locator(".wt-head")).to_contain_text("训练中")
+    expect(view.locator(".wr-head")).to_contain_text("训练中")
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
-    expect(view.locator(".wt-head")).to_contain_text("意外中断")
-    expect(view.locator(".wt-why")).to_contain_text("进程不在了")
+    expect(view.locator(".wr-head")).to_contain_text("意外中断")
+    expect(view.locator(".wr-why")).to_contain_text("进程不在了")
     expect(view.locator("[data-wish=resume]")).to_be_visible()
     page.goto(f"{server.url}/en/#tab=runs&run={run}")
-    expect(view.locator(".wt-why")).to_contain_text("The process is gone")
+    expect(view.locator(".wr-why")).to_contain_text("The process is gone")
 
 
 def test_a_killed_server_comes_back_to_the_same_view_and_the_run_goes_on(
@@ -140,16 +140,16 @@ def test_a_killed_server_comes_back_to_the_same_view_and_the_run_goes_on(
         expect(view.locator("[data-tile=step] b")).to_contain_text("/3000")
         one.kill()
         before = step_of(page)
-        expect(page.locator(".wt-offline").first).to_be_visible()
+        expect(page.locator(".wr-offline").first).to_be_visible()
         one.start()
-        expect(page.locator(".wt-offline")).to_have_count(0)
+        expect(page.locator(".wr-offline")).to_have_count(0)
         page.wait_for_function(
             f"() => parseInt(document.querySelector('wt-runs wt-run [data-tile=step] b').textContent) > {before}"
         )
-        expect(view.locator(".wt-head")).to_contain_text("running")
+        expect(view.locator(".wr-head")).to_contain_text("running")
         assert child.poll() is None
         view.locator("[data-wish=stop]").click()
-        expect(view.locator(".wt-head")).to_contain_text("stopped and saved")
+        expect(view.locator(".wr-head")).to_contain_text("stopped and saved")
     finally:
         child.kill()
         child.wait()
@@ -203,7 +203,7 @@ def test_three_runs_wait_for_one_lock_and_one_leaves_the_queue(server: Server, w
     page = watched("zh-CN").page
     page.goto(f"{server.url}/zh/#tab=runs&run={third}")
     view = page.locator("wt-runs wt-run").first
-    expect(view.locator(".wt-head")).to_contain_text("排队中（第 2 位）")
+    expect(view.locator(".wr-head")).to_contain_text("排队中（第 2 位）")
     expect(page.locator("wt-runs tbody tr", has_text="second").first).to_contain_text("第 1 位")
     view.locator("[data-wish=cancel]").click()
     expect(page.locator("wt-runs tbody tr", has_text="third")).to_have_count(0)
@@ -245,5 +245,5 @@ def test_a_phone_shows_the_run_without_scrolling_sideways(server: Server, watche
     server.ready()
     page = watched("zh-CN", 390, 844, color_scheme="dark").page
     page.goto(f"{server.url}/zh/#tab=runs&run={run}")
-    page.locator("wt-runs wt-run .wt-thumb").first.wait_for()
+    page.locator("wt-runs wt-run .wr-thumb").first.wait_for()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth + 1")

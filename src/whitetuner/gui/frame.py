@@ -38,7 +38,7 @@ def title(language: str, locked: bool, tabs: Mapping[str, str]) -> str:
     known = escape(json.dumps(dict(tabs)))
     switch = f'<a href="/lang/{other}" lang="{other}">{escape(word("language", language))}</a>'
     return (
-        f'<div class="wt-title" data-tabs="{known}"><h1>White Tuner</h1>'
+        f'<div class="wr-title" data-tabs="{known}"><h1>White Tuner</h1>'
         f"<span>{escape(word('tagline', language))}</span><nav>{switch}{leave}</nav></div>"
     )
 

@@ -7,10 +7,10 @@ class BoardView extends View {
   draw() {
     this.choice = h("select", { hidden: true, "aria-label": this.w("folder"), onchange: () => this.loop() });
     this.own = h("a", { target: "_blank", href: "/tb/", hidden: true }, this.w("tensorboard_open"));
-    this.port = h("small", { class: "wt-soft" });
-    this.note = h("p", { class: "wt-soft", role: "status" }, this.w("tensorboard"));
-    this.replaceChildren(h("div", { class: "wt-buttons" }, this.choice, this.own, this.port), this.note,
-      h("div", { "data-part": "alert", class: "wt-alert", role: "alert" }), (this.place = h("div", {})));
+    this.port = h("small", { class: "wr-soft" });
+    this.note = h("p", { class: "wr-soft", role: "status" }, this.w("tensorboard"));
+    this.replaceChildren(h("div", { class: "wr-buttons" }, this.choice, this.own, this.port), this.note,
+      h("div", { "data-part": "alert", class: "wr-alert", role: "alert" }), (this.place = h("div", {})));
   }
 
   async look() {
@@ -26,7 +26,7 @@ class BoardView extends View {
     this.note.textContent = this.w(found.folders.length ? "tensorboard" : "tensorboard_none");
     if (found.ready && this.seen !== found.folders[found.chosen]) {
       this.seen = found.folders[found.chosen];
-      this.place.replaceChildren(h("iframe", { class: "wt-frame", src: "/tb/", title: "TensorBoard" }));
+      this.place.replaceChildren(h("iframe", { class: "wr-frame", src: "/tb/", title: "TensorBoard" }));
     }
     this.every = found.ready ? 10000 : 1500;
   }

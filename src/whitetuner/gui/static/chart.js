@@ -30,10 +30,10 @@ class Chart extends HTMLElement {
     this.canvas = document.createElement("canvas");
     this.canvas.setAttribute("role", "img");
     this.tip = document.createElement("div");
-    this.tip.className = "wt-tip";
+    this.tip.className = "wr-tip";
     this.tip.hidden = true;
     this.legend = document.createElement("div");
-    this.legend.className = "wt-legend";
+    this.legend.className = "wr-legend";
     this.log = this.toggle("log_scale");
     this.lr = this.toggle("show_lr");
     this.hint = document.createElement("small");
@@ -51,7 +51,7 @@ class Chart extends HTMLElement {
   key(name) {
     const made = document.createElement("span");
     const dot = document.createElement("i");
-    dot.className = `wt-key wt-key-${name}`;
+    dot.className = `wr-key wr-key-${name}`;
     made.append(dot, this.w(name));
     return made;
   }

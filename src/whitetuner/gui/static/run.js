@@ -15,9 +15,9 @@ class RunList extends View {
   async look() {
     const { runs } = await this.ask("/api/runs");
     const chosen = this.chosen;
-    this.part("list", [runs, chosen], () => (runs.length ? this.table(runs, chosen) : h("p", { class: "wt-soft" }, this.w("no_runs"))));
+    this.part("list", [runs, chosen], () => (runs.length ? this.table(runs, chosen) : h("p", { class: "wr-soft" }, this.w("no_runs"))));
     if (!chosen || !runs.some((one) => one.id === chosen)) {
-      this.place.replaceChildren(h("p", { class: "wt-soft" }, runs.length ? this.w("choose") : ""));
+      this.place.replaceChildren(h("p", { class: "wr-soft" }, runs.length ? this.w("choose") : ""));
       this.view = null;
     } else if (this.view?.dataset.run !== chosen) {
       this.view = h(this.dataset.view ?? "wt-run", { "data-run": chosen, "data-lang": this.lang });
@@ -26,23 +26,23 @@ class RunList extends View {
   }
 
   table(runs, chosen) {
-    const rows = runs.slice(0, 200).map((run) => h("tr", { class: run.id === chosen ? "wt-chosen" : "", onclick: () => remember({ run: run.id }) },
+    const rows = runs.slice(0, 200).map((run) => h("tr", { class: run.id === chosen ? "wr-chosen" : "", onclick: () => remember({ run: run.id }) },
       h("td", {}, h("a", { href: `#run=${run.id}`, onclick: (event) => event.preventDefault() }, run.name)), h("td", {}, this.badge(run)),
       h("td", {}, run.step !== null ? `${run.step}/${run.steps ?? "?"}` : ""), h("td", {}, [run.family, run.task, run.method].filter(Boolean).join(" · ")),
       h("td", {}, clock(run.asked_at))));
     const heads = ["name", "state", "step", "model", "when"].map((name) => h("th", { scope: "col" }, this.w(name)));
-    return h("div", { class: "wt-list" }, h("table", {}, h("thead", {}, h("tr", {}, heads)), h("tbody", {}, rows)));
+    return h("div", { class: "wr-list" }, h("table", {}, h("thead", {}, h("tr", {}, heads)), h("tbody", {}, rows)));
   }
 }
 
 /** <wt-train data-tab data-family data-tasks>: start, stop, log and numbers beside a form. */
 class TrainView extends View {
   draw() {
-    this.start = h("button", { class: "wt-main", "data-wish": "start", onclick: () => this.tried(() => this.begin("")) }, this.w("start"));
+    this.start = h("button", { class: "wr-main", "data-wish": "start", onclick: () => this.tried(() => this.begin("")) }, this.w("start"));
     this.gpus = h("select", { hidden: true, "aria-label": this.w("devices") });
     this.place = h("div", {});
-    this.replaceChildren(h("div", { class: "wt-buttons" }, this.start, this.gpus), h("div", { "data-part": "alert", class: "wt-alert", role: "alert" }),
-      h("div", { "data-part": "exists" }), h("div", { "data-part": "which", class: "wt-which" }), this.place);
+    this.replaceChildren(h("div", { class: "wr-buttons" }, this.start, this.gpus), h("div", { "data-part": "alert", class: "wr-alert", role: "alert" }),
+      h("div", { "data-part": "exists" }), h("div", { "data-part": "which", class: "wr-which" }), this.place);
   }
 
   async begin(existing) {
@@ -59,8 +59,8 @@ class TrainView extends View {
 
   choice(found) {
     const one = (how, label) => h("button", { "data-existing": how, onclick: () => this.tried(() => this.begin(how)) }, label);
-    return h("div", { class: "wt-why" }, h("p", {}, this.w("exists", { name: found.name, state: this.stateWord({ state: found.exists }) })),
-      h("div", { class: "wt-buttons" }, one("resume", this.w("exists_resume")), one("other", this.w("exists_other", found))));
+    return h("div", { class: "wr-why" }, h("p", {}, this.w("exists", { name: found.name, state: this.stateWord({ state: found.exists }) })),
+      h("div", { class: "wr-buttons" }, one("resume", this.w("exists_resume")), one("other", this.w("exists_other", found))));
   }
 
   async look() {
@@ -74,7 +74,7 @@ class TrainView extends View {
     const tasks = this.dataset.tasks.split(" ");
     const mine = runs.filter((one) => one.family === this.dataset.family && tasks.includes(one.task));
     const run = runs.find((one) => one.id === this.started) ?? mine.find((one) => one.state === "running") ?? mine[0];
-    this.part("which", run?.id ?? "", () => (run ? h("a", { href: `#tab=runs&run=${run.id}` }, this.w("open_run")) : h("p", { class: "wt-soft" }, this.w("none_here"))));
+    this.part("which", run?.id ?? "", () => (run ? h("a", { href: `#tab=runs&run=${run.id}` }, this.w("open_run")) : h("p", { class: "wr-soft" }, this.w("none_here"))));
     if (run && this.view?.dataset.run !== run.id) {
       this.view = h("wt-run", { "data-run": run.id, "data-lang": this.lang, "data-small": true });
       this.place.replaceChildren(this.view);
@@ -91,20 +91,20 @@ class HomeView extends View {
       button.disabled = true;
       try { remember({ tab: "runs", run: (await this.ask("/api/try", {})).id }); } finally { button.disabled = false; }
     };
-    const button = h("button", { class: "wt-main wt-try", "data-wish": "try", onclick: () => this.tried(start) }, this.w("try"));
-    this.replaceChildren(h("section", { class: "wt-hero" }, button, h("p", {}, this.w("try_text")), h("div", { "data-part": "alert", class: "wt-alert", role: "alert" }),
-      h("p", { class: "wt-soft" }, this.w("how"))), h("section", {}, h("h3", {}, this.w("machine")), h("div", { "data-part": "machine", class: "wt-tiles" })),
+    const button = h("button", { class: "wr-main wr-try", "data-wish": "try", onclick: () => this.tried(start) }, this.w("try"));
+    this.replaceChildren(h("section", { class: "wr-hero" }, button, h("p", {}, this.w("try_text")), h("div", { "data-part": "alert", class: "wr-alert", role: "alert" }),
+      h("p", { class: "wr-soft" }, this.w("how"))), h("section", {}, h("h3", {}, this.w("machine")), h("div", { "data-part": "machine", class: "wr-tiles" })),
       h("section", {}, h("h3", {}, this.w("recent")), h("div", { "data-part": "recent" })));
   }
 
   async look() {
     const { runs, machine } = await this.ask("/api/runs");
-    this.part("machine", machine, () => [...machine.devices.map((one) => h("div", { class: "wt-tile" }, h("span", {}, one.index === null ? one.title : `GPU ${one.index}`),
+    this.part("machine", machine, () => [...machine.devices.map((one) => h("div", { class: "wr-tile" }, h("span", {}, one.index === null ? one.title : `GPU ${one.index}`),
       h("b", {}, one.total_mb ? `${gb(one.used_mb ?? 0)}/${gb(one.total_mb)} GB` : "–"), h("small", {}, one.index === null ? "" : one.title))),
-    h("div", { class: "wt-tile" }, h("span", {}, this.w("ram")), h("b", {}, `${machine.ram_used_gb}/${machine.ram_gb} GB`))]);
+    h("div", { class: "wr-tile" }, h("span", {}, this.w("ram")), h("b", {}, `${machine.ram_used_gb}/${machine.ram_gb} GB`))]);
     const recent = runs.slice(0, 6);
-    this.part("recent", recent, () => (recent.length ? recent.map((run) => h("a", { class: "wt-card", href: `#tab=runs&run=${run.id}` }, h("b", {}, run.name), " ",
-      this.badge(run), h("small", {}, `${run.step ?? 0}/${run.steps ?? "?"} · ${clock(run.asked_at)}`))) : h("p", { class: "wt-soft" }, this.w("no_runs"))));
+    this.part("recent", recent, () => (recent.length ? recent.map((run) => h("a", { class: "wr-card", href: `#tab=runs&run=${run.id}` }, h("b", {}, run.name), " ",
+      this.badge(run), h("small", {}, `${run.step ?? 0}/${run.steps ?? "?"} · ${clock(run.asked_at)}`))) : h("p", { class: "wr-soft" }, this.w("no_runs"))));
   }
 }
 

@@ -10,15 +10,15 @@ class RunView extends View {
     const small = this.dataset.small !== undefined;
     const box = (name, title) => h("section", {}, title ? h("h3", {}, title) : null, h("div", { "data-part": name }));
     this.replaceChildren(
-      h("div", { "data-part": "head", class: "wt-head" }),
+      h("div", { "data-part": "head", class: "wr-head" }),
       h("div", { "data-part": "why" }),
-      h("div", { "data-part": "buttons", class: "wt-buttons" }),
-      h("div", { "data-part": "alert", class: "wt-alert", role: "alert" }),
+      h("div", { "data-part": "buttons", class: "wr-buttons" }),
+      h("div", { "data-part": "alert", class: "wr-alert", role: "alert" }),
       h("div", { "data-part": "progress" }),
-      h("div", { "data-part": "tiles", class: "wt-tiles" }),
+      h("div", { "data-part": "tiles", class: "wr-tiles" }),
       h("section", {}, h("h3", {}, this.w("chart")), (this.chart = h("wt-chart", { "data-lang": this.lang }))),
       box("previews", small ? null : this.w("previews")),
-      h("section", {}, h("h3", {}, this.w("log")), (this.log = h("pre", { class: "wt-log", tabindex: "0" }, this.w("no_log")))),
+      h("section", {}, h("h3", {}, this.w("log")), (this.log = h("pre", { class: "wr-log", tabindex: "0" }, this.w("no_log")))),
     );
   }
 
@@ -61,14 +61,14 @@ class RunView extends View {
         : ["ram", `${run.machine.ram_used_gb}/${run.machine.ram_gb} GB`],
     ];
     this.part("tiles", tiles, () => tiles.map(([name, value, more]) =>
-      h("div", { class: "wt-tile", "data-tile": name }, h("span", {}, this.w(name)), h("b", {}, String(value ?? "–")), h("small", {}, more ?? ""))));
+      h("div", { class: "wr-tile", "data-tile": name }, h("span", {}, this.w(name)), h("b", {}, String(value ?? "–")), h("small", {}, more ?? ""))));
     this.part("previews", run.previews, () => this.previews(run));
   }
 
   why(run) {
     if (!run.reason.kind) return [];
     const more = ["crashed", "failed"].includes(run.state);
-    return h("div", { class: "wt-why", role: "status" }, h("b", {}, this.w(`why_${run.reason.kind}`, run.reason)),
+    return h("div", { class: "wr-why", role: "status" }, h("b", {}, this.w(`why_${run.reason.kind}`, run.reason)),
       run.reason.text ? h("pre", {}, run.reason.text) : null, more ? h("p", {}, this.w("why_more")) : null);
   }
 
@@ -77,14 +77,14 @@ class RunView extends View {
     if (wish === "more") {
       const count = h("input", { type: "number", min: 1, step: 1, value: 500, "aria-label": this.w("more_steps") });
       const add = () => this.tried(() => this.ask(`/api/runs/${id}/resume`, { more: Number.parseInt(count.value, 10) || 0 }));
-      return h("span", { class: "wt-more" }, h("button", { "data-wish": wish, onclick: add }, this.w("more")), count, this.w("more_steps"));
+      return h("span", { class: "wr-more" }, h("button", { "data-wish": wish, onclick: add }, this.w("more")), count, this.w("more_steps"));
     }
     const doing = async () => {
       if (words[`${wish}_sure`] && !confirm(this.w(`${wish}_sure`))) return;
       await this.ask(`/api/runs/${id}/${wish === "resume" ? "resume" : "ask"}`, wish === "resume" ? {} : { wish });
       if (["stop", "save", "preview"].includes(wish)) { this.say(this.w("asked")); this.asked = true; }
     };
-    const kind = wish === "stop" || wish === "resume" ? "wt-main" : wish === "now" ? "wt-danger" : "";
+    const kind = wish === "stop" || wish === "resume" ? "wr-main" : wish === "now" ? "wr-danger" : "";
     return h("button", { "data-wish": wish, class: kind, onclick: () => this.tried(doing) }, this.w(wish));
   }
 
@@ -93,20 +93,20 @@ class RunView extends View {
     const training = run.phase === "train";
     const [done, total] = training ? [run.numbers.step ?? 0, run.steps] : [run.done, run.total];
     const share = total ? (100 * (done ?? 0)) / total : 0;
-    const bar = h("div", { class: "wt-bar", role: "progressbar", "aria-valuenow": Math.round(share), "aria-valuemin": 0, "aria-valuemax": 100 }, h("i"));
+    const bar = h("div", { class: "wr-bar", role: "progressbar", "aria-valuenow": Math.round(share), "aria-valuemin": 0, "aria-valuemax": 100 }, h("i"));
     bar.firstChild.style.width = `${share}%`;
-    return [h("p", { class: "wt-phase" }, this.phaseWord(run.phase), total ? ` ${done ?? 0}/${total}` : ""), bar];
+    return [h("p", { class: "wr-phase" }, this.phaseWord(run.phase), total ? ` ${done ?? 0}/${total}` : ""), bar];
   }
 
   previews(run) {
-    if (!run.previews.length) return this.dataset.small !== undefined ? [] : h("p", { class: "wt-soft" }, this.w("no_previews"));
+    if (!run.previews.length) return this.dataset.small !== undefined ? [] : h("p", { class: "wr-soft" }, this.w("no_previews"));
     const columns = this.dataset.small !== undefined ? run.previews.slice(-3) : run.previews;
     const prompts = columns.at(-1).prompts;
     const head = h("tr", {}, h("th"), columns.map((one) => h("th", { scope: "col" }, this.w("at_step", { step: one.step }))));
     const rows = prompts.map((prompt, number) => h("tr", {}, h("th", { scope: "row", title: prompt }, prompt), columns.map((one) =>
-      h("td", {}, number < one.count ? h("button", { class: "wt-thumb", onclick: () => compare(this, run, number, one.step) },
+      h("td", {}, number < one.count ? h("button", { class: "wr-thumb", onclick: () => compare(this, run, number, one.step) },
         h("img", { loading: "lazy", src: this.picture(one.step, number), alt: `${prompt}, ${this.w("at_step", { step: one.step })}` })) : null))));
-    const table = h("div", { class: "wt-grid", tabindex: "0" }, h("table", {}, h("thead", {}, head), h("tbody", {}, rows)));
+    const table = h("div", { class: "wr-grid", tabindex: "0" }, h("table", {}, h("thead", {}, head), h("tbody", {}, rows)));
     setTimeout(() => { table.scrollLeft = table.scrollWidth; });
     return table;
   }
@@ -121,16 +121,16 @@ function compare(view, run, number, step) {
   const left = choose(steps[0]);
   const right = choose(step);
   const before = h("img", { alt: view.w("left") });
-  const after = h("img", { alt: view.w("right"), class: "wt-over" });
+  const after = h("img", { alt: view.w("right"), class: "wr-over" });
   const slider = h("input", { type: "range", min: 0, max: 100, value: 50, "aria-label": view.w("compare") });
   const cut = () => { after.style.clipPath = `inset(0 0 0 ${slider.value}%)`; line.style.left = `${slider.value}%`; };
-  const line = h("i", { class: "wt-cut" });
+  const line = h("i", { class: "wr-cut" });
   const pick = () => { before.src = view.picture(left.value, number); after.src = view.picture(right.value, number); };
   for (const one of [left, right]) one.addEventListener("change", pick);
   slider.addEventListener("input", cut);
-  const dialog = h("dialog", { class: "wt-compare" }, h("p", {}, run.previews.at(-1).prompts[number]),
-    h("div", { class: "wt-pair" }, before, after, line), slider,
-    h("div", { class: "wt-buttons" }, h("label", {}, `${view.w("left")} `, left), h("label", {}, `${view.w("right")} `, right),
+  const dialog = h("dialog", { class: "wr-compare" }, h("p", {}, run.previews.at(-1).prompts[number]),
+    h("div", { class: "wr-pair" }, before, after, line), slider,
+    h("div", { class: "wr-buttons" }, h("label", {}, `${view.w("left")} `, left), h("label", {}, `${view.w("right")} `, right),
       h("button", { onclick: () => dialog.close() }, view.w("close"))));
   dialog.addEventListener("close", () => dialog.remove());
   document.body.append(dialog);
@@ -145,10 +145,10 @@ class ResultView extends RunView {
     const box = (name, title) => h("section", {}, h("h3", {}, title), h("div", { "data-part": name }));
     this.folder = h("input", { type: "text", placeholder: this.w("comfyui_folder"), "aria-label": this.w("comfyui_folder") });
     const copy = async () => { this.say(this.w("copied", await this.ask(`/api/runs/${this.dataset.run}/comfyui`, { folder: this.folder.value }))); };
-    this.replaceChildren(h("div", { "data-part": "head", class: "wt-head" }), box("pair", this.w("before_after")), box("files", this.w("files")),
-      h("div", { class: "wt-buttons" }, this.folder, h("button", { class: "wt-main", "data-wish": "comfyui", onclick: () => this.tried(copy) }, this.w("comfyui")),
+    this.replaceChildren(h("div", { "data-part": "head", class: "wr-head" }), box("pair", this.w("before_after")), box("files", this.w("files")),
+      h("div", { class: "wr-buttons" }, this.folder, h("button", { class: "wr-main", "data-wish": "comfyui", onclick: () => this.tried(copy) }, this.w("comfyui")),
         h("a", { href: `/api/runs/${this.dataset.run}/report`, target: "_blank", "data-wish": "report" }, this.w("report"))),
-      h("div", { "data-part": "alert", class: "wt-alert", role: "alert" }), box("checkpoints", this.w("checkpoints")));
+      h("div", { "data-part": "alert", class: "wr-alert", role: "alert" }), box("checkpoints", this.w("checkpoints")));
   }
 
   async look() {
@@ -157,9 +157,9 @@ class ResultView extends RunView {
     this.part("head", [run.name, run.state, run.run], () => [h("h2", {}, run.name), this.badge(run), h("small", {}, run.run)]);
     if (!this.folder.value && run.comfyui && document.activeElement !== this.folder) this.folder.value = run.comfyui;
     const ends = run.previews.length > 1 ? [run.previews[0], run.previews.at(-1)] : run.previews;
-    this.part("pair", run.previews, () => (ends.length ? this.previews({ ...run, previews: ends }) : h("p", { class: "wt-soft" }, this.w("no_previews"))));
+    this.part("pair", run.previews, () => (ends.length ? this.previews({ ...run, previews: ends }) : h("p", { class: "wr-soft" }, this.w("no_previews"))));
     this.part("files", run.finals, () => (run.finals.length ? h("ul", {}, run.finals.map((one, n) => h("li", {}, h("a", { href: `/api/runs/${id}/final/${n}`, download: one.name }, one.place),
-      ` ${bytes(one.bytes)}`))) : h("p", { class: "wt-soft" }, this.w("no_finals"))));
+      ` ${bytes(one.bytes)}`))) : h("p", { class: "wr-soft" }, this.w("no_finals"))));
     this.part("checkpoints", [run.saved, run.best, run.validation], () => h("ul", {}, run.saved.map((step) => {
       const loss = run.validation.find(([at]) => at === step)?.[1];
       return h("li", {}, this.w("at_step", { step }), loss !== undefined ? ` · ${this.w("validation")} ${loss.toFixed(4)}` : "", step === run.best ? h("b", {}, ` ★ ${this.w("best")}`) : null);

@@ -57,7 +57,7 @@ export class View extends HTMLElement {
   }
 
   offline(is) {
-    if (is && !this.warned) { this.warned = h("p", { class: "wt-offline", role: "status" }, this.w("offline")); this.prepend(this.warned); }
+    if (is && !this.warned) { this.warned = h("p", { class: "wr-offline", role: "status" }, this.w("offline")); this.prepend(this.warned); }
     if (!is && this.warned) { this.warned.remove(); this.warned = null; }
   }
 
@@ -102,7 +102,7 @@ export class View extends HTMLElement {
     return kind === "cache" ? this.w("phase_cache", { what: rest.join(" ") }) : words[`phase_${name}`] ? this.w(`phase_${name}`) : name;
   }
 
-  badge(run) { return h("span", { class: `wt-badge wt-${run.state}` }, this.stateWord(run)); }
+  badge(run) { return h("span", { class: `wr-badge wr-${run.state}` }, this.stateWord(run)); }
 }
 
 /** Writes tab and run into the address, so that a reload or a copied link shows the same. */
