@@ -16,6 +16,10 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from subjects import CAPTIONS, Subject, plain_build
 
+from whitetuner import drawing, recipe
+from whitetuner.cli import main
+from whitetuner.config.load import dump_config, load_config
+from whitetuner.data.samples import make_testdata
 from whitetuner.errors import UserError
 from whitetuner.evidence import begins_as
 from whitetuner.families import registry
@@ -29,6 +33,8 @@ from whitetuner.family import ModelPaths
 from whitetuner.memory.build import Build, rehearse_module
 from whitetuner.models import check_model, family_of
 from whitetuner.records import EncodeInput, Size
+from whitetuner.runs import events
+from whitetuner.tiny import tiny_values
 
 SIZES = {
     "in_channels": 16,
@@ -195,6 +201,42 @@ def test_the_layers_are_divided_as_asked(
 def test_layers_that_do_not_add_up_are_told(v1: Subject, options: dict[str, int], message: str) -> None:
     with pytest.raises(UserError, match=message):
         converted(v1.folder, **options).load(rehearse_module)
+
+
+def test_check_says_what_happens_to_the_folder(
+    v1: Subject, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_testdata("t2i", tmp_path / "data", 3, 0)
+    for layers, code, said in (
+        (2, 0, "holds Z-Image V1: it is converted"),
+        (3, 2, "3 dual-stream and 0 single"),
+    ):
+        values = tiny_values("zimage-v2", v1.folder, tmp_path / "data", tmp_path / "out")
+        config = tmp_path / f"{layers}.toml"
+        loaded = load_config(None, base={**values, "model.options.double_layers": layers})
+        config.write_text(dump_config(loaded.config), encoding="utf-8")
+        assert main(["check", str(config)]) == code
+        assert said in capsys.readouterr().out
+
+
+def test_a_run_from_a_v1_folder_is_drawn_with(v1: Subject, tmp_path: Path) -> None:
+    make_testdata("t2i", tmp_path / "data", 3, 0)
+    values = tiny_values("zimage-v2", v1.folder, tmp_path / "data", tmp_path)
+    result = recipe.run(load_config(None, base={**values, "run.steps": 4, "run.name": "run"}))
+    told = [event.text for event in events.read(result.folder / "events.jsonl")[0] if event.kind == "message"]
+    assert any("holds Z-Image V1" in text for text in told)
+    pictures = []
+    for strength in (1.0, 0.0):
+        drawn = drawing.sample(
+            str(result.folder),
+            strength=strength,
+            prompt="a red circle",
+            out=tmp_path / f"{strength}.png",
+            size=Size(64, 64),
+            steps=2,
+        )
+        pictures.append(drawn.read_bytes())
+    assert pictures[0] != pictures[1]
 
 
 def test_a_v2_folder_has_its_layers_already(v2: Subject) -> None:

@@ -79,7 +79,10 @@ def _advice(options: Any, paths: ModelPaths) -> tuple[UserError, ...]:
     config = read_config(paths.component("transformer") / "config.json")
     if config.get("_class_name") != V1_CLASS:
         return said
-    layers = layers_of(options, paths)
+    try:
+        layers = layers_of(options, paths)
+    except UserError:  # an error, not advice: told where the model is built
+        return said
     return (
         *said,
         UserError(
