@@ -65,8 +65,8 @@ class FreesInForwardHook(SwapEngine):
         self._open.add(index)
 
     def _busy(self) -> frozenset[int]:
-        groups = {self.placement.group_of[i] for i in self._open}
-        return super()._busy() | frozenset(g for g in groups if g is not None)
+        numbers = {self.placement.number[i] for i in self._open}
+        return super()._busy() | frozenset(n for n in numbers if n is not None)
 
 
 def test_a_forward_hook_never_runs_when_the_second_computation_stops_early(
@@ -92,7 +92,7 @@ def test_saved_tensors_that_lie_in_a_slot_are_overwritten(monkeypatch: pytest.Mo
 
 
 def test_one_forward_alone_does_not_show_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one forward every group happens to come back into its own slot: why the tests above take two."""
+    """With one forward every block happens to come back into its own slot: why the tests above take two."""
     assert not differs(Setup(), monkeypatch, KeepsAliases)
 
 
@@ -102,9 +102,9 @@ class FreesAtFirstGradient(SwapEngine):
     def _backward_begins(self, index: int, call: int) -> None:
         super()._backward_begins(index, call)
         self._finish(index)
-        for other in range(len(self.placement.groups)):
+        for other in range(len(self.placement.streamed)):
             if self.placement.ring.place[other] is None:
-                self.placement.load(other, self._room())
+                self.placement.load(other, self._room(other))
                 return
 
 
@@ -155,5 +155,5 @@ def test_hooks_over_a_checkpoint_switch_it_off() -> None:
 def test_evicted_parameters_are_not_numbers() -> None:
     net = swap_standins.build(Setup(pairs=0, singles=6))
     engine = SwapEngine(net, ("singles",), 0, swap_standins.CpuBackend(), smallest_bytes=0).attach()
-    away = [i for i in range(6) if engine.placement.ring.place[engine.placement.group_of[i]] is None]
+    away = [i for i in range(6) if engine.placement.spot(i) is None]
     assert away and all(torch.isnan(net.singles[i].up.weight).all() for i in away)

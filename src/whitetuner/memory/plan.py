@@ -1,10 +1,11 @@
 """How a model fits a card: which base, which blocks stay, which are computed again, from real shapes and one
 number.
 
-    seconds = max(T_f, V_f / link) + max(T_b, V_b / link)
-with T the computing time of a pass and V the bytes of the blocks that it has to load. All bytes come from
-the model's own shapes (`weigh`, measure.measure_step); the speeds come from machine.py and are corrected by
-the first steps.
+    seconds = max(T_f, E_f + V_f / link) + max(T_b, E_b + V_b / link)
+with T the computing time of a pass, V the bytes of the blocks that it has to load, and E the time in which
+the link must rest: at a turn the slots are full of what is needed next, until the outermost streamed block is
+done with. All bytes come from the model's own shapes (`weigh`, measure.measure_step); the speeds come from
+machine.py and are corrected by the first steps.
 """
 
 from __future__ import annotations
@@ -20,13 +21,17 @@ from whitetuner.memory.blocks import blocks_of
 from whitetuner.memory.machine import CONTEXT_BYTES, GIB, Machine
 from whitetuner.memory.measure import StepCost
 from whitetuner.memory.swap.host import PIN_SHARE
-from whitetuner.memory.swap.layout import layouts_of, padded, spread, units
+from whitetuner.memory.swap.layout import layouts_of, slot_bytes, spread, units
 
 #: Bases from the most precise to the smallest, with the time of a step relative to bf16 (the dequantising of
 #: a weight costs as much as 1/N of its products with N tokens; measured 1.03 for int8 at N = 2048).
 BASES = {"fp32": 1.0, "bf16": 1.0, "int8": 1.03, "fp8": 1.04, "nf4": 1.08}
 #: A more precise base is taken when it is at most this much slower than the fastest.
 _WORTH = 1.05
+#: Slots where there is a choice. Three rather than two and one more resident block, which take the same memory
+#: and load the same bytes: with two, one block is in use and one is fetched, and the link rests whenever the next
+#: blocks are residents (benchmarks/cpu/swap_schedule.py: at worst 1.12 x the bound with two, 1.06 with three).
+SLOTS = 3
 #: Unusable remainders between tensors in the caching allocator, as a share of what is not weights.
 _FRAGMENTS = 0.05
 #: The process itself on the host: interpreter, libraries, data loading.
@@ -138,6 +143,7 @@ class Wishes:
     """What the config fixes; None is left to the plan.
 
     blocks_to_swap: how many blocks wait on the host;  recompute: all blocks (True) or none (False)
+    slots:          for the streamed blocks; at least 2
     state_bytes:    of the optimizer for each trained weight, beside the weight and its gradient (4 bytes
                     each)
     """
@@ -145,7 +151,7 @@ class Wishes:
     base: str | None = None
     blocks_to_swap: int | None = None
     recompute: bool | None = None
-    slots: int = 2
+    slots: int | None = None
     state_bytes: int = 8
     inputs_on_host: bool = False
 
@@ -250,11 +256,12 @@ def _choices(base: str, weights: Weights, cost: StepCost, machine: Machine, wish
         budgets = [_bytes_of(sizes, count - wishes.blocks_to_swap)]
     else:
         budgets = [total * k // count for k in range(count)] + [total]
-    found = {spread(sizes, budget) for budget in budgets}
-    return [
-        _choice(base, weights, cost, machine, wishes, kept)
-        for kept in sorted(found, key=lambda k: (len(k), sorted(k)))
-    ]
+    found = sorted({spread(sizes, budget) for budget in budgets}, key=lambda k: (len(k), sorted(k)))
+    asked = wishes.slots
+    ways = [(kept, asked or SLOTS) for kept in found]
+    if asked is None:
+        ways += [(kept, 2) for kept in found if not kept or wishes.blocks_to_swap is not None]
+    return [_choice(base, weights, cost, machine, wishes, kept, slots) for kept, slots in ways]
 
 
 def _bytes_of(sizes: Sequence[int], residents: int) -> int:
@@ -270,17 +277,21 @@ def _bytes_of(sizes: Sequence[int], residents: int) -> int:
 
 
 def _choice(
-    base: str, weights: Weights, cost: StepCost, machine: Machine, wishes: Wishes, residents: frozenset[int]
+    base: str,
+    weights: Weights,
+    cost: StepCost,
+    machine: Machine,
+    wishes: Wishes,
+    residents: frozenset[int],
+    slots: int,
 ) -> Choice:
     sizes = weights.blocks
     streamed = [i for i in range(len(sizes)) if i not in residents]
     groups = units(sizes, streamed)
-    room = [sum(padded(sizes[i]) for i in group) for group in groups]
-    slots = min(wishes.slots, len(groups)) * max(room, default=0)
     fixed = {
         "context": CONTEXT_BYTES,
         "resident blocks": sum(sizes[i] for i in residents),
-        "slots": slots,
+        "slots": min(slots, len(groups)) * slot_bytes([sizes[i] for i in streamed]),
         "other weights": weights.rest,
         "adapter and optimizer": weights.trained * (8 + wishes.state_bytes),
     }
@@ -292,19 +303,21 @@ def _choice(
     forward = cost.flops_forward * slower / machine.flops_per_s
     backward = (cost.flops_backward + cost.flops_again(plain)) * slower / machine.flops_per_s
     moved = sum(sizes[i] for i in streamed)
-    at_turn = wishes.slots
-    first = sum(sizes[i] for group in groups[:at_turn] for i in group)
-    last = sum(
-        sizes[i] for group in groups[len(groups) - at_turn if len(groups) > at_turn else 0 :] for i in group
-    )
-    seconds = max(forward, (moved - first) / machine.link_bytes_per_s)
-    seconds += max(backward, (moved - last + sent) / machine.link_bytes_per_s)
+    first = sum(sizes[i] for group in groups[:slots] for i in group)
+    last = sum(sizes[i] for group in groups[-slots:] for i in group)
+    resting = 0.0
+    if len(groups) > slots:
+        flops = [block.flops for block in cost.blocks]
+        outer = sum(flops[: streamed[0] + 1]) + sum(flops[streamed[-1] :])
+        resting = outer / cost.flops_forward if cost.flops_forward else 0.0
+    seconds = max(forward, forward * resting + (moved - first) / machine.link_bytes_per_s)
+    seconds += max(backward, backward * resting + (moved - last + sent) / machine.link_bytes_per_s)
     host = HOST_BASE_BYTES + (sum(sizes) if streamed else 0) + sent
     return Choice(
         base,
         tuple(sorted(residents)),
         tuple(sorted(plain)),
-        wishes.slots,
+        slots,
         len(sizes),
         sum(parts.values()),
         host,

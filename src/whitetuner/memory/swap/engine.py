@@ -23,7 +23,7 @@ from whitetuner.memory.swap.backend import Backend, Counters
 from whitetuner.memory.swap.guard import Guard
 from whitetuner.memory.swap.layout import layouts_of, spread_count
 from whitetuner.memory.swap.placement import Packed, Placement
-from whitetuner.memory.swap.schedule import Kind
+from whitetuner.memory.swap.schedule import Kind, Spot
 
 
 class _Hold(NamedTuple):
@@ -43,7 +43,8 @@ class SwapEngine:
     module:      any module; everything else of it moves to the backend's device at `attach`
     block_lists: dotted names of its lists of blocks, in running order
     residents:   how many blocks stay on the device, or which (indices over all lists)
-    slots:       buffers for the others, each as large as the largest of them; at least 2
+    slots:       buffers for the others, each as large as the largest of them or as a few smaller ones that
+                 take its place; at least 2
     counters:    what moved since the last `step_end`;  pinned: a sentence on the host memory
     Adapters, norms and small biases stay on the device. Attach after adapters, compilation and recomputation.
     Raises ValueError when residents or slots do not suit the number of blocks.
@@ -70,7 +71,6 @@ class SwapEngine:
         self._held: dict[int, _Hold] = {}
         self._passes: set[int] = set()
         self._calls = 0
-        self._unfinished: int | None = None
         self._counted = Counters()
 
     def _which(self, residents: int | Iterable[int]) -> frozenset[int]:
@@ -100,7 +100,6 @@ class SwapEngine:
         if self._placement is None:
             self._placement = Placement(self.layouts, self._masters, self.backend, self.residents, self.slots)
             self._placement.counters = self._counted
-            self._unfinished = None
         return self._placement
 
     @property
@@ -188,51 +187,42 @@ class SwapEngine:
     # ---- use and release
 
     def _busy(self) -> frozenset[int]:
-        groups = {self.placement.group_of[index] for index in self._held}
-        groups.add(self._unfinished)
-        return frozenset(group for group in groups if group is not None)
+        numbers = (self.placement.number[index] for index in self._held)
+        return frozenset(number for number in numbers if number is not None)
 
     def _use(self, index: int, kind: Kind) -> None:
         """From now on the block's weights may be read; the caller holds the block."""
         places = self.placement
-        group = places.group_of[index]
-        if group is not None:
-            places.ring.itinerary.use(group, kind)
-            self._unfinished = group
-            if places.ring.place[group] is None:
-                places.load(group, self._room())
+        number = places.number[index]
+        if number is not None:
+            places.ring.itinerary.use(number, kind)
+            if places.ring.place[number] is None:
+                places.load(number, self._room(number))
                 places.counters.demanded += 1
         places.arrive(index)
-        if group is not None:
+        if number is not None:
             self._prefetch()
 
-    def _room(self) -> int:
+    def _room(self, number: int) -> Spot:
         ring = self.placement.ring
-        slot = ring.room_now(self._busy())
-        if slot is None:
+        spot = ring.room_now(number, self._busy())
+        if spot is None:
             raise RuntimeError(
-                f"{len(self._held)} swapped blocks are in use at once, with {len(ring.holder)} slots: give the engine "
+                f"{len(self._held)} swapped blocks are in use at once, with {len(ring.within)} slots: give the engine "
                 "as many slots as there are blocks under one checkpoint, and one more"
             )
-        return slot
+        return spot
 
     def _prefetch(self) -> None:
-        for group, slot in self.placement.ring.prefetches(self._busy()):
-            self.placement.load(group, slot)
+        for number, spot in self.placement.ring.prefetches(self._busy()):
+            self.placement.load(number, spot)
 
     def _finish(self, index: int) -> None:
         """The block's weights are not read any more in this pass."""
         self._held.pop(index, None)
-        places = self.placement
-        group = places.group_of[index]
-        if group is None:
-            return
-        places.released(index)
-        members = places.groups[group]
-        last = members[0] if places.ring.itinerary.kind == "backward" else members[-1]
-        if index == last and self._unfinished == group:
-            self._unfinished = None
-        self._prefetch()
+        if self.placement.number[index] is not None:
+            self.placement.released(index)
+            self._prefetch()
 
     # ---- calls of a block
 

@@ -19,6 +19,8 @@ from torch import nn
 ALIGN = 256
 #: Smaller tensors (norms, biases) stay on the device: moving them saves nothing.
 SMALLEST_BYTES = 65536
+#: By how much a slot may exceed the largest block.
+_SLACK = 0.02
 
 
 @dataclass(frozen=True)
@@ -97,18 +99,24 @@ def spread(sizes: Sequence[int], resident_bytes: int) -> frozenset[int]:
 
     Walking through the blocks, each takes its share of the budget; whenever a whole block's worth has come
     together, that block stays. Streamed blocks so lie at even distances and the link is busy at an even rate.
+    The first and the last block are streamed as long as others can stay: at the turn of a pass the slots are
+    full and the link rests until the first streamed block is done with.
     """
     total = sum(sizes)
     if resident_bytes >= total:
         return frozenset(range(len(sizes)))
+    ends = {0, len(sizes) - 1}
+    inner = total - sum(sizes[i] for i in ends)
     kept, used, due = set(), 0, 0.0
-    share = resident_bytes / total if total else 0.0
+    share = min(1.0, resident_bytes / inner) if inner else 0.0
     for index, size in enumerate(sizes):
+        if index in ends:
+            continue
         due += size * share
         if used + size <= resident_bytes and due >= used + size / 2:
             kept.add(index)
             used += size
-    for index in sorted(set(range(len(sizes))) - kept, key=lambda i: -sizes[i]):
+    for index in sorted(set(range(len(sizes))) - kept, key=lambda i: (i in ends, -sizes[i])):
         if used + sizes[index] <= resident_bytes:
             kept.add(index)
             used += sizes[index]
@@ -116,22 +124,31 @@ def spread(sizes: Sequence[int], resident_bytes: int) -> frozenset[int]:
 
 
 def spread_count(count: int, residents: int) -> frozenset[int]:
-    """`residents` of `count` equal blocks, the others at even distances."""
+    """`residents` of `count` equal blocks, the others at even distances from the first to the last."""
     streamed = count - residents
-    away = {(2 * i + 1) * count // (2 * streamed) for i in range(streamed)} if streamed else set()
+    if streamed == 1:
+        return frozenset(range(count)) - {count // 2}
+    gaps = 2 * (streamed - 1)
+    away = {(2 * i * (count - 1) + streamed - 1) // gaps for i in range(streamed)}
     return frozenset(range(count)) - away
 
 
-def units(sizes: Sequence[int], streamed: Sequence[int]) -> list[tuple[int, ...]]:
-    """Streamed blocks in groups that share a slot: neighbours are joined while they fit into the largest
-    block.
+def slot_bytes(sizes: Sequence[int]) -> int:
+    """Of one slot for blocks of these sizes: the largest block, or as many smaller ones as take its place.
 
-    FLUX.2's single blocks are half as large as its double blocks: two of them fill a slot that one double
-    fills.
+    FLUX.2's single blocks are half as large as its double blocks, in int8 with their scales a few kilobytes more
+    than half: a slot may be larger than the largest block by _SLACK for the sake of these.
     """
+    most = padded(max(sizes, default=0))
+    room = int(most * (1 + _SLACK))
+    return max([most, *(room // padded(size) * padded(size) for size in sizes if size)])
+
+
+def units(sizes: Sequence[int], streamed: Sequence[int]) -> list[tuple[int, ...]]:
+    """Streamed blocks in groups that fill a slot, in running order: what of them fits into how many slots."""
     if not streamed:
         return []
-    room = max(padded(sizes[i]) for i in streamed)
+    room = slot_bytes([sizes[i] for i in streamed])
     groups: list[list[int]] = []
     filled = room
     for index in streamed:

@@ -8,8 +8,11 @@ from typing import NamedTuple
 import torch
 
 from whitetuner.memory.swap.backend import Backend, Counters, Mark
-from whitetuner.memory.swap.layout import BlockLayout, padded, units
-from whitetuner.memory.swap.schedule import Ring
+from whitetuner.memory.swap.layout import BlockLayout, slot_bytes, units
+from whitetuner.memory.swap.schedule import EMPTY, Ring, Spot
+
+#: Views kept for each block, one set for each spot that it came to lie in; in a steady run there are few.
+_MOST_VIEWS = 16
 
 
 class Packed(NamedTuple):
@@ -27,8 +30,8 @@ class Packed(NamedTuple):
 class Placement:
     """Buffers on the device and what is in them. Blocks are named by their index over all lists.
 
-    groups: streamed blocks that share a slot;  ring: which group is in which slot;  kept: buffers of the
-            residents
+    streamed: the blocks that take turns;  number: block -> its place in `streamed`, None of a resident
+    ring:     which streamed block (by number) is where;  kept: buffers of the residents
     """
 
     def __init__(
@@ -42,29 +45,30 @@ class Placement:
         self.layouts, self.masters, self.backend = layouts, masters, backend
         self.counters = Counters()
         sizes = [layout.num_bytes for layout in layouts]
-        self.groups = units(sizes, [i for i in range(len(sizes)) if i not in residents])
-        self.group_of: list[int | None] = [None] * len(sizes)
-        self._start = [0] * len(sizes)
-        for number, group in enumerate(self.groups):
-            start = 0
-            for index in group:
-                self.group_of[index], self._start[index] = number, start
-                start += padded(sizes[index])
-        self.ring = Ring(len(self.groups), slots)
-        room = max((sum(padded(sizes[i]) for i in group) for group in self.groups), default=0)
-        self.buffers = [backend.slot(room) for _ in self.ring.holder]
+        self.streamed = [i for i in range(len(sizes)) if i not in residents]
+        self.number: list[int | None] = [None] * len(sizes)
+        for number, index in enumerate(self.streamed):
+            self.number[index] = number
+        turns = [sizes[i] for i in self.streamed]
+        room = slot_bytes(turns)
+        self.ring = Ring(turns, min(slots, len(units(sizes, self.streamed))), room)
+        self.buffers = [backend.slot(room) for _ in self.ring.within]
         self._slot_at = {buffer.untyped_storage().data_ptr(): s for s, buffer in enumerate(self.buffers)}
-        self._free: list[Mark | None] = [None] * len(self.buffers)
+        self._freed: list[dict[tuple[int, int], tuple[int, Mark]]] = [{} for _ in self.buffers]
+        self._releases = 0
         self._ready: dict[int, Mark] = {}
-        self._views: dict[tuple[int, int], list[torch.Tensor]] = {}
+        self._views: dict[tuple[int, Spot], list[torch.Tensor]] = {}
         self.kept = {index: backend.slot(sizes[index]) for index in sorted(residents)}
         for index in range(len(sizes)):
             if index in self.kept:
                 self._load_resident(index, None)
             else:
                 self._bind_away(index)
-        for number in range(min(len(self.buffers), len(self.groups))):
-            self.load(number, number)
+        for number in range(len(turns)):
+            found = self.ring.room(number, frozenset(), {})
+            if found is None or found[1] != EMPTY:
+                break
+            self.load(number, found[0])
         self.counters = Counters()
 
     @property
@@ -72,28 +76,37 @@ class Placement:
         """Bytes of all slots and residents."""
         return sum(buffer.numel() for buffer in (*self.buffers, *self.kept.values()))
 
-    def load(self, group: int, slot: int) -> None:
-        """Begins to load a group into a slot; whoever was there is away from now on."""
-        old = self.ring.put(group, slot)
-        for index in self.groups[old] if old is not None else ():
-            self._bind_away(index)
-            self._ready.pop(index, None)
-        self.backend.clear(self.buffers[slot])
-        members = self.groups[group]
-        if self.ring.itinerary.kind == "backward":
-            members = members[::-1]
-        for index in members:
-            self._load_block(index, slot, self._free[slot])
-            self.counters.loads += 1
-            self.counters.bytes_up += self.layouts[index].num_bytes
-            self.counters.of_block[index] += 1
+    def load(self, number: int, spot: Spot) -> None:
+        """Begins to load a streamed block into a spot; whoever was there is away from now on."""
+        for other in self.ring.put(number, spot):
+            self._bind_away(self.streamed[other])
+            self._ready.pop(self.streamed[other], None)
+        index = self.streamed[number]
+        self.backend.clear(self._part(index, spot))
+        self._load_block(index, spot, self._free_since(index, spot))
+        self.counters.loads += 1
+        self.counters.bytes_up += self.layouts[index].num_bytes
+        self.counters.of_block[index] += 1
 
-    def _load_block(self, index: int, slot: int, free: Mark | None) -> None:
-        self._ready[index] = self.backend.load(self._part(index, slot), self.masters[index], free)
-        if (index, slot) not in self._views:
-            part = self._part(index, slot)
-            self._views[index, slot] = [entry.view(part) for entry in self.layouts[index].entries]
-        for entry, view in zip(self.layouts[index].entries, self._views[index, slot], strict=True):
+    def _free_since(self, index: int, spot: Spot) -> Mark | None:
+        """The end of the last computation that reads what the block will overwrite; None when nothing was there."""
+        start, end = spot.start, spot.start + self.layouts[index].num_bytes
+        freed = self._freed[spot.slot]
+        met = [place for place in freed if place[0] < end and start < place[1]]
+        last = max((freed[place] for place in met), key=lambda release: release[0], default=None)
+        for place in met:
+            if start <= place[0] and place[1] <= end:
+                del freed[place]
+        return None if last is None else last[1]
+
+    def _load_block(self, index: int, spot: Spot, free: Mark | None) -> None:
+        part = self._part(index, spot)
+        self._ready[index] = self.backend.load(part, self.masters[index], free)
+        if (index, spot) not in self._views:
+            if len(self._views) > _MOST_VIEWS * len(self.streamed):
+                self._views.clear()
+            self._views[index, spot] = [entry.view(part) for entry in self.layouts[index].entries]
+        for entry, view in zip(self.layouts[index].entries, self._views[index, spot], strict=True):
             entry.tensor.data = view
 
     def _load_resident(self, index: int, free: Mark | None) -> None:
@@ -101,8 +114,8 @@ class Placement:
         for entry in self.layouts[index].entries:
             entry.tensor.data = entry.view(self.kept[index])
 
-    def _part(self, index: int, slot: int) -> torch.Tensor:
-        return self.buffers[slot][self._start[index] : self._start[index] + self.layouts[index].num_bytes]
+    def _part(self, index: int, spot: Spot) -> torch.Tensor:
+        return self.buffers[spot.slot][spot.start : spot.start + self.layouts[index].num_bytes]
 
     def _bind_away(self, index: int) -> None:
         for entry in self.layouts[index].entries:
@@ -114,25 +127,30 @@ class Placement:
         if mark is not None:
             self.backend.wait(mark)
 
+    def spot(self, index: int) -> Spot | None:
+        """Where a streamed block is; None when it is away or a resident."""
+        number = self.number[index]
+        return None if number is None else self.ring.place[number]
+
     def released(self, index: int) -> None:
-        """All that was computed up to now, and nothing later, reads the block's slot."""
-        group = self.group_of[index]
-        slot = None if group is None else self.ring.place[group]
-        if slot is not None:
-            self._free[slot] = self.backend.mark()
+        """All that was computed up to now, and nothing later, reads the block's spot."""
+        spot = self.spot(index)
+        if spot is not None:
+            self._releases += 1
+            place = spot.start, spot.start + self.layouts[index].num_bytes
+            self._freed[spot.slot][place] = self._releases, self.backend.mark()
 
     def reload(self, index: int) -> None:
         """The master was rewritten: what lies on the device of this block is replaced."""
         self.backend.drain()
-        group = self.group_of[index]
-        if group is None:
+        if index in self.kept:
             self._load_resident(index, self.backend.mark())
             return
-        slot = self.ring.place[group]
-        if slot is None:
+        spot = self.spot(index)
+        if spot is None:
             self._bind_away(index)
         else:
-            self._load_block(index, slot, self.backend.mark())
+            self._load_block(index, spot, self.backend.mark())
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor | Packed:
         """A tensor that lies in a slot as (block, place); any other as it is."""
@@ -140,19 +158,21 @@ class Placement:
         if slot is None:
             return tensor
         at = int(tensor.storage_offset()) * tensor.element_size()
-        group = self.ring.holder[slot]
-        assert group is not None
-        index = max((i for i in self.groups[group] if self._start[i] <= at), key=lambda i: self._start[i])
-        return Packed(index, at - self._start[index], tensor.shape, tensor.stride(), tensor.dtype)
+        for number in self.ring.within[slot]:
+            index = self.streamed[number]
+            spot = self.ring.place[number]
+            assert spot is not None
+            if spot.start <= at < spot.start + self.layouts[index].num_bytes:
+                return Packed(index, at - spot.start, tensor.shape, tensor.stride(), tensor.dtype)
+        raise AssertionError("a tensor was saved that lies in a slot but in no block of it")
 
     def find(self, packed: Packed) -> torch.Tensor:
         """The tensor where its block is now; the block must be there."""
         buffer, start = self.kept.get(packed.block), 0
         if buffer is None:
-            group = self.group_of[packed.block]
-            slot = None if group is None else self.ring.place[group]
-            assert slot is not None, "the block of a saved tensor is away"
-            buffer, start = self.buffers[slot], self._start[packed.block]
+            spot = self.spot(packed.block)
+            assert spot is not None, "the block of a saved tensor is away"
+            buffer, start = self.buffers[spot.slot], spot.start
         found = torch.empty(0, dtype=packed.dtype, device=buffer.device)
         at = (start + packed.offset) // found.element_size()
         return found.set_(buffer.untyped_storage(), at, packed.shape, packed.stride)

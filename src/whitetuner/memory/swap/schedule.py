@@ -1,4 +1,4 @@
-"""Which group of blocks is loaded next, and which one makes room for it. Plain numbers, no tensors, no
+"""Which block is loaded next, where to, and which ones make room for it. Plain numbers, no tensors, no
 device.
 
 Blocks are used in passes: forwards in their order, backwards in the reverse. What comes next is foretold
@@ -6,23 +6,25 @@ from what came last time: a pass of a kind visits what the last one of its kind 
 three passes comes what came after them before (so two forwards ahead of two backwards are foretold as well
 as the plain pair). A wrong guess costs a wait for one load, never a wrong weight.
 
-With B slots and S streamed groups a forward and a backward pass load 2 (S - B) groups, which is the least
-possible: each pass touches all of them and begins with at most B of them there (reference: Belady 1966,
-          evict what is needed last).
+With B slots and S streamed blocks of equal size a forward and a backward pass load 2 (S - B) blocks, which is
+the least possible: each pass touches all of them and begins with at most B of them there (reference: Belady
+1966, evict what is needed last). Smaller blocks lie several to a slot, each with a place and a turn of its
+own: a place is free as soon as its own block is done with, whatever its neighbour in the slot does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import islice
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
 
 Kind = Literal["forward", "backward", "sampling"]
 _FAR = 1 << 30
+#: The use of what is empty: later than any.
+EMPTY = _FAR + 1
 
 
 class Itinerary:
-    """Foretells the uses of `count` groups from the uses seen so far."""
+    """Foretells the uses of `count` blocks from the uses seen so far."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -32,14 +34,14 @@ class Itinerary:
         self._after: dict[tuple[Kind, ...], Kind] = {}
         self._kinds: tuple[Kind, ...] = ()
 
-    def use(self, group: int, kind: Kind) -> None:
-        """Notes that a group is used now, in a pass of this kind."""
-        if self.seen and self.seen[-1] == group and kind == self.kind:
+    def use(self, block: int, kind: Kind) -> None:
+        """Notes that a block is used now, in a pass of this kind."""
+        if self.seen and self.seen[-1] == block and kind == self.kind:
             return
-        if kind != self.kind or group in self.seen:
+        if kind != self.kind or block in self.seen:
             self._close()
             self.kind = kind
-        self.seen.append(group)
+        self.seen.append(block)
 
     def _close(self) -> None:
         if not self.seen:
@@ -62,7 +64,7 @@ class Itinerary:
         return {"forward": "backward", "backward": "forward", "sampling": "sampling"}[kinds[-1]]  # type: ignore[return-value]
 
     def ahead(self) -> Iterator[int]:
-        """Groups in the order in which they are expected, beginning after the present one; three passes
+        """Blocks in the order in which they are expected, beginning after the present one; three passes
         far.
         """
         everything = list(range(self.count))
@@ -78,7 +80,7 @@ class Itinerary:
             yield from range(present + 1, self.count)
         forward = self.seen if self.kind != "backward" else self._last.get("forward", everything)
         if len(forward) < self.count and self.kind != "backward":
-            forward = [*forward, *(g for g in plan if g not in forward)]
+            forward = [*forward, *(b for b in plan if b not in forward)]
         kinds = (*self._kinds, self.kind)[-3:]
         for _ in range(3):
             kind = self._next_kind(kinds)
@@ -86,70 +88,103 @@ class Itinerary:
             kinds = (*kinds, kind)[-3:]
 
     def next_uses(self) -> dict[int, int]:
-        """Group -> how many uses from now it is needed; groups not foretold are missing."""
+        """Block -> how many uses from now it is needed; blocks not foretold are missing."""
         found: dict[int, int] = {}
-        for distance, group in enumerate(self.ahead()):
-            found.setdefault(group, distance)
+        for distance, block in enumerate(self.ahead()):
+            found.setdefault(block, distance)
             if len(found) == self.count:
                 break
         return found
 
 
-class Ring:
-    """Which group is in which of the slots. All methods answer; the engine does the loading.
+class Spot(NamedTuple):
+    """A place: `start` bytes into a slot."""
 
-    holder: slot -> group or None;  place: group -> slot or None
+    slot: int
+    start: int
+
+
+class Ring:
+    """Which block is where in the slots. All methods answer; the engine does the loading.
+
+    sizes: bytes of the streamed blocks, in running order;  slots: how many;  slot_bytes: of each, at least the
+           largest block. No block crosses from one slot into the next, so that with B slots, of which B - 1 are
+           held by blocks in use, any further block finds room.
+    place: block -> its spot or None
     """
 
-    def __init__(self, count: int, slots: int) -> None:
-        assert slots >= min(count, 2), "a ring needs two slots: one to compute from, one to load into"
-        self.itinerary = Itinerary(count)
-        self.holder: list[int | None] = [None] * min(slots, count)
-        self.place: list[int | None] = [None] * count
+    def __init__(self, sizes: Sequence[int], slots: int, slot_bytes: int) -> None:
+        assert slots >= min(len(sizes), 1) and slot_bytes >= max(sizes, default=0)
+        self.sizes, self.slot_bytes = sizes, slot_bytes
+        self.itinerary = Itinerary(len(sizes))
+        self.place: list[Spot | None] = [None] * len(sizes)
+        self.within: list[list[int]] = [[] for _ in range(slots)]
 
-    def put(self, group: int, slot: int) -> int | None:
-        """The group takes the slot; returns the group that had to leave."""
-        old = self.holder[slot]
-        if old is not None:
-            self.place[old] = None
-        self.holder[slot], self.place[group] = group, slot
-        return old
+    def put(self, block: int, spot: Spot) -> list[int]:
+        """The block takes the spot; returns the blocks that had to leave."""
+        gone = self._there(spot, self.sizes[block])
+        for other in gone:
+            self.place[other] = None
+            self.within[spot.slot].remove(other)
+        self.within[spot.slot].append(block)
+        self.place[block] = spot
+        return gone
 
-    def empty(self) -> None:
-        """Nobody is anywhere."""
-        self.holder = [None] * len(self.holder)
-        self.place = [None] * len(self.place)
+    def _there(self, spot: Spot, size: int) -> list[int]:
+        """Blocks that lie, wholly or in part, in the `size` bytes from the spot on."""
+        found = []
+        for block in self.within[spot.slot]:
+            start = self._start(block)
+            if start < spot.start + size and spot.start < start + self.sizes[block]:
+                found.append(block)
+        return found
 
-    def room_now(self, held: frozenset[int]) -> int | None:
-        """The slot to load into when a group is needed at once: an empty one, else the one needed last, not
-        held.
+    def _start(self, block: int) -> int:
+        spot = self.place[block]
+        assert spot is not None
+        return spot.start
+
+    def room(self, block: int, held: frozenset[int], uses: dict[int, int]) -> tuple[Spot, int] | None:
+        """Where the block would best go, and how many uses from now the first of those that lie there is needed.
+
+        The best spot is the one whose content is needed last; among empty ones the one in the fullest slot, so
+        that large blocks find whole slots. None when blocks in use lie everywhere.
         """
-        uses = self.itinerary.next_uses()
-        free = [s for s, group in enumerate(self.holder) if group is None or group not in held]
-        if not free:
-            return None
-        return max(free, key=lambda s: self._need(s, uses))
+        size, best, found = self.sizes[block], (-1, -1), None
+        for slot, content in enumerate(self.within):
+            full = sum(self.sizes[other] for other in content)
+            starts = {0, self.slot_bytes - size}
+            for other in content:
+                starts |= {self._start(other) + self.sizes[other], self._start(other) - size}
+            for start in sorted(starts):
+                if not 0 <= start <= self.slot_bytes - size:
+                    continue
+                there = self._there(Spot(slot, start), size)
+                if held.intersection(there):
+                    continue
+                need = min((uses.get(other, _FAR) for other in there), default=EMPTY)
+                if (need, full) > best:
+                    best, found = (need, full), (Spot(slot, start), need)
+        return found
 
-    def prefetches(self, held: frozenset[int]) -> Iterator[tuple[int, int]]:
-        """(group, slot) of every load worth beginning now, nearest first; the caller `put`s each before the
+    def room_now(self, block: int, held: frozenset[int]) -> Spot | None:
+        """Where to load a block that is needed at once; None when blocks in use lie everywhere."""
+        found = self.room(block, held, self.itinerary.next_uses())
+        return None if found is None else found[0]
+
+    def prefetches(self, held: frozenset[int]) -> Iterator[tuple[int, Spot]]:
+        """(block, spot) of every load worth beginning now, nearest first; the caller `put`s each before the
         next.
 
-        The group that is needed next is always fetched ahead of its use; one further ahead only into a slot
-        whose group is needed later still, which is what keeps the slots of the turn from forward to backward.
+        The block that is needed next is always fetched ahead of its use; one further ahead only to where all
+        blocks are needed later still, which is what keeps the slots of the turn from forward to backward.
         """
         uses = self.itinerary.next_uses()
-        first = next(iter(islice(self.itinerary.ahead(), 1)), None)
-        for group in sorted(uses, key=lambda g: uses[g]):
-            if self.place[group] is not None:
+        first = next(self.itinerary.ahead(), None)
+        for block in sorted(uses, key=lambda b: uses[b]):
+            if self.place[block] is not None:
                 continue
-            free = [s for s, other in enumerate(self.holder) if other is None or other not in held]
-            if not free:
+            found = self.room(block, held, uses)
+            if found is None or (block != first and found[1] <= uses[block]):
                 return
-            slot = max(free, key=lambda s: self._need(s, uses))
-            if group != first and self._need(slot, uses) <= uses[group]:
-                return
-            yield group, slot
-
-    def _need(self, slot: int, uses: dict[int, int]) -> int:
-        group = self.holder[slot]
-        return _FAR + 1 if group is None else uses.get(group, _FAR)
+            yield block, found[0]
