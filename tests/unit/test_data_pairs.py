@@ -187,6 +187,12 @@ def test_files_that_cannot_be_told_apart_or_read_are_errors(edit: EditSet) -> No
     assert edit.problems(too_small="skip")["too small: d.png"] == "warning"
 
 
+def test_a_folder_named_twice_is_an_error(edit: EditSet) -> None:
+    edit.put("target/a.png", "condition_1/a.png")
+    assert edit.problems("condition_1", "target") == {"same folder: target": "error"}
+    assert edit.problems("condition_1", "condition_1") == {"same folder: condition_1": "error"}
+
+
 def test_missing_and_empty_condition_folders_are_told(edit: EditSet) -> None:
     edit.put("target/a.png", "condition_1/a.png")
     (edit.folder / "empty").mkdir()

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from whitetuner.data.folders import Listing, entries, fold, list_folder, not_a_folder
+from whitetuner.data.folders import Listing, entries, fold, list_folder
 from whitetuner.data.problems import NAMED, Problem
 from whitetuner.errors import UserError
 
@@ -39,11 +39,17 @@ def pair(targets: Listing, folders: Sequence[Path], recursive: bool = False) -> 
     conditions: list[list[Path]] = [[] for _ in targets.pictures]
     lacking: list[tuple[Path, int]] = []
     listings = []
+    seen = {targets.folder.resolve()}
     for folder in folders:
-        if not folder.is_dir():
-            problems.append(Problem("folder", "error", folder, not_a_folder(folder)))
+        if folder.resolve() in seen:
+            problems.append(Problem("same folder", "error", folder, _again(folder)))
             continue
-        listing = list_folder(folder, ".txt", recursive)
+        seen.add(folder.resolve())
+        try:
+            listing = list_folder(folder, ".txt", recursive)
+        except UserError as error:
+            problems.append(Problem("folder", "error", folder, error))
+            continue
         listings.append(listing)
         matched, orphans = _match(listing, keys)
         if not matched:
@@ -141,6 +147,14 @@ def _nothing_matches(listing: Listing, targets: Listing) -> UserError:
         count=len(listing.pictures),
         names=", ".join(names),
         wanted=", ".join(wanted),
+    )
+
+
+def _again(folder: Path) -> UserError:
+    return UserError(
+        "the same folder is named twice: as target and condition, or as two conditions",
+        where=str(folder),
+        mend="name a folder of other pictures: from a target beside itself only copying is learned",
     )
 
 
