@@ -152,15 +152,15 @@ def _post(answer: Callable[[Request], Awaitable[Any]]) -> Callable[[Request], Aw
 
 
 async def _told(request: Request, answer: Awaitable[Any]) -> Response:
-    """The answer; what the user can mend as 422 with the message in the page's language, what cannot be read as 500."""
+    """The answer; what the user can mend as {"refused": the message in the page's language}, what cannot be read as 500."""
     try:
         found = await answer
     except UserError as error:
         language = "zh" if request.headers.get("x-language") == "zh" else "en"
-        status = 404 if request.method == "GET" else 422
-        return JSONResponse({"error": told(error, language)}, status)
+        # An expected answer to a command is no failed request: the browser's console shall stay empty.
+        return JSONResponse({"refused": told(error, language)}, 404 if request.method == "GET" else 200)
     except OSError as error:
-        return JSONResponse({"error": f"{error.filename or ''}: {error.strerror or error}"}, 500)
+        return JSONResponse({"refused": f"{error.filename or ''}: {error.strerror or error}"}, 500)
     if isinstance(found, Response):
         return found
     return JSONResponse(found, headers={"cache-control": "no-store"})

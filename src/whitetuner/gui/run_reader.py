@@ -45,7 +45,8 @@ class Reader:
         self._clear()
 
     def _clear(self) -> None:
-        self._offset, self._file = 0, None
+        self._offset = 0
+        self._file: tuple[int, int] | None = None
         self.rows: Numbers = np.empty((0, len(_NAMES)))
         self.last_step: events.StepDone | None = None
         self.started: events.RunStarted | None = None
@@ -64,8 +65,7 @@ class Reader:
         with self._lock:
             try:
                 with self.folder.events.open("rb") as file:
-                    status = file.seek(0, 2), file.fileno()
-                    size, identity = status[0], self._identity()
+                    size, identity = file.seek(0, 2), self._identity()
                     if identity != self._file or size < self._offset:
                         self._clear()
                         self._file = identity

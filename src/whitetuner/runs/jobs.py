@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -96,11 +97,12 @@ def read(ident: str) -> Job | None:
     if not ident.isalnum():
         return None
     try:
-        values = json.loads((_folder() / f"{ident}.json").read_text(encoding="utf-8"))
+        values: dict[str, Any] = json.loads((_folder() / f"{ident}.json").read_text(encoding="utf-8"))
         known = {one.name for one in dataclasses.fields(Job)}
-        return Job(**{k: tuple(v) if k == "devices" else v for k, v in values.items() if k in known})
-    except (OSError, ValueError, TypeError):
-        return None
+        given: dict[str, Any] = {key: value for key, value in values.items() if key in known}
+        return Job(**{**given, "devices": tuple(given.get("devices", ()))})
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None  # removed this moment, or written by another version
 
 
 def jobs() -> list[Job]:

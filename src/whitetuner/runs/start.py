@@ -73,12 +73,12 @@ def detached(command: Sequence[str], cwd: Path, output: object, log: Path) -> su
         "stderr": subprocess.STDOUT,
     }
     if os.name != "nt":
-        return subprocess.Popen(list(command), start_new_session=True, **common)  # type: ignore[call-overload,no-any-return]
+        return subprocess.Popen(list(command), start_new_session=True, **common)  # type: ignore[call-overload]
     flags = NEW_GROUP | NO_WINDOW
     try:
-        return subprocess.Popen(list(command), creationflags=flags | BREAKAWAY, **common)  # type: ignore[call-overload,no-any-return]
+        return subprocess.Popen(list(command), creationflags=flags | BREAKAWAY, **common)  # type: ignore[call-overload]
     except PermissionError:  # a job object that lets nothing go: it then ends with whoever owns that
-        return subprocess.Popen(list(command), creationflags=flags, **common)  # type: ignore[call-overload,no-any-return]
+        return subprocess.Popen(list(command), creationflags=flags, **common)  # type: ignore[call-overload]
 
 
 def _await_end(process: subprocess.Popen[bytes], ident: str) -> None:

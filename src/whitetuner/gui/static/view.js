@@ -71,8 +71,8 @@ export class View extends HTMLElement {
     const sent = body === undefined ? {} : { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) };
     const answer = await fetch(path, { ...sent, headers: { ...sent.headers, "x-language": this.lang } });
     if (answer.status === 401) { location.reload(); throw new Told("401"); }
-    const found = await answer.json().catch(() => ({ error: answer.statusText }));
-    if (!answer.ok) throw new Told(found.error ?? answer.statusText);
+    const found = await answer.json().catch(() => ({}));
+    if (!answer.ok || found.refused) throw new Told(found.refused ?? answer.statusText);
     return found;
   }
 
