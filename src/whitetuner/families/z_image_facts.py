@@ -87,9 +87,11 @@ def variant_of(options: ZImageOptions, paths: ModelPaths) -> str | None:
     """
     if options.variant != "auto":
         return options.variant
-    names = [part for folder in _folders(paths) for part in folder.absolute().parts[-4:]]
-    kept = _folders(paths)[-1] / "config.json"
-    if kept.is_file():
+    folders = _folders(paths)
+    names = [part for folder in folders for part in folder.absolute().parts[-4:]]
+    for kept in (folder / "config.json" for folder in folders[-1:]):
+        if not kept.is_file():
+            continue
         names += re.split(r"[/\\]", str(read_config(kept).get("_name_or_path", "")))[-4:]
     words = [name.lower() for name in names if re.search(r"z[-_ ]?image", name, re.IGNORECASE)]
     if any(re.search(r"de[-_ ]?turbo", word) for word in words):
