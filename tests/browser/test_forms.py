@@ -141,7 +141,7 @@ def test_a_preset_is_taken_and_taken_back(server: Server, watched: Any) -> None:
     form = open_form(server, page)
     start_over(form)
     field(form, "run.name").locator("input").fill("kept")
-    form.locator(".wt-preset").select_option(label=re.compile("flux2-klein-lokr"))
+    form.locator(".wt-preset").select_option('["flux2-klein-lokr",false]')
     expect(field(form, "run.name").locator("input")).to_have_value("my-lokr")
     page.locator(".wt-toast").get_by_text("Undo").last.click()
     expect(field(form, "run.name").locator("input")).to_have_value("kept")

@@ -1,6 +1,8 @@
 // <wt-chart>: the loss of a run on a canvas: each step's range, the running mean, validation, learning rate, checkpoints.
 // The server thins to about 1,200 stretches, so a frame costs the same at 200 steps and at 200,000.
 
+import { loadedWords, words } from "./view.js";
+
 const PAD = { left: 56, right: 52, top: 10, bottom: 26 };
 const HEIGHT = 260;
 const cut = (values, share) => {
@@ -24,7 +26,7 @@ const label = (value) => (value !== 0 && (Math.abs(value) < 0.001 || Math.abs(va
 class Chart extends HTMLElement {
   async connectedCallback() {
     if (this.canvas) return;
-    const words = await (await fetch("/static/run_words.json")).json();
+    await loadedWords;
     const at = this.dataset.lang === "zh" ? 0 : 1;
     this.w = (name) => words[name][at];
     this.canvas = document.createElement("canvas");

@@ -2,7 +2,14 @@
 // screen, so a reload, a second browser or a restarted server shows the same.
 
 export let words = {};
-const loadedWords = fetch("/static/run_words.json").then((answer) => answer.json()).then((found) => { words = found; });
+export const loadedWords = (async () => {
+  for (;;) {
+    try {
+      words = await (await fetch("/static/run_words.json")).json();
+      return;
+    } catch { await new Promise((done) => { setTimeout(done, 1000); }); } // the server is away: it comes back
+  }
+})();
 
 /** An element with properties (on... : listeners) and children; text is always text, never HTML. */
 export function h(tag, given = {}, ...children) {
