@@ -86,6 +86,9 @@ class Server:
                 time.sleep(0.05)
         raise AssertionError(f"no answer from {self.url}")
 
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, trust_env=False, timeout=60)
+
     def cpu_s(self) -> float:
         """Seconds of work that the server has done so far."""
         assert self.process is not None

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,34 @@ def state_of(job: Job) -> str:
     folder = RunFolder(Path(job.run))
     if job.alive and (job.waiting or folder.running()):
         return "waiting" if job.waiting else "running"
+    if (
+        job.alive or (folder.control / "pid").exists()
+    ):  # on its way in or out, or killed: looked at anew each time
+        return _told_by(job)
+    return _of_the_past(job, stamp_of(folder))
+
+
+def stamp_of(folder: RunFolder) -> tuple[int, ...]:
+    """Changes when a run's events or its run.json do."""
+    found: list[int] = []
+    for path in (folder.events, folder.run_file):
+        try:
+            status = path.stat()
+            found += [status.st_mtime_ns, status.st_size]
+        except OSError:
+            found += [0, -1]
+    return tuple(found)
+
+
+@lru_cache(maxsize=4096)
+def _of_the_past(job: Job, stamp: tuple[int, ...]) -> str:
+    """A page asks every second, and the log of a long run is 60 MB."""
+    return _told_by(job)
+
+
+def _told_by(job: Job) -> str:
+    """The state as the run's folder tells it."""
+    folder = RunFolder(Path(job.run))
     began = last_of(folder.events, (RunStarted,)) if folder.is_run() else None
     silent = began is None or began.time < job.asked_at  # this start left no word in the run's folder (yet)
     if silent and job.alive and not job.error:

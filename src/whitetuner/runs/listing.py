@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +22,41 @@ def rows() -> list[dict[str, Any]]:
 def row_of(job: jobs.Job, place: int | None = None) -> dict[str, Any]:
     folder = RunFolder(Path(job.run))
     state = jobs.state_of(job)
-    last = last_of(folder.events, (StepDone,)) if state != "refused" else None
-    row: dict[str, Any] = {
+    step, facts = _facts(folder.path, jobs.stamp_of(folder))
+    return {
         "id": job.id,
         "name": Path(job.run).name,
         "run": job.run,
         "state": state,
-        "step": last.step if isinstance(last, StepDone) else None,
-        "steps": None,
-        "family": "",
-        "task": "",
-        "method": "",
+        "step": step if state != "refused" else None,
+        **facts,
         "devices": list(job.devices),
         "gpus": job.gpus,
         "asked_at": job.asked_at,
         "place": place,
         "error": job.error,
     }
-    if folder.is_run():
-        try:
-            document = folder.document()
-        except (UserError, OSError):  # damaged or gone this moment: the row says what is known
-            return row
-        config = document.get("config", {})
-        model = config.get("model", {})
-        row["steps"] = document.get("resolved", {}).get("steps") or config.get("run", {}).get("steps")
-        row["family"], row["task"] = model.get("family", ""), model.get("task", "")
-        row["method"] = config.get("method", {}).get("kind", "")
-    return row
+
+
+@lru_cache(maxsize=2048)
+def _facts(run: Path, stamp: tuple[int, ...]) -> tuple[int | None, dict[str, Any]]:
+    """(last step, steps, family, task and method), read again when the run's files have changed."""
+    folder = RunFolder(run)
+    found: dict[str, Any] = {"steps": None, "family": "", "task": "", "method": ""}
+    last = last_of(folder.events, (StepDone,))
+    step = last.step if isinstance(last, StepDone) else None
+    if not folder.is_run():
+        return step, found
+    try:
+        document = folder.document()
+    except (UserError, OSError):  # damaged, or gone this moment: the row says what is known
+        return step, found
+    config = document.get("config", {})
+    model = config.get("model", {})
+    found["steps"] = document.get("resolved", {}).get("steps") or config.get("run", {}).get("steps")
+    found["family"], found["task"] = model.get("family", ""), model.get("task", "")
+    found["method"] = config.get("method", {}).get("kind", "")
+    return step, found
 
 
 def as_text(found: list[dict[str, Any]]) -> str:
