@@ -105,7 +105,8 @@ def sample(
         attached = attach_state(modules[part], *given)
         attached.strength = strength
     decoder = family.load_decoder(build)
-    guidance = spec.sample_cfg if cfg is None else cfg
+    usual_steps, usual_cfg = spec.sampling(family.options, family.paths)
+    guidance = usual_cfg if cfg is None else cfg
     room = [engine.evict for engine in denoisers.engines]
     with torch.no_grad(), decoding_in_room(decoder, room):
         frames = family.generate(
@@ -114,7 +115,7 @@ def sample(
             scenes[0],
             scenes[1] if guidance > 1 else None,
             size=size,
-            steps=steps or spec.sample_steps,
+            steps=steps or usual_steps,
             cfg=guidance,
             seed=seed,
         )

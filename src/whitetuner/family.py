@@ -96,6 +96,8 @@ class FamilySpec:
     tokens:     (size, stride in pixels) -> tokens of the target that the denoiser sees
     auto_shift: tokens of the target -> the shift s of the model's own sampling schedule; None: it has none
     template_tokens: tokens that the prompt template adds to a caption, of options.max_sequence_length
+    sample_steps, sample_cfg: what pictures are drawn with when nothing is said; cfg 1 is no guidance
+    sampling_of: (steps, cfg) for the model at hand where that is drawn otherwise (a distilled one); `sampling` asks it
     tiny_options: options that suit the random tiny model (short texts)
     """
 
@@ -127,6 +129,7 @@ class FamilySpec:
     template_tokens: int = 0
     sample_steps: int = 28
     sample_cfg: float = 4.0
+    sampling_of: Callable[[Any, ModelPaths], tuple[int, float] | None] = lambda options, paths: None
     licence: Mapping[str, str] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
 
@@ -136,6 +139,10 @@ class FamilySpec:
         Raises UserError when the config file that tells it cannot be read.
         """
         return self.stride_px if self.stride_of is None else self.stride_of(paths)
+
+    def sampling(self, options: Options, paths: ModelPaths) -> tuple[int, float]:
+        """(steps, cfg) that this model is drawn with when nothing is said. Imports no torch."""
+        return self.sampling_of(options, paths) or (self.sample_steps, self.sample_cfg)
 
     def tasks_of(self, variant: str) -> tuple[str, ...]:
         """The tasks that a variant is for."""

@@ -85,13 +85,13 @@ def target_resolution(config: Config) -> int:
 
 def scene_of(prompt: Prompt, config: Config, family: Family, cached: Cached, size: Size) -> Scene:
     """A preview ready to be drawn; size: without one of its own and without given pictures."""
-    spec = family.spec
     wanted, unwanted = (inputs_of(text, prompt, config, family) for text in (prompt.text, prompt.negative))
     if prompt.size is not None:
         size = Size(*prompt.size)
     elif prompt.images:
         size = size_beside(_paths(prompt), target_resolution(config), family.stride()) or size
-    cfg = spec.sample_cfg if prompt.cfg is None else prompt.cfg
+    usual_steps, usual_cfg = family.spec.sampling(family.options, family.paths)
+    cfg = usual_cfg if prompt.cfg is None else prompt.cfg
     fields: Mapping[str, torch.Tensor] = cached.fields(wanted)
     return Scene(
         text=prompt.text,
@@ -99,7 +99,7 @@ def scene_of(prompt: Prompt, config: Config, family: Family, cached: Cached, siz
         negative=cached.fields(unwanted) if cfg > 1 else None,
         size=size,
         seed=prompt.seed,
-        steps=prompt.steps or spec.sample_steps,
+        steps=prompt.steps or usual_steps,
         cfg=cfg,
     )
 

@@ -115,6 +115,7 @@ def test_a_release_is_told_by_its_folders_name(folder: str, variant: str | None,
     assert SPEC.variant_of(ZImageOptions(), paths) == variant
     assert SPEC.variant_of(ZImageOptions(variant="de-turbo"), paths) == "de-turbo"
     assert bool(SPEC.advice(ZImageOptions(), paths)) == (variant == "turbo")
+    assert SPEC.sampling(ZImageOptions(), paths) == ((8, 1.0) if variant == "turbo" else (50, 5.0))
 
 
 @pytest.fixture(scope="module")

@@ -106,6 +106,11 @@ def is_turbo(options: ZImageOptions, paths: ModelPaths) -> bool:
     return variant_of(options, paths) == "turbo"
 
 
+def sampling_of(options: ZImageOptions, paths: ModelPaths) -> tuple[int, float] | None:
+    """Turbo: 8 steps, no guidance (its model card)."""
+    return (8, 1.0) if is_turbo(options, paths) else None
+
+
 def advice(options: ZImageOptions, paths: ModelPaths) -> tuple[UserError, ...]:
     """FamilySpec.advice of both families."""
     turbo = is_turbo(options, paths)

@@ -28,6 +28,7 @@ SPEC = FamilySpec(
     auto_shift=lambda tokens: facts.SHIFT,
     sample_steps=50,  # ZImagePipeline.__call__
     sample_cfg=5.0,  # guidance_scale 4 of the model card: the pipeline counts guidance from 0, cfg counts from 1
+    sampling_of=facts.sampling_of,
     licence=facts.LICENCE,
     tiny_options={"max_sequence_length": 64},
     template_tokens=facts.TEMPLATE_TOKENS,

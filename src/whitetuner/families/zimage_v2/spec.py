@@ -119,6 +119,7 @@ SPEC = FamilySpec(
     auto_shift=lambda tokens: facts.SHIFT,
     sample_steps=50,
     sample_cfg=5.0,
+    sampling_of=facts.sampling_of,
     licence=facts.LICENCE,
     tiny_options={"max_sequence_length": 64},
     template_tokens=facts.TEMPLATE_TOKENS,
