@@ -246,7 +246,7 @@ class DataPage {
     }
     this.drop.textContent = words.upload;
     if (count) toast(fill(words.uploaded, { count }));
-    if (refused.length) toast(fill(words.refused, { names: `\n${refused.slice(0, 5).join("\n")}` }), null, "bad");
+    if (refused.length) toast(fill(words.not_added, { names: `\n${refused.slice(0, 5).join("\n")}` }), null, "bad");
     if (count) await this.ask(this.asked);
   }
 }
