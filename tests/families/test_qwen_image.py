@@ -15,10 +15,15 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_dimensions
+from lycoris import create_lycoris_from_weights
 from pydantic import ValidationError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from subjects import CAPTIONS, Subject, plain_build
 
+from whitetuner.adapters.attach import attach
+from whitetuner.adapters.choose import choose
+from whitetuner.adapters.shapes import AdapterSettings, Kind
+from whitetuner.checkpoint.export import export_adapter
 from whitetuner.errors import UserError
 from whitetuner.families import registry
 from whitetuner.families.contract import (
@@ -36,7 +41,7 @@ from whitetuner.families.qwen_image.encoders import at_area
 from whitetuner.families.qwen_image.keys import KEYS, REFERENCES_AT_ZERO
 from whitetuner.families.qwen_image.reference import Reference, at_own_size
 from whitetuner.families.qwen_image.spec import SPEC, QwenImageOptions, held_variant
-from whitetuner.family import ModelPaths
+from whitetuner.family import ModelPaths, Naming
 from whitetuner.memory.build import Build
 from whitetuner.records import EncodeInput, Size
 
@@ -545,3 +550,50 @@ def test_names_in_adapter_files() -> None:
         "transformer_blocks.#.img_mod.1",
     ):
         assert KEYS.module_path(name) is None
+
+
+# -- adapters in other programs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "naming", "reader"),
+    [
+        ("lokr", "diffusers", "denoiser"),
+        ("lora", "diffusers", "denoiser"),
+        ("lora", "diffusers", "pipeline"),
+        ("lokr", "lycoris", "lycoris"),
+        ("lora", "comfyui", "lycoris"),
+    ],
+)
+def test_other_programs_read_our_adapters_and_draw_the_same(
+    t2i: Subject, kind: Kind, naming: Naming, reader: str, tmp_path: Path
+) -> None:
+    """The default targets. (diffusers' pipeline refuses every LoKr of Qwen-Image, whoever wrote it: formats differ.)"""
+    batch = t2i.bench.batch(t2i.case().inputs())
+
+    def velocity(module: torch.nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return t2i.family.predict(
+                {"transformer": module}, "transformer", batch, batch["latent"], torch.tensor([0.5])
+            )
+
+    ours, theirs = (t2i.family.load(plain_build)["transformer"] for _ in range(2))
+    before = velocity(ours)
+    settings = AdapterSettings(kind=kind, rank=2, alpha=2, factor=4)
+    adapter = attach(ours, choose(ours, SPEC.adapter_targets), settings, seed=1)
+    with torch.no_grad():
+        for number, parameter in enumerate(adapter.parameters()):
+            parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(number))
+    file = tmp_path / "adapter.safetensors"
+    export_adapter(adapter.state_dict(), adapter.settings, KEYS, path=file, naming=naming)
+    if reader == "denoiser":
+        theirs.load_lora_adapter(load_file(file), prefix="transformer")
+    elif reader == "pipeline":
+        pipe = t2i.family.pipeline({"transformer": theirs}, t2i.family.load_decoder(plain_build), {})
+        pipe.load_lora_weights(str(tmp_path), weight_name=file.name)
+    else:
+        network, _ = create_lycoris_from_weights(1.0, str(file), theirs)
+        assert len(network.loras) == len(adapter.deltas)
+        network.merge_to(1.0)
+    assert (velocity(ours) - before).abs().max() > 0.01
+    torch.testing.assert_close(velocity(theirs), velocity(ours), rtol=2e-5, atol=2e-5)
