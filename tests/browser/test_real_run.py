@@ -100,6 +100,8 @@ def test_try_it_now_runs_to_its_end_and_its_result_goes_to_comfyui(tmp_path: Pat
         result.locator("[data-wish=comfyui]").click()
         expect(result.locator(".wr-alert")).to_contain_text("try-1.safetensors")
         assert (tmp_path / "ComfyUI/models/loras/try-1.safetensors").is_file()
+        result.locator("[data-wish=strengths]").click()
+        expect(result.locator(".wr-strengths img")).to_have_count(6, timeout=2 * LONG_MS)
         ident = jobs.id_of((tmp_path / "output" / "try-1").resolve())
         report = one.get(f"/api/runs/{ident}/report")
         assert report.status_code == 200 and "default-src 'none'" in report.headers["content-security-policy"]

@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+from whitetuner.cli import make_parser
 from whitetuner.errors import UserError
-from whitetuner.gui import starting
+from whitetuner.gui import starting, strengths
 from whitetuner.gui.app import bound, make_app
 from whitetuner.gui.run_reader import POINTS, Reader, log_lines
 from whitetuner.gui.settings import Settings
@@ -245,6 +246,30 @@ def test_a_final_file_is_copied_under_the_runs_name_and_over_nothing(place: Path
     assert (loras / "cat.safetensors").read_bytes() == b"the user's own"
     confined = client(server=True, roots=(place / "output",))
     assert "refused" in confined.post(path, json={"folder": str(place / "ComfyUI")}).json()
+
+
+def test_strengths_are_drawn_by_words_that_no_prompt_can_change(place: Path) -> None:
+    run = place / "output" / "cat"
+    prompt = {
+        "text": "--out=/etc/x",
+        "negative": "",
+        "seed": 3,
+        "size": [64, 64],
+        "steps": 8,
+        "cfg": None,
+        "images": [],
+    }
+    job = made(run, config={"method": {"kind": "lokr"}, "preview": {"prompts": [prompt]}})
+    words = strengths.commands(run, 0)
+    assert [one[-4:-3] for one in words] == [
+        [f"--strength={percent / 100}"] for percent in strengths.PERCENTS
+    ]
+    assert all(one[1] == "--prompt=--out=/etc/x" and one[-2:] == ["--", str(run)] for one in words)
+    assert make_parser().parse_args(words[0]).out == strengths.picture(RunFolder(run), 0)
+    page = client()
+    assert "refused" in page.post(f"/api/runs/{job.id}/strengths", json={"number": 0}).json()  # no final file
+    assert "refused" in page.post(f"/api/runs/{job.id}/strengths", json={"number": 1}).json()
+    assert page.get(f"/api/runs/{job.id}/strength/40").status_code == 404
 
 
 def test_every_route_of_the_real_page_is_401_without_the_password() -> None:

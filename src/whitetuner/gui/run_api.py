@@ -13,7 +13,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from whitetuner.errors import UserError
-from whitetuner.gui import results, starting
+from whitetuner.gui import results, starting, strengths
 from whitetuner.gui.run_state import Runs, ask, finals, job_of
 from whitetuner.gui.settings import Settings
 from whitetuner.gui.told import told
@@ -58,6 +58,11 @@ def routes(settings: Settings, runs: Runs) -> list[Route]:
             return JSONResponse({"error": "no such preview"}, 404)
         return _file(Path(job.run), event.files[number])
 
+    def strength(request: Request) -> Response:
+        run = Path(_job(request).run)
+        place = strengths.picture(RunFolder(run), int(request.path_params["percent"]))
+        return _file(run, place.relative_to(run).as_posix())
+
     def final(request: Request) -> Response:
         job = _job(request)
         number = int(request.path_params["number"])
@@ -98,6 +103,11 @@ def routes(settings: Settings, runs: Runs) -> list[Route]:
         runs.changed()
         return {"id": job.id}
 
+    async def strengthened(request: Request) -> Any:
+        number = (await _body(request)).get("number")
+        await asyncio.to_thread(strengths.begin, _job(request), number if isinstance(number, int) else 0)
+        return {"ok": True}
+
     async def copied(request: Request) -> Any:
         body = await _body(request)
         path = await asyncio.to_thread(
@@ -116,6 +126,8 @@ def routes(settings: Settings, runs: Runs) -> list[Route]:
         Route(f"{one}/report", _get(report)),
         Route(f"{one}/preview/{{step:int}}/{{number:int}}", _get(preview)),
         Route(f"{one}/final/{{number:int}}", _get(final)),
+        Route(f"{one}/strength/{{percent:int}}", _get(strength)),
+        Route(f"{one}/strengths", _post(strengthened), methods=["POST"]),
         Route(f"{one}/ask", _post(wished), methods=["POST"]),
         Route(f"{one}/resume", _post(resumed), methods=["POST"]),
         Route(f"{one}/comfyui", _post(copied), methods=["POST"]),

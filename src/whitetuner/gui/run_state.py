@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 
 from whitetuner.errors import UserError
+from whitetuner.gui import strengths
 from whitetuner.gui.run_reader import Reader, log_lines
 from whitetuner.runs import events, jobs
 from whitetuner.runs.devices import Device, devices
@@ -98,7 +99,8 @@ class Runs:
             "validation": [[s, one.loss] for s, one in sorted(reader.validations.items())],
             "best": reader.best(),
             "messages": [[one.level, one.text] for one in list(reader.messages)[-20:]],
-            "finals": finals(RunFolder(Path(job.run))),
+            "finals": finals(reader.folder),
+            "strengths": strengths.found(reader.folder),
             "version": reader.version,
             "can": actions(state, reader),
         }

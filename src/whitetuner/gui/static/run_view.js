@@ -148,7 +148,8 @@ class ResultView extends RunView {
     this.replaceChildren(h("div", { "data-part": "head", class: "wr-head" }), box("pair", this.w("before_after")), box("files", this.w("files")),
       h("div", { class: "wr-buttons" }, this.folder, h("button", { class: "wr-main", "data-wish": "comfyui", onclick: () => this.tried(copy) }, this.w("comfyui")),
         h("a", { href: `/api/runs/${this.dataset.run}/report`, target: "_blank", "data-wish": "report" }, this.w("report"))),
-      h("div", { "data-part": "alert", class: "wr-alert", role: "alert" }), box("checkpoints", this.w("checkpoints")));
+      h("div", { "data-part": "alert", class: "wr-alert", role: "alert" }), box("strengths", this.w("strengths")),
+      box("checkpoints", this.w("checkpoints")));
   }
 
   async look() {
@@ -160,10 +161,24 @@ class ResultView extends RunView {
     this.part("pair", run.previews, () => (ends.length ? this.previews({ ...run, previews: ends }) : h("p", { class: "wr-soft" }, this.w("no_previews"))));
     this.part("files", run.finals, () => (run.finals.length ? h("ul", {}, run.finals.map((one, n) => h("li", {}, h("a", { href: `/api/runs/${id}/final/${n}`, download: one.name }, one.place),
       ` ${bytes(one.bytes)}`))) : h("p", { class: "wr-soft" }, this.w("no_finals"))));
+    this.part("strengths", [run.strengths, run.finals.length, run.previews.length], () => this.strengths(run));
     this.part("checkpoints", [run.saved, run.best, run.validation], () => h("ul", {}, run.saved.map((step) => {
       const loss = run.validation.find(([at]) => at === step)?.[1];
       return h("li", {}, this.w("at_step", { step }), loss !== undefined ? ` · ${this.w("validation")} ${loss.toFixed(4)}` : "", step === run.best ? h("b", {}, ` ★ ${this.w("best")}`) : null);
     })));
+  }
+
+  /** The part of the results that draws one prompt at several strengths. */
+  strengths(run) {
+    if (!run.finals.length || !run.previews.length) return h("p", { class: "wr-soft" }, this.w("no_finals"));
+    const { prompt, percents, drawing } = run.strengths;
+    const choice = h("select", { "aria-label": this.w("prompt") }, run.previews.at(-1).prompts.map((one, n) => h("option", { value: n, selected: one === prompt }, one)));
+    const draw = () => this.ask(`/api/runs/${run.id}/strengths`, { number: Number(choice.value) });
+    const button = h("button", { "data-wish": "strengths", disabled: drawing, onclick: () => this.tried(draw) }, this.w("strengths_draw"));
+    const pictures = percents.map((one) => h("figure", {}, h("img", { src: `/api/runs/${run.id}/strength/${one}?${encodeURIComponent(prompt)}`, alt: `${prompt}, ${one} %` }),
+      h("figcaption", {}, `${one} %`)));
+    return [h("p", { class: "wr-soft" }, this.w("strengths_text")), h("div", { class: "wr-buttons" }, choice, button),
+      h("div", { class: "wr-strengths" }, pictures), drawing ? h("p", { class: "wr-soft", role: "status" }, this.w("strengths_drawing")) : null];
   }
 }
 
