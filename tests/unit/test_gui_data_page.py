@@ -253,3 +253,23 @@ def test_five_thousand_pictures_are_looked_at_in_seconds_and_paged(page: Page, t
     answer = page.client.get("/api/data/items", params={"look": look["look"], "start": 4950, "count": 500})
     assert answer.json()["total"] == 5000 and len(answer.json()["rows"]) == 50
     assert len(page.rows(look)) == data_page.PAGE_ROWS
+
+
+def test_captions_are_written_by_a_child_whose_words_are_shown(
+    page: Page, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No model is there: what the child says of it reaches the page; nothing typed becomes an option or a command."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(data_page.__file__).parents[2]))
+    before = snapshot(folder)
+    model = folder.parent / "--no model; rm -rf"
+    model.mkdir()
+    look = page.look(folder)["look"]
+    page.post("write", look=look, model=str(model), instruction="--help\n`x`", trigger="$(y)", most=3)
+    for _ in range(600):
+        state = page.post("writing")
+        if not state["running"]:
+            break
+        time.sleep(0.1)
+    assert state["code"] not in (0, None) and any("--no model; rm -rf" in line for line in state["lines"])
+    assert snapshot(folder) == before
+    assert "outside" in page.refused("write", look=look, model="/etc")

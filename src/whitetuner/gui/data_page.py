@@ -19,6 +19,7 @@ from whitetuner.data.problems import Problem
 from whitetuner.errors import EXIT_ENVIRONMENT, UserError
 from whitetuner.gui import words
 from whitetuner.gui.caption_edits import CaptionEdits
+from whitetuner.gui.caption_run import CaptionRuns
 from whitetuner.gui.data_look import FOLDER_RESOLUTION, OF_CAPTIONS, Look, Looks, Row
 from whitetuner.gui.form_api import said, text_of, verb
 from whitetuner.gui.pickers import Roots, cleaned
@@ -56,6 +57,8 @@ def routes(roots: Roots, state: Path) -> list[BaseRoute]:
         verb("/api/data/look", api.look),
         verb("/api/data/caption", api.caption),
         verb("/api/data/undo", api.undo),
+        verb("/api/data/write", api.write),
+        verb("/api/data/writing", api.writing),
     ]
 
 
@@ -64,7 +67,7 @@ class DataApi:
 
     def __init__(self, roots: Roots, state: Path) -> None:
         self.roots, self.looks = roots, Looks(roots)
-        self.thumbs, self.edits = Thumbs(state), CaptionEdits(state)
+        self.thumbs, self.edits, self.writer = Thumbs(state), CaptionEdits(state), CaptionRuns()
 
     def words(self, request: Request) -> Response:
         return JSONResponse(words.texts("data", _language(request.query_params)))
@@ -133,6 +136,29 @@ class DataApi:
         look, number, row, file = self._captioned(body)
         _settle(look, row, self.edits.undo(file))
         return self._row(look, number, language)
+
+    def write(self, body: Mapping[str, Any], language: str) -> dict[str, Any]:
+        """Captions for those that have none, by a model. body: look, model, instruction, trigger, most (3: to try; null: all)."""
+        look, most = self.looks.get(body.get("look")), body.get("most")
+        options = look.report.sets[0].options if look.report.sets else None
+        if options is None or options.prompt is not None:
+            raise UserError("one prompt serves the whole set", mend="change it on the form: data.prompt")
+        self.writer.start(
+            self.roots.path(str(look.folders[0])),
+            self.roots.path(str(body.get("model") or "")),
+            options.caption_ext,
+            instruction=str(body.get("instruction") or ""),
+            trigger=str(body.get("trigger") or ""),
+            recursive=options.recursive,
+            most=most if isinstance(most, int) and most > 0 else None,
+        )
+        return self.writer.state(language)
+
+    def writing(self, body: Mapping[str, Any], language: str) -> dict[str, Any]:
+        """How far that is. body: stop."""
+        if body.get("stop") is True:
+            self.writer.stop()
+        return self.writer.state(language)
 
     def _captioned(self, body: Mapping[str, Any]) -> tuple[Look, int, Row, Path]:
         look, number = self.looks.get(body.get("look")), body.get("n")

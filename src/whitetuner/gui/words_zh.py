@@ -114,7 +114,14 @@ FIELDS: dict[str, tuple[str, str]] = {
     ),
     "model.options.double_layers": ("双流层数", "排在前面的双流层；不填：按文件夹里的，否则取一半"),
     "model.options.single_layers": ("单流层数", "排在后面的单流层；两者相加等于模型总层数（30）"),
-    "model.options.expert": ("训练哪个专家", "high：高噪声；low：低噪声；both：两个都训练"),
+    "model.options.boundary": (
+        "专家分界",
+        "两个专家在哪个噪声强度（sigma，偏移之后）交接；不填：用模型自己的",
+    ),
+    "model.options.expert": (
+        "训练哪个专家",
+        "仅两个专家的 WAN 2.2：high 高噪声，low 低噪声，both 轮流训练两个",
+    ),
     "flux2-klein:text_encoder_out_layers": ("文本层", "取 Qwen3 哪些层的隐藏状态拼成文本特征"),
 }
 
@@ -156,6 +163,9 @@ CHOICES: dict[tuple[str, str], str] = {
     ("save.dtype", "fp32"): "32 位",
     ("save.dtype", "bf16"): "16 位，文件减半",
     ("model.options.variant", "auto"): "自动判断",
+    ("model.options.expert", "both"): "两个都训练",
+    ("model.options.expert", "high"): "高噪声",
+    ("model.options.expert", "low"): "低噪声",
 }
 
 SECTIONS: dict[str, str] = {

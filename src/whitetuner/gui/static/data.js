@@ -37,6 +37,7 @@ class DataPage {
     this.buckets = el("div", { class: "wt-buckets" });
     this.drop = el("button", { type: "button", class: "wt-drop", hidden: true }, words.upload);
     this.grid = el("div", { class: "wt-grid" });
+    this.writer = this.drawWriter();
     this.place.replaceChildren(
       el(
         "div",
@@ -51,6 +52,7 @@ class DataPage {
       this.summary,
       this.chips,
       this.buckets,
+      this.writer,
       this.drop,
       this.grid,
     );
@@ -77,7 +79,7 @@ class DataPage {
     } catch (error) {
       this.summary.replaceChildren(...(error.errors ?? [["", words.lost, ""]]).map(([where, what, mend]) => el("p", { class: "wt-error" }, `${where ? `${where}: ` : ""}${what}${mend ? ` → ${mend}` : ""}`)));
       for (const one of [this.chips, this.buckets, this.grid]) one.replaceChildren();
-      this.drop.hidden = true;
+      this.drop.hidden = this.writer.hidden = true;
     }
     this.button.disabled = false;
   }
@@ -102,7 +104,7 @@ class DataPage {
     for (const [size, count] of found.buckets) {
       this.buckets.append(el("div", { class: "wt-bucket" }, el("span", {}, size), el("i", { style: `width:${(100 * count) / most}%` }), el("span", {}, count)));
     }
-    this.drop.hidden = !found.folders.length;
+    this.drop.hidden = this.writer.hidden = !found.folders.length;
     this.drawGrid(found.pictures);
   }
 
@@ -211,6 +213,48 @@ class DataPage {
       box.append(el("div", { class: "wt-pictures" }, ...all), el("p", {}, row.text ?? this.words.no_caption));
       for (const [, level, what, mend] of row.findings) box.append(el("p", { class: level === "error" ? "wt-error" : "wt-warning" }, `${what}${mend ? ` → ${mend}` : ""}`));
     });
+  }
+
+  // -- captions by a model ----------------------------------------------------------------------------------------
+
+  drawWriter() {
+    const { words } = this;
+    const model = el("input", { type: "text", id: "data-model", spellcheck: "false", autocomplete: "off" });
+    const ask = el("input", { type: "text", id: "data-instruction", placeholder: words.instruction_default });
+    const trigger = el("input", { type: "text", id: "data-trigger" });
+    const said = el("pre", { class: "wt-said", "aria-live": "polite", hidden: true });
+    const stop = el("button", { type: "button", hidden: true, onclick: () => post("/api/data/writing", { stop: true, language: this.language }) }, words.stop);
+    const browse = async () => {
+      const path = await choosePath("folder", model.value.trim(), words, this.language, false);
+      if (path) model.value = path;
+    };
+    const follow = async () => {
+      const found = await post("/api/data/writing", { language: this.language });
+      said.textContent = found.lines.join("\n") || words.working;
+      stop.hidden = !found.running;
+      if (found.running) setTimeout(() => follow().catch(() => setTimeout(follow, 3000)), 800);
+      else await this.ask(this.asked);
+    };
+    const start = async (most) => {
+      const body = { look: this.look.look, model: model.value, instruction: ask.value, trigger: trigger.value, most, language: this.language };
+      try {
+        await post("/api/data/write", body);
+        said.hidden = false;
+        await follow();
+      } catch (error) {
+        toast(error instanceof Refused ? error.message : words.lost, null, "bad");
+      }
+    };
+    return el(
+      "details",
+      { class: "wt-writer", hidden: true },
+      el("summary", {}, words.write),
+      el("p", { class: "wt-note" }, words.write_help),
+      el("div", { class: "wt-lookbar" }, el("label", { for: "data-model" }, words.write_model, model), el("button", { type: "button", onclick: browse }, words.browse)),
+      el("div", { class: "wt-lookbar" }, el("label", { for: "data-instruction" }, words.instruction, ask), el("label", { for: "data-trigger", class: "wt-short" }, words.trigger, trigger)),
+      el("div", { class: "wt-buttons" }, el("button", { type: "button", onclick: () => start(3) }, words.write_three), el("button", { type: "button", onclick: () => start(null) }, words.write_all), stop),
+      said,
+    );
   }
 
   // -- files that are added ---------------------------------------------------------------------------------------
