@@ -82,6 +82,7 @@ class Look:
             "buckets": [[f"{size.width}x{size.height}", count] for size, count in self.report.buckets[:12]],
             "steps": self.report.suggested_steps if self.report.usable else 0,
             "folders": [str(one) for one in self.folders],
+            "resolution": _text(self.report.sets[0].options.resolution) if self.report.sets else "",
         }
 
     def row(self, number: int, language: str) -> dict[str, Any]:
@@ -185,6 +186,10 @@ def _rows(report: CheckReport, roots: Roots) -> tuple[list[Row], list[Problem]]:
         home = at.get(problem.path)
         (others if home is None else home.problems).append(problem)
     return rows, others
+
+
+def _text(resolution: int | Sequence[int]) -> str:
+    return str(resolution) if isinstance(resolution, int) else str(resolution[0])
 
 
 def _captions(of: PictureSet) -> dict[Path, Path]:

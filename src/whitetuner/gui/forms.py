@@ -189,8 +189,9 @@ def state(tab: Tab, text: str, language: str, roots: Roots) -> dict[str, Any]:
         problem = _missing(field, path, roots)
         if problem is not None:
             errors.setdefault(key, []).append(list(parts(problem, language)))
-        elif field.key.startswith("data.") and field.wants == "folder":
-            found["notes"].update(_count(key, Path(path).expanduser(), language))
+        elif field.key.startswith("data.") and field.wants == "folder" and field.key != "data.cache_dir":
+            note = _count(field, Path(path).expanduser(), language)
+            found["notes"][key] = " + ".join(filter(None, (found["notes"].get(key), note)))
     if config is not None and not errors:
         for level, problem in _of_model(config):
             _place(problem, fields, errors if level == "error" else warnings, language, "model.path")
@@ -295,9 +296,11 @@ def _missing(field: FormField, path: str, roots: Roots) -> UserError | None:
     return None
 
 
-def _count(key: str, folder: Path, language: str) -> dict[str, str]:
-    """How many pictures a folder holds, and how many have a text of their name beside them."""
+def _count(field: FormField, folder: Path, language: str) -> str:
+    """How many pictures a folder holds, and how many have a text of their name beside them; "" where it cannot be read."""
     texts, pictures = set(), []
+    if field.key.endswith("videos"):
+        return ""
     try:
         with os.scandir(folder) as entries:
             for number, entry in enumerate(entries):
@@ -309,9 +312,10 @@ def _count(key: str, folder: Path, language: str) -> dict[str, str]:
                 elif name.suffix.lower() == ".txt":
                     texts.add(name.stem)
     except OSError:
-        return {}
+        return ""
     both = sum(stem in texts for stem in pictures)
-    return {key: words.texts("form", language)["counted"].format(pictures=len(pictures), captions=both)}
+    word = "counted_pictures" if field.key.endswith("conditions") else "counted"
+    return words.texts("form", language)[word].format(pictures=len(pictures), captions=both)
 
 
 def _of_model(config: Config) -> list[tuple[str, UserError]]:

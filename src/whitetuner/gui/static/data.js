@@ -89,6 +89,7 @@ class DataPage {
     this.look = found;
     this.kind = "";
     if (this.asked) this.folder.value = found.folders[0] ?? "";
+    if (this.asked) this.resolution.value = found.resolution;
     if (this.asked) this.conditions.value = found.folders.slice(1).join("\n");
     this.origin.hidden = !this.asked;
     this.origin.textContent = this.asked ? `${words.from_tab} ${this.asked.tab}` : "";
