@@ -56,7 +56,7 @@ def watched(browser: Browser) -> Iterator[Any]:
     assert found == [([], []) for _ in found]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     one = Server(tmp_path_factory.mktemp("page"))
     yield one

@@ -32,6 +32,7 @@ class Server:
         }
         folder.mkdir(parents=True, exist_ok=True)
         self.process: subprocess.Popen[str] | None = None
+        self.headers: dict[str, str] = {}
         self.port, self.said = port, ""
         self.start()
 
@@ -81,13 +82,20 @@ class Server:
     def get(self, path: str, **more: Any) -> httpx.Response:
         for _ in range(100):
             try:
-                return httpx.get(self.url + path, trust_env=False, timeout=30, **more)
+                headers = {**self.headers, **more.pop("headers", {})}
+                return httpx.get(self.url + path, trust_env=False, timeout=30, headers=headers, **more)
             except httpx.ConnectError:
                 time.sleep(0.05)
         raise AssertionError(f"no answer from {self.url}")
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         return httpx.post(self.url + path, json=body, trust_env=False, timeout=60)
+
+    def log_in(self, password: str) -> str:
+        """The cookie of a login."""
+        answer = httpx.post(f"{self.url}/login", data={"password": password}, trust_env=False, timeout=30)
+        assert answer.status_code == 200
+        return answer.headers["set-cookie"].split(";")[0]
 
     def cpu_s(self) -> float:
         """Seconds of work that the server has done so far."""

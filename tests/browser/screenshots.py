@@ -40,6 +40,11 @@ def opened(browser: Browser, language: str, width: int = 1360, height: int = 900
     return context.new_page()
 
 
+def go(page: Page, address: str) -> None:
+    page.goto("about:blank")  # else only what is behind the # changes, and messages of the page before stay
+    page.goto(address)
+
+
 def take(page: Page, name: str, whole: bool = False) -> None:
     page.wait_for_timeout(1500)
     page.screenshot(path=IMAGES / f"page_{name}.png", full_page=whole)
@@ -56,10 +61,10 @@ def main(folder: Path) -> None:
             browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=FLAGS)
             for language in LANGUAGES:
                 page = opened(browser, language)
-                page.goto(f"{server.url}/{language}/#tab=home")
+                go(page, f"{server.url}/{language}/#tab=home")
                 page.locator("wt-home .wr-card").first.wait_for()
                 take(page, f"home_{language}")
-                page.goto(f"{server.url}/{language}/#tab=flux2-klein-t2i")
+                go(page, f"{server.url}/{language}/#tab=flux2-klein-t2i")
                 form = page.locator("#form-flux2-klein-t2i")
                 form.locator("select.wt-preset option", has_text="embedded").first.wait_for(state="attached")
                 chosen = form.locator("select.wt-preset option", has_text="embedded").first.get_attribute(
@@ -71,22 +76,22 @@ def main(folder: Path) -> None:
                 images.blur()
                 page.locator("wt-train wt-run wt-chart[data-points] >> visible=true").wait_for()
                 take(page, f"train_{language}")
-                page.goto(f"{server.url}/{language}/#tab=runs&run={ident}")
+                go(page, f"{server.url}/{language}/#tab=runs&run={ident}")
                 page.locator("wt-runs wt-run .wr-thumb >> visible=true").first.wait_for()
                 take(page, f"run_{language}", whole=True)
                 page.locator("wt-runs wt-run .wr-thumb >> visible=true").nth(4).click()
                 page.locator("dialog.wr-compare img").first.wait_for()
                 take(page, f"compare_{language}")
-                page.goto(f"{server.url}/{language}/#tab=results&run={ident}")
+                go(page, f"{server.url}/{language}/#tab=results&run={ident}")
                 page.locator("wt-runs wt-result .wr-thumb >> visible=true").first.wait_for()
                 take(page, f"results_{language}")
                 page.context.close()
             page = opened(browser, "en")
-            page.goto(f"{server.url}/en/#tab=tensorboard")
+            go(page, f"{server.url}/en/#tab=tensorboard")
             page.frame_locator("wt-board iframe").locator("line-chart").first.wait_for(timeout=120_000)
             take(page, "tensorboard")
             page = opened(browser, "zh", 390, 844, dark=True)
-            page.goto(f"{server.url}/zh/#tab=runs&run={ident}")
+            go(page, f"{server.url}/zh/#tab=runs&run={ident}")
             page.locator("wt-runs wt-run .wr-thumb >> visible=true").first.wait_for()
             page.locator("wt-runs wt-run >> visible=true").scroll_into_view_if_needed()
             take(page, "phone_dark_zh")

@@ -11,7 +11,7 @@ import pytest
 from page_server import Server
 from playwright.sync_api import expect
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 
 def test_a_page_that_others_reach_asks_for_the_password_that_its_link_carries(

@@ -41,6 +41,7 @@ def started(server: Server, page: Page, name: str, steps: int) -> Any:
     return page.locator("wt-train wt-run >> visible=true")
 
 
+@pytest.mark.slow
 def test_from_the_form_to_a_killed_a_resumed_and_a_stopped_run(server: Server, watched: Any) -> None:
     server.ready()
     page = watched().page
@@ -111,6 +112,7 @@ def test_try_it_now_runs_to_its_end_and_its_result_goes_to_comfyui(tmp_path: Pat
         one.kill()
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_a_curve_in_its_tab_and_at_its_own_port(server: Server, watched: Any) -> None:
     from whitetuner.runs import events
     from whitetuner.runs.board import Board

@@ -42,21 +42,6 @@ def step_of(page: Any) -> int:
     return int(text.split("/")[0])
 
 
-def test_the_shell_answers_within_a_second_and_the_forms_within_six(tmp_path: Path) -> None:
-    one = Server(tmp_path)
-    try:
-        assert one.get("/zh/").status_code == 200
-        shell, cpu = time.monotonic() - one.began, one.cpu_s()
-        forms, cpu_of_forms = one.ready(), one.cpu_s()
-        print(
-            f"shell {shell:.2f} s ({cpu:.2f} s of work), forms {forms:.2f} s ({cpu_of_forms:.2f} s of work)"
-        )
-        # Work rather than time, since other programs on this machine take their share of the time.
-        assert cpu < 1 and cpu_of_forms < 6
-    finally:
-        one.kill()
-
-
 def test_a_run_is_followed_in_two_browsers_stopped_and_saved(server: Server, watched: Any) -> None:
     child = server.fake("猫 & cat", 2000, 0.03)
     run = wait_for_run(server, "猫 & cat")
@@ -71,9 +56,11 @@ def test_a_run_is_followed_in_two_browsers_stopped_and_saved(server: Server, wat
     expect(view.locator(".wr-log")).to_contain_text("loss")
     expect(view.locator("wt-chart")).to_have_attribute("data-points", events_seen := re.compile(r"\d+"))
     assert events_seen
-    before = step_of(one.page)
-    one.page.wait_for_timeout(2500)
-    assert step_of(one.page) > before and step_of(two.page) > before
+    before = max(step_of(one.page), step_of(two.page))
+    for page in (one.page, two.page):
+        page.wait_for_function(
+            f"() => parseInt(document.querySelector('wt-runs wt-run [data-tile=step] b').textContent) > {before}"
+        )
 
     view.locator("[data-wish=save]").click()
     expect(view.locator(".wr-log")).to_contain_text("saved checkpoints/checkpoint-")
@@ -126,15 +113,24 @@ def test_a_killed_trainer_is_shown_as_crashed_in_both_languages(server: Server, 
     expect(view.locator(".wr-why")).to_contain_text("The process is gone")
 
 
-def test_a_killed_server_comes_back_to_the_same_view_and_the_run_goes_on(
+def test_a_killed_server_comes_back_to_the_same_view_and_the_login_holds(
     tmp_path: Path, watched: Any
 ) -> None:
-    one = Server(tmp_path)
-    child = one.fake("long", 3000, 0.02)
+    one = Server(tmp_path, WHITETUNER_PASSWORD="open sesame")
+    child = None
     try:
+        assert one.get("/", headers={"accept": "text/html"}).status_code == 401
+        shell, cpu = time.monotonic() - one.began, one.cpu_s()
+        child = one.fake("long", 3000, 0.02)
+        one.headers["cookie"] = one.log_in("open sesame")
+        forms, cpu_of_forms = one.ready(), one.cpu_s()
+        print(
+            f"shell {shell:.2f} s ({cpu:.2f} s of work), forms {forms:.2f} s ({cpu_of_forms:.2f} s of work)"
+        )
+        # Work rather than time, since other programs on this machine take their share of the time.
+        assert cpu < 1 and cpu_of_forms < 6
         run = wait_for_run(one, "long")
-        one.ready()
-        page = watched("en-US").page
+        page = watched("en-US", extra_http_headers={"cookie": one.headers["cookie"]}).page
         page.goto(f"{one.url}/en/#tab=runs&run={run}")
         view = page.locator("wt-runs wt-run").first
         expect(view.locator("[data-tile=step] b")).to_contain_text("/3000")
@@ -151,9 +147,10 @@ def test_a_killed_server_comes_back_to_the_same_view_and_the_run_goes_on(
         view.locator("[data-wish=stop]").click()
         expect(view.locator(".wr-head")).to_contain_text("stopped and saved")
     finally:
-        child.kill()
-        child.wait()
         one.kill()
+        if child is not None:
+            child.kill()
+            child.wait()
 
 
 def test_200_000_events_open_in_two_seconds(server: Server, watched: Any) -> None:
@@ -183,15 +180,20 @@ def test_200_000_events_open_in_two_seconds(server: Server, watched: Any) -> Non
     page = watched("en-US").page
     page.goto(f"{server.url}/en/#tab=runs")
     page.locator("wt-runs tbody tr", has_text="big").first.wait_for()
-    began = time.monotonic()
+    began, work = time.monotonic(), server.cpu_s()
     page.locator("wt-runs tbody tr", has_text="big").first.click()
     page.locator("wt-runs wt-run wt-chart[data-last='200000']").wait_for()
-    seconds = time.monotonic() - began
+    seconds, work = time.monotonic() - began, server.cpu_s() - work
     drawn = int(page.locator("wt-runs wt-run wt-chart").first.get_attribute("data-ms") or "9999")
-    print(f"200,000 events: open in {seconds:.2f} s, one drawing {drawn} ms")
-    assert seconds < 2 and drawn < 200
+    print(
+        f"200,000 events: open in {seconds:.2f} s ({work:.2f} s of the server's work), one drawing {drawn} ms"
+    )
+    assert (
+        work < 1.7 and drawn < 200
+    )  # 2 s on a quiet machine: work, since other programs take their share of the time
 
 
+@pytest.mark.slow
 def test_three_runs_wait_for_one_lock_and_one_leaves_the_queue(server: Server, watched: Any) -> None:
     children = [server.fake("first", 3000, 0.01)]
     wait_for_run(server, "first")
@@ -213,7 +215,7 @@ def test_three_runs_wait_for_one_lock_and_one_leaves_the_queue(server: Server, w
         child.wait(20)
 
 
-@pytest.mark.parametrize("language", ["zh", "en"])
+@pytest.mark.parametrize("language", ["zh", pytest.param("en", marks=pytest.mark.slow)])
 def test_every_tab_opens_in_both_languages_without_an_error_and_without_another_host(
     server: Server, watched: Any, language: str
 ) -> None:
@@ -238,6 +240,7 @@ def test_every_tab_opens_in_both_languages_without_an_error_and_without_another_
     assert ("/en" if language == "zh" else "/zh") in page.url, "the choice is remembered"
 
 
+@pytest.mark.slow
 def test_a_phone_shows_the_run_without_scrolling_sideways(server: Server, watched: Any) -> None:
     child = server.fake("phone", 20, 0.0)
     child.wait(20)

@@ -20,7 +20,7 @@ from whitetuner.runs.folder import RunFolder
 from whitetuner.runs.jobs import Job
 
 #: The trial: pictures of the new word, of what the model knows, steps, steps between previews.
-_NEW, _OLD, _STEPS, _EVERY = 32, 128, 200, 25
+_NEW, _OLD, _STEPS, _EVERY = 32, 256, 300, 25
 _PROMPTS = (
     f"a red {NEW_WORD} on a white background",
     f"a big blue {NEW_WORD} on a yellow background",
@@ -150,7 +150,7 @@ weight_decay = 0.0
 warmup_steps = 20
 schedule = "linear"
 min_lr_ratio = 0.05
-ema = 0.97
+ema = 0.98
 [save]
 every = 100
 [validation]
