@@ -100,7 +100,11 @@ SPEC = FamilySpec(
     title="Z-Image V2",
     title_zh="Z-Image V2",
     tasks=("t2i",),
-    variants=facts.VARIANTS,
+    variants={
+        "base": "begun from Z-Image",
+        "turbo": "begun from Z-Image-Turbo: merge the de-distill adapter before training it",
+        "de-turbo": "begun from Z-Image-De-Turbo",
+    },
     variant_of=facts.variant_of,
     options=ZImageV2Options,
     parts=lambda options: (
