@@ -110,12 +110,19 @@ def field_keys(fields: Sequence[FormField]) -> Iterator[str]:
         yield from field_keys(field.rows)
 
 
+def open_tasks(family: str) -> tuple[str, ...]:
+    """Tasks of a family that can be trained today."""
+    refused = not_landed()
+    works = ("t2i", *refused["model.task"]) if "model.task" in refused else None
+    return tuple(task for task in registry.spec(family).tasks if works is None or task in works)
+
+
 def all_fields() -> dict[tuple[str, str], tuple[FormField, ...]]:
-    """(family, task) -> its form, for every family that has landed."""
+    """(family, task) -> its form, for everything that can be trained."""
     return {
         (name, task): form_fields(registry.spec(name), task)
         for name in registry.FAMILIES
-        for task in registry.spec(name).tasks
+        for task in open_tasks(name)
     }
 
 

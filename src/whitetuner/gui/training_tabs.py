@@ -21,6 +21,7 @@ import json
 from dataclasses import dataclass
 
 from whitetuner.families import registry
+from whitetuner.gui.fields import open_tasks
 
 #: The seed's tabs in its order: (family, first task) -> its name of the tab. Others that land follow behind.
 _SEED = {
@@ -54,8 +55,8 @@ class Tab:
 
 
 def tabs() -> tuple[Tab, ...]:
-    """Those of families that are there."""
-    landed = {name: registry.spec(name).tasks for name in registry.FAMILIES}
+    """Those of families and tasks that are there."""
+    landed = {name: open_tasks(name) for name in registry.FAMILIES}
     found: list[Tab] = []
     for (family, task), title in _SEED.items():
         inside = [other for (of, other), home in _INSIDE.items() if home == (family, task) and of == family]
