@@ -71,7 +71,7 @@ class TextEncoder:
             keep_precise=("*norm*", "*embed_tokens*", "lm_head*", "model.visual.*"),
         )
         self._model = whole.model
-        del whole.lm_head
+        whole.lm_head = None
 
     def template(self, words: str) -> str:
         """What the tokenizer is given, by the official template."""
