@@ -62,13 +62,13 @@ def train(
     from whitetuner.runs.jobs import claimed
 
     overrides = list(overrides)
-    if gpus is not None and not gpus.startswith("any"):
-        if "," in gpus:
-            raise UserError(
-                "training on several devices is not there yet",
-                where="--gpus",
-                mend="give one, e.g. --gpus 0 or --gpus cpu",
-            )
+    if gpus is not None and ("," in gpus or gpus.startswith("any:")):
+        raise UserError(
+            "training on several devices is not there yet",
+            where="--gpus",
+            mend="give one, e.g. --gpus 0 or --gpus cpu",
+        )
+    if gpus is not None and gpus != "any":
         overrides.append(f'memory.device="{gpus}"')
     loaded = load_config(config, overrides)
     run = loaded.config.run

@@ -214,12 +214,13 @@ def test_a_start_into_a_run_asks_first_and_overwrites_nothing(
     found = starting.start_form(settings, "flux2-klein-t2i", form(place), "", "")
     assert found == {"exists": "stopped", "name": "cat", "other": "cat-2"} and calls == []
     starting.start_form(settings, "flux2-klein-t2i", form(place), "", "resume")
-    starting.start_form(settings, "flux2-klein-t2i", form(place), "any:2", "other")
+    starting.start_form(settings, "flux2-klein-t2i", form(place) + '[memory]\ndevice = "1"\n', "", "other")
+    assert calls[0][1]["gpus"] == "any"
     assert calls[0][0] == run.resolve() and calls[0][1]["resume"] == "latest"
     assert (
         calls[1][0].name == "cat-2"
         and calls[1][1]["overrides"] == ['run.name="cat-2"']
-        and calls[1][1]["gpus"] == "any:2"
+        and calls[1][1]["gpus"] == "1"
     )
     starting.resume(job, more=30)
     assert "run.steps=40" in calls[2][1]["overrides"] and calls[2][1]["resume"] == "latest"

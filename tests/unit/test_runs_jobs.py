@@ -140,6 +140,18 @@ def test_any_takes_a_free_one_and_several_are_taken_together_or_not_at_all(tmp_p
         wish_of("any:4", GPUS)
 
 
+def test_with_any_the_process_sees_only_what_it_got(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "devices", lambda: GPUS)
+    first = Held()
+    first.take(Wish(tuple(GPUS[:1]), 1), tmp_path)
+    with claim(tmp_path / "run", "any") as held:
+        assert held == GPUS[1:2] and os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-bb"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    with claim(tmp_path / "other", "1"):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1,2"
+    first.release()
+
+
 def test_nvidia_smi_is_read_and_what_it_does_not_tell_is_none() -> None:
     text = "0, GPU-1, NVIDIA H100 80GB HBM3, 81559, 12, 3, 31, 70.5\n1, GPU-2, T, 10, [N/A], 0, 1, [Not Supported]\nnoise\n"
     first, second = read_answer(text)

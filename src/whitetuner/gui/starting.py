@@ -59,7 +59,9 @@ def start_form(settings: Settings, tab: str, text: str, gpus: str, existing: str
             return {"exists": folder.status(), "name": name, "other": other}
     kept = run / "logs" / f"{time.strftime('%Y%m%d_%H%M%S')}.toml"
     write_atomically(kept, text)
-    job = start.start(kept, run, cwd=Path.cwd(), gpus=gpus or "any", resume=resume, overrides=overrides)
+    asked = config.memory.device
+    gpus = gpus or ("any" if asked == "auto" else asked)
+    job = start.start(kept, run, cwd=Path.cwd(), gpus=gpus, resume=resume, overrides=overrides)
     return {"id": job.id}
 
 

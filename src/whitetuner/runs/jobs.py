@@ -186,7 +186,8 @@ def claimed(
     """The devices of a training, held while inside, and its line in the list of runs.
 
     gpus: see `wish_of`; wait: until they are free, first come, first served. Without it a GPU that is taken is refused with a
-    UserError, while a CPU is shared. Other ranks of a run than the first hold nothing: the first does for all.
+    UserError, while a CPU is shared. With "any" this process sees no other GPUs than those it got. Other ranks of a run than
+    the first hold nothing: the first does for all.
     """
     if os.environ.get("RANK", "0") != "0":
         yield []
@@ -202,6 +203,9 @@ def claimed(
             _take(job, wish, held, wait, say)
         job = job.with_(waiting=False, devices=tuple(one.name for one in held.devices))
         _record(job, say)
+        if gpus.startswith("any") and CPU not in held.devices:
+            # Before PyTorch looks at them: whichever they are, the run then finds them as its first ones.
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(one.name for one in held.devices)
         yield held.devices
     except UserError as error:
         _record(job.with_(error=str(error), waiting=False), say)

@@ -68,8 +68,7 @@ class TrainView extends View {
     const cards = machine.devices.filter((one) => one.index !== null);
     this.gpus.hidden = cards.length < 2;
     if (this.gpus.options.length === 0 && cards.length > 1) {
-      this.gpus.append(...cards.map((_, n) => h("option", { value: `any:${n + 1}` }, this.w("any", { n: n + 1 }))),
-        ...cards.map((one) => h("option", { value: one.index }, `GPU ${one.index} ${one.title}`)));
+      this.gpus.append(h("option", { value: "" }, this.w("any")), ...cards.map((one) => h("option", { value: one.index }, `GPU ${one.index} ${one.title}`)));
     }
     const tasks = this.dataset.tasks.split(" ");
     const mine = runs.filter((one) => one.family === this.dataset.family && tasks.includes(one.task));
