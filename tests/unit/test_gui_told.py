@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from test_house import assignments, literals
 
 from whitetuner.config import landed
 from whitetuner.config import told as config_told
@@ -20,27 +20,30 @@ SOURCE = Path(__file__).parents[2] / "src/whitetuner"
 NOT_ON_THE_PAGE = {"install"}
 
 
-def literals(node: ast.expr) -> Iterator[str]:
-    """The texts that an argument can be, through `a if x else b`."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        yield node.value
-    elif isinstance(node, ast.IfExp):
-        yield from literals(node.body)
-        yield from literals(node.orelse)
-
-
 def templates() -> dict[str, str]:
-    """Template -> the file where it stands."""
+    """Template -> the file where it stands: of UserError itself, and of shorthands, whose first argument is `what`."""
     found = {}
     for file in sorted(SOURCE.rglob("*.py")):
-        room = file.relative_to(SOURCE).parts[0]
-        if room in NOT_ON_THE_PAGE:
+        if file.relative_to(SOURCE).parts[0] in NOT_ON_THE_PAGE:
             continue
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "UserError":
-                given = [*node.args[:1], *(one.value for one in node.keywords if one.arg in ("what", "mend"))]
-                for text in (text for one in given for text in literals(one) if text):
-                    found[text] = str(file.relative_to(SOURCE))
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        names = assignments(tree)
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.args.args]
+        makers = {node.name: node for node in functions if node.args.args[0].arg == "what"}
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func).split(".")[-1]
+            if name not in makers and name != "UserError":
+                continue
+            words = [one.arg for one in makers[name].args.args] if name in makers else ["what"]
+            given = [part for word, part in zip(words, node.args) if word in ("what", "mend")]
+            given += [one.value for one in node.keywords if one.arg in ("what", "mend")]
+            for part in given:
+                texts = [
+                    text for text in literals(part, names) or () if " " in text or "{" in text
+                ]  # no table's keys
+                found.update(dict.fromkeys(texts, str(file.relative_to(SOURCE))))
     found.update(dict.fromkeys((text for text, _ in config_told._FINDINGS.values()), "config/told.py"))
     found.update(dict.fromkeys((feature for _, feature in landed._REFUSED.values()), "config/landed.py"))
     return found
