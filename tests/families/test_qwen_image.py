@@ -43,6 +43,7 @@ from whitetuner.families.qwen_image.reference import Reference, at_own_size
 from whitetuner.families.qwen_image.spec import SPEC, QwenImageOptions, held_variant
 from whitetuner.family import ModelPaths, Naming
 from whitetuner.memory.build import Build
+from whitetuner.memory.kernels import set_attention
 from whitetuner.records import EncodeInput, Size
 
 EDITS = ("edit", "edit-2509", "edit-2511")
@@ -158,6 +159,21 @@ def test_text_without_its_mask_is_told(t2i: Subject) -> None:
     bench = Bench(family, plain_build, "t2i")
     assert batch_error(bench, t2i.case(*CAPTIONS[:3])) > 100 * E1_TOLERANCE
     assert batch_error(t2i.bench, t2i.case(*CAPTIONS[:3])) < E1_TOLERANCE
+
+
+def test_attention_without_masks_is_refused_where_texts_differ_and_taken_where_not(t2i: Subject) -> None:
+    modules = t2i.family.load(plain_build)
+    set_attention(modules["transformer"], "native_flash")
+
+    def velocity(modules: dict, *captions: str) -> torch.Tensor:
+        batch = t2i.bench.batch(t2i.case(*captions).inputs())
+        sigma = torch.full((len(captions),), 0.5)
+        return t2i.family.predict(modules, "transformer", batch, batch["latent"], sigma)
+
+    with pytest.raises(UserError, match=r"need a mask, and '_native_flash'"):
+        velocity(modules, *CAPTIONS[:2])
+    for captions in (CAPTIONS[:1], (CAPTIONS[0], CAPTIONS[0])):
+        torch.testing.assert_close(velocity(modules, *captions), velocity(t2i.bench.modules, *captions))
 
 
 # -- references ------------------------------------------------------------------------------------------------------

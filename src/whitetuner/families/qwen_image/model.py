@@ -33,6 +33,8 @@ from whitetuner.families.qwen_image.spec import SPEC, QwenImageOptions, variant_
 from whitetuner.family import BuildFn, Encoder, ModelPaths
 from whitetuner.records import Batch, Size
 
+#: Attention kernels without masks, by diffusers models/attention_dispatch.py.
+_MASKLESS = ("flash", "_flash_3", "_native_flash")
 #: (frames, rows, columns) of each picture in tokens: the target, then the references.
 Shapes = list[tuple[int, int, int]]
 
@@ -79,6 +81,8 @@ class Model:
         texts = batch["prompt_embeds"]
         assert isinstance(texts, list)
         embeds, mask = self.text(texts)
+        if mask is not None:
+            _refuse_maskless(modules[part])
         references, sizes = batch.fields.get("reference_latents"), batch.fields.get("reference_sizes")
         assert not isinstance(references, list) and not isinstance(sizes, list)
         rows, columns = x_t.shape[-2] // 2, x_t.shape[-1] // 2
@@ -246,6 +250,18 @@ class _Pipeline(QwenImagePipeline):
     def encode_prompt(self, *args: Any, prompt_embeds: Tensor, **given: Any) -> tuple[Tensor, None]:
         """Encoded already, and whole: an edit's text holds its pictures and may be longer than the 1024 tokens of text."""
         return prompt_embeds, None
+
+
+def _refuse_maskless(transformer: Any) -> None:
+    """Raises UserError for an attention kernel that takes no mask, which texts of different lengths need."""
+    chosen = transformer.transformer_blocks[0].attn.processor._attention_backend
+    if chosen is not None and chosen.value in _MASKLESS:
+        raise UserError(
+            "captions of different lengths in one batch need a mask, and '{name}' attention takes none",
+            where="memory.attention",
+            mend='use "auto", "efficient" or "flash_varlen", or data.batch_size = 1',
+            name=chosen.value,
+        )
 
 
 def _anchor(transformer: Any) -> Tensor:
