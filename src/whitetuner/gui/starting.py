@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from whitetuner.errors import UserError
-from whitetuner.gui.forms import loaded
+from whitetuner.gui.forms import to_train
 from whitetuner.gui.settings import Settings
 from whitetuner.gui.training_tabs import tab_of
 from whitetuner.nano.draw import NEW_SHAPE, NEW_WORD, draw_set
@@ -35,7 +35,10 @@ def start_form(settings: Settings, tab: str, text: str, gpus: str, existing: str
     existing: "" (ask), "resume" or "other" (beside it, under the next free name). Raises UserError(s).
     """
     roots = settings.paths()
-    config = loaded(text, tab_of(tab), roots).config
+    of = tab_of(tab)
+    if of is None:
+        raise UserError("there is no form '{name}'", mend="load the page again", name=tab)
+    config = to_train(text, of, roots).config
     name = config.run.name
     run = (Path.cwd() / config.run.output_dir / name).resolve()
     roots.path(str(run))
