@@ -138,6 +138,6 @@ class Watched:
             self.outside.append(request.url)
 
     def _console(self, message: ConsoleMessage) -> None:
-        # A killed server is seen as refused connections, which the page reports in its own words.
-        if message.type == "error" and "ERR_CONNECTION_REFUSED" not in message.text:
+        # A killed server is seen as broken and refused connections, which the page reports in its own words.
+        if message.type == "error" and "net::ERR_" not in message.text:
             self.errors.append(message.text)

@@ -1,6 +1,6 @@
 // <wt-run>: one run, as its folder tells it. <wt-result>: what it has brought.
 import "./chart.js";
-import { View, bytes, gb, h, words } from "./view.js";
+import { View, bytes, gb, h, remember, words } from "./view.js";
 
 /** <wt-run data-run="ID">: everything of one run. data-small: the right column of a training tab. */
 class RunView extends View {
@@ -24,7 +24,7 @@ class RunView extends View {
 
   async look() {
     const id = this.dataset.run;
-    if (!id) return;
+    if (!id || this.leaving) return;
     const run = await this.ask(`/api/runs/${id}`);
     if (id !== this.dataset.run) return;
     this.run = run;
@@ -81,7 +81,14 @@ class RunView extends View {
     }
     const doing = async () => {
       if (words[`${wish}_sure`] && !confirm(this.w(`${wish}_sure`))) return;
-      await this.ask(`/api/runs/${id}/${wish === "resume" ? "resume" : "ask"}`, wish === "resume" ? {} : { wish });
+      this.leaving = ["cancel", "forget"].includes(wish); // it will be unknown then, and need not be asked for
+      try {
+        await this.ask(`/api/runs/${id}/${wish === "resume" ? "resume" : "ask"}`, wish === "resume" ? {} : { wish });
+      } catch (error) {
+        this.leaving = false;
+        throw error;
+      }
+      if (this.leaving) remember({ run: "" });
       if (["stop", "save", "preview"].includes(wish)) { this.say(this.w("asked")); this.asked = true; }
     };
     const kind = wish === "stop" || wish === "resume" ? "wr-main" : wish === "now" ? "wr-danger" : "";
