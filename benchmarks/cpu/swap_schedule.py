@@ -214,10 +214,10 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULT)
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows = [{**told, **run()} for told, run in cases()]
     others = [
@@ -239,7 +239,7 @@ def main() -> None:
         "rows": rows,
         "others": others,
     }
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for row in result["summary"]:
         print(
             f"{row['model']:32} {'recomputed' if row['recompute'] else 'plain':10} worst {row['worst_over_bound']:.3f} x "
