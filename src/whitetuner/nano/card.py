@@ -57,7 +57,8 @@ The autoencoder's error is {rmse:.3f} (root mean square, pixels in [-1, 1]); the
 
 Scores of the files beside this card, {steps} steps, guidance {cfg:g}, `max_sequence_length={length}` (which
 it needs: padding is attended to, and another length is new to it). Fit: overlap with the nearest ideal
-outline (drawings have .99). An edge counts as clean up to {edge:g} px wide (drawings have 1).
+outline (drawings have .99). An edge counts as clean up to {edge:g} px wide (drawings have 1);
+that width is part of the loss of the stage `edges`, shapes and colours as the checker sees them of none.
 
 | captions | pictures | all right | shape | colour | background | fit | edge (px) | clean edges |
 |---|---|---|---|---|---|---|---|---|

@@ -73,6 +73,12 @@ def optimizers(transformer: Flux2Transformer2DModel) -> list[torch.optim.Optimiz
     ]
 
 
+def position_ids() -> tuple[Tensor, Tensor]:
+    """(64, 4) of image tokens and (28, 4) of text tokens: frame, row, column, text position."""
+    image = torch.cartesian_prod(*(torch.arange(k) for k in (1, GRID, GRID, 1)))
+    return image, torch.cartesian_prod(*(torch.arange(k) for k in (1, 1, 1, MAX_SEQUENCE_LENGTH)))
+
+
 class Lesson:
     """What the transformer learns from: encoded pictures, their captions' embeddings, and the loss on a batch
     of them.
@@ -94,8 +100,7 @@ class Lesson:
         self.captions = torch.tensor([number[drawing.caption] for drawing in drawings])
         self.embeddings = embeddings
         self.empty = len(embeddings) - 1
-        self.image_ids = torch.cartesian_prod(*(torch.arange(k) for k in (1, GRID, GRID, 1)))
-        self.text_ids = torch.cartesian_prod(*(torch.arange(k) for k in (1, 1, 1, MAX_SEQUENCE_LENGTH)))
+        self.image_ids, self.text_ids = position_ids()
 
     def loss_of(self, transformer: Callable[..., Any], generator: Generator, half: bool) -> Tensor:
         """Mean squared error of one batch's velocity. half: in bf16, faster where the processor has it."""

@@ -1,11 +1,12 @@
 """The embedded model from nothing: autoencoder, text encoder, transformer, saved as a pipeline in bf16.
 
     python -m whitetuner.nano.pretrain --out DIR [--minutes M] [--threads N] [--seed S] [--resume]
-                                       [--stage vae|decoder|dit|all] [--float32] [--compile]
+                                       [--stage vae|decoder|dit|edges|all] [--float32] [--compile]
 
 DIR/model is the folder (shipped as whitetuner/nano/model), DIR/state what --resume goes on from. Stopped by
 --minutes, it leaves a folder that draws as well as the training got; the model card inside says how far and
-how well that was. `decoder` (finer edges) and `dit` both build on `vae` alone, so they may run side by side.
+how well that was. `decoder` (finer edges) and `dit` both build on `vae` alone, so they may run side by side;
+`edges` builds on both.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2
 from torch import Generator, Tensor
 
 from whitetuner.errors import UserError
-from whitetuner.nano import dit, text, vae
+from whitetuner.nano import dit, edges, text, vae
 from whitetuner.nano.card import Reconstruction, Training, write_card
 from whitetuner.nano.check import judge
 from whitetuner.nano.draw import NEW_SHAPE, NEW_WORD, all_captions, draw_set
@@ -32,6 +33,7 @@ from whitetuner.nano.score import draw_with, evaluation_prompts, load_pipeline, 
 VAE_PLAN = Plan(steps=5000, warmup=50, decay=0.5, ema=0.998)
 DECODER_PLAN = Plan(steps=2000, warmup=50, decay=0.6, ema=0.998)
 DIT_PLAN = Plan(steps=2700, warmup=100, decay=0.36, ema=0.998)
+EDGES_PLAN = Plan(steps=1000, warmup=50, decay=0.7, ema=0.995)
 #: The last steps run in float32, to end where the pipeline computes.
 HALF_SHARE = 0.85
 #: Pictures a score is taken from: at 95 % its standard error is 1.5 points.
@@ -66,13 +68,18 @@ def pretrain(options: argparse.Namespace) -> None:
     decoder = run.decoder(whole)
     tokenizer = text.new_tokenizer()
     encoder = text.new_text_encoder(len(tokenizer), options.seed)
-    transformer = run.transformer(whole, lambda captions: text.embed(encoder, tokenizer, captions))
+
+    def embed(captions: list[str]) -> Tensor:
+        return text.embed(encoder, tokenizer, captions)
+
+    transformer = run.transformer(whole, embed)
     if options.stage in ("vae", "decoder") and not run.trainings[-1].steps:
         return
+    finished = run.edges(whole, decoder, transformer, embed)
     folder = options.out / "model"
     pipeline = Flux2KleinPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=decoder,
+        vae=finished,
         text_encoder=encoder,
         tokenizer=tokenizer,
         transformer=transformer,
@@ -145,6 +152,32 @@ class _Run:
             self._train(fit, None, ())
         return fit.averaged(dit.new_transformer(self.options.seed))
 
+    def edges(
+        self,
+        whole: AutoencoderKLFlux2,
+        decoder: AutoencoderKLFlux2,
+        transformer: dit.Flux2Transformer2DModel,
+        embed: Callable[[list[str]], Tensor],
+    ) -> AutoencoderKLFlux2:
+        """decoder, finished on what the transformer makes. Waits for a finished transformer."""
+        drawn_by = self.trainings[-1]
+        if self.options.stage == "edges" and drawn_by.steps < drawn_by.planned:
+            raise UserError(
+                "the transformer is not finished ({step} of {steps} steps)",
+                mend="Run with --stage dit --resume, or --stage all, first.",
+                step=drawn_by.steps,
+                steps=drawn_by.planned,
+            )
+        model = copy.deepcopy(decoder)
+        fit = self._fit("edges", model, edges.optimizers(model), EDGES_PLAN)
+        if self.options.stage in ("edges", "all") and drawn_by.steps == drawn_by.planned:
+            captions = [*all_captions(), ""]
+            lesson = edges.Lesson(whole, transformer, captions, embed(captions), self.options.seed)
+            self._train(fit, lambda generator, half: lesson.loss_of(model, generator, half), ("edges", "all"))
+        else:
+            self._train(fit, None, ())
+        return fit.averaged(copy.deepcopy(decoder))
+
     def _fit(
         self, name: str, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], plan: Plan
     ) -> Fit:
@@ -185,7 +218,7 @@ def _options(words: list[str] | None) -> argparse.Namespace:
     option("--minutes", type=float, default=float("inf"), help="stop after that long (--resume goes on)")
     option("--threads", type=int, default=2)
     option("--seed", type=int, default=0)
-    option("--stage", choices=("vae", "decoder", "dit", "all"), default="all")
+    option("--stage", choices=("vae", "decoder", "dit", "edges", "all"), default="all")
     option("--resume", action="store_true", help="go on from the state in --out")
     option(
         "--float32",

@@ -157,10 +157,24 @@ def set_latent_statistics(vae: AutoencoderKLFlux2, seed: int) -> None:
 @torch.no_grad()
 def latent_tokens(vae: AutoencoderKLFlux2, pictures: Tensor) -> Tensor:
     """(n, 3, 64, 64) in [-1, 1] -> (n, 64, 32), normalised as in the pipeline: the transformer's x0."""
-    latents = _patchified(vae, pictures)
-    mean = vae.bn.running_mean.view(1, -1, 1, 1)
-    deviation = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt().view(1, -1, 1, 1)
-    return ((latents - mean) / deviation).flatten(2).transpose(1, 2)
+    mean, deviation = _latent_statistics(vae)
+    return ((_patchified(vae, pictures) - mean) / deviation).flatten(2).transpose(1, 2)
+
+
+@torch.no_grad()
+def untokenized(vae: AutoencoderKLFlux2, tokens: Tensor) -> Tensor:
+    """(n, 64, 32) as `latent_tokens` gives them -> (n, 8, 16, 16), as the decoder takes them."""
+    mean, deviation = _latent_statistics(vae)
+    side = SIZE_PX // 8
+    z = tokens.transpose(1, 2).unflatten(2, (side, side)) * deviation + mean
+    z = z.unflatten(1, (LATENT_CHANNELS, 2, 2)).permute(0, 1, 4, 2, 5, 3)
+    return z.reshape(len(tokens), LATENT_CHANNELS, 2 * side, 2 * side)
+
+
+def _latent_statistics(vae: AutoencoderKLFlux2) -> tuple[Tensor, Tensor]:
+    """Mean and deviation, (1, 32, 1, 1) each."""
+    variance = vae.bn.running_var + vae.config.batch_norm_eps
+    return vae.bn.running_mean.view(1, -1, 1, 1), variance.sqrt().view(1, -1, 1, 1)
 
 
 def _patchified(vae: AutoencoderKLFlux2, pictures: Tensor) -> Tensor:
