@@ -29,6 +29,8 @@ SESSION_S = 30 * 24 * 3600
 #: Wrong passwords from one address until it has to wait, and from everywhere together.
 FREE_TRIES, FREE_TRIES_OF_ALL = 5, 50
 LONGEST_WAIT_S = 300
+#: Addresses remembered; from so many the bound on all of them together is what holds.
+REMEMBERED = 10_000
 #: Bytes of a request's body: of the page's own commands, and of what Gradio takes (uploads of pictures and clips).
 SMALL_BODY, UPLOAD = 4 << 20, 2 << 30
 _SAFE = ("GET", "HEAD", "OPTIONS")
@@ -55,6 +57,8 @@ class Tries:
         return max(0, -int(-(until - self.clock()) // 1))
 
     def fail(self, address: str) -> None:
+        if len(self.failed) > REMEMBERED:
+            self.failed = {name: one for name, one in self.failed.items() if name == "*"}
         for name, free in ((address, FREE_TRIES), ("*", FREE_TRIES_OF_ALL)):
             count = self.failed.get(name, (0, 0.0))[0] + 1
             over = count - free

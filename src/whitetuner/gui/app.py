@@ -184,7 +184,9 @@ def serve(settings: Settings) -> int:
     )
     if settings.open_browser and not settings.server and _has_display():
         threading.Thread(target=_open_when_up, args=(server, link), daemon=True).start()
-    server.run(sockets=[listening])
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how it is closed
+        server.run(sockets=[listening])
+    print("the page is closed; trainings go on", flush=True)
     return 0
 
 

@@ -64,7 +64,8 @@ def start_form(settings: Settings, tab: str, text: str, gpus: str, existing: str
     write_atomically(kept, text)
     asked = config.memory.device
     gpus = gpus or ("any" if asked == "auto" else asked)
-    job = start.start(kept, run, cwd=Path.cwd(), gpus=gpus, resume=resume, overrides=overrides)
+    model = {"family": config.model.family, "task": config.model.task}
+    job = start.start(kept, run, cwd=Path.cwd(), gpus=gpus, resume=resume, overrides=overrides, **model)
     return {"id": job.id}
 
 
@@ -109,7 +110,7 @@ def start_trial(settings: Settings) -> Job:
     run = base / name
     config = run / "logs" / "config.toml"
     write_atomically(config, _trial_text(name, base, data))
-    return start.start(config, run, cwd=Path.cwd(), gpus="cpu")
+    return start.start(config, run, cwd=Path.cwd(), gpus="cpu", family="flux2-klein", task="t2i")
 
 
 def _trial_text(name: str, base: Path, data: Path) -> str:

@@ -43,7 +43,8 @@ Say = Callable[[str], None]
 @dataclass(frozen=True)
 class Job:
     """One start of a run. run, config, cwd, log: absolute paths; devices: names of what it wants or holds; pid and born tell
-    a process from a later one of the same number; asked_at: its place in the queue; error: why it did not start."""
+    a process from a later one of the same number; asked_at: its place in the queue; error: why it did not start; family and
+    task: as far as they are known before the run's own files tell them."""
 
     run: str
     config: str
@@ -58,6 +59,8 @@ class Job:
     devices: tuple[str, ...] = ()
     exit: int | None = None
     error: str = ""
+    family: str = ""
+    task: str = ""
 
     @property
     def id(self) -> str:
@@ -239,6 +242,8 @@ def _born(run: Path, config: Path, gpus: str, resume: str | None) -> Job:
         gpus=gpus,
         resume=resume,
         log=os.environ.get(LOG_VARIABLE, ""),
+        family=before.family if before is not None else "",
+        task=before.task if before is not None else "",
         pid=os.getpid(),
         born=psutil.Process().create_time(),
     )

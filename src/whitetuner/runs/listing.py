@@ -30,6 +30,8 @@ def row_of(job: jobs.Job, place: int | None = None) -> dict[str, Any]:
         "state": state,
         "step": step if state != "refused" else None,
         **facts,
+        "family": facts["family"] or job.family,
+        "task": facts["task"] or job.task,
         "devices": list(job.devices),
         "gpus": job.gpus,
         "asked_at": job.asked_at,

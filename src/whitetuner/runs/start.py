@@ -25,6 +25,8 @@ def start(
     gpus: str = "any",
     resume: str | None = None,
     overrides: Sequence[str] = (),
+    family: str = "",
+    task: str = "",
 ) -> Job:
     """`whitetuner train` over a config file, in the queue for its devices. The output goes to the run's logs/.
 
@@ -44,6 +46,8 @@ def start(
         resume=resume,
         log=str(log),
         waiting=True,
+        family=family,
+        task=task,
     )
     job.write()
     with log.open("ab") as file:
