@@ -131,10 +131,10 @@ def test_planned_device_bytes_are_those_of_the_placement() -> None:
         model = klein(base, TINY, "cpu")
         weights = weigh(model, LISTS, smallest_bytes=1024)
         cost = step_cost(klein("bf16", TINY, "meta"), 64)
-        for swapped in (0, 3, 8):
-            made = make_plan(
-                {base: weights}, cost, typical_machine(8), Wishes(blocks_to_swap=swapped, recompute=True)
-            ).best
+        for swapped, slots in ((0, None), (3, None), (8, None), (8, 2), (8, 3), (6, 4)):
+            wishes = Wishes(blocks_to_swap=swapped, recompute=True, slots=slots)
+            made = make_plan({base: weights}, cost, typical_machine(8), wishes).best
+            assert made.slots == slots or slots is None
             engine = SwapEngine(
                 klein(base, TINY, "cpu"),
                 LISTS,

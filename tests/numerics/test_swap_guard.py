@@ -11,7 +11,8 @@ from torch import nn
 
 from whitetuner.memory.swap.backend import CpuBackend
 from whitetuner.memory.swap.engine import SwapEngine
-from whitetuner.memory.swap.layout import ALIGN, layouts_of, spread, spread_count, units
+from whitetuner.memory.swap.layout import ALIGN, layouts_of, slot_bytes, spread, spread_count, units
+from whitetuner.memory.swap.schedule import Ring
 
 
 def swapped(residents: int = 2, **setup: object) -> tuple[Net, SwapEngine]:
@@ -194,6 +195,22 @@ def test_two_half_blocks_share_a_slot() -> None:
     assert units(sizes, range(7)) == [(0,), (1,), (2, 3), (4, 5), (6,)]
     assert units(sizes, [2, 4, 6]) == [(2,), (4,), (6,)]
     assert units(sizes, []) == []
+
+
+def test_blocks_a_little_larger_than_half_share_a_slot_too() -> None:
+    """Klein 4B in int8: a single block with its scales is 36 KB more than half a double block."""
+    double, single = 245_514_240, 122_793_984
+    sizes = [double] * 5 + [single] * 20
+    assert slot_bytes(sizes) == 2 * single
+    assert units(sizes, range(25))[5:] == [(i, i + 1) for i in range(5, 25, 2)]
+    assert slot_bytes([1000 * ALIGN, 600 * ALIGN]) == 1000 * ALIGN and slot_bytes([]) == 0
+    ring = Ring(sizes, 2, slot_bytes(sizes))
+    for number in (5, 6, 7, 8):
+        spot = ring.room_now(number, frozenset())
+        assert spot is not None and ring.put(number, spot) == []
+    spot = ring.room_now(0, frozenset([5]))
+    assert spot is not None and sorted(ring.put(0, spot)) == [7, 8]
+    assert ring.room_now(1, frozenset([0, 6])) is None
 
 
 @pytest.mark.parametrize(
