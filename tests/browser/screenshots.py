@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from page_server import Server
+from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from whitetuner.runs import jobs
@@ -47,7 +48,11 @@ def go(page: Page, address: str) -> None:
 
 def take(page: Page, name: str, whole: bool = False) -> None:
     page.wait_for_timeout(1500)
-    page.screenshot(path=IMAGES / f"page_{name}.png", full_page=whole)
+    path = IMAGES / f"page_{name}.png"
+    page.screenshot(path=path, full_page=whole)
+    with Image.open(path) as image:  # a third of the bytes
+        small = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    small.save(path, optimize=True)
     print(f"docs/img/page_{name}.png")
 
 

@@ -37,7 +37,8 @@ def main(folder: Path) -> None:
         server.ready()
         server.run_cli("testdata", "t2i", "pictures", "--count", "9")
         server.run_cli("testdata", "edit", "edits", "--count", "6")
-        faulty(folder / "pictures")
+        server.run_cli("testdata", "t2i", "mixed", "--count", "9")
+        faulty(folder / "mixed")
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=FLAGS)
             for language in LANGUAGES:
@@ -66,12 +67,12 @@ def main(folder: Path) -> None:
                 take(page, f"form_expert_{language}")
                 form.locator("[data-tier=basic]").click()
                 page.goto(f"{server.url}/{language}/#tab=data")
-                for name in ("pictures", "edits"):
+                for name in ("mixed", "edits"):
                     page.locator("#data-folder").fill(name)
                     page.locator("#data-resolution").fill("512")
                     page.locator(".wt-data .wt-main").first.click()
-                    page.locator(f'.wt-item[data-n="{7 if name == "pictures" else 5}"] img').first.wait_for()
-                    take(page, f"data_{name}_{language}", whole=name == "pictures")
+                    page.locator(f'.wt-item[data-n="{7 if name == "mixed" else 5}"] img').first.wait_for()
+                    take(page, f"data_{name}_{language}", whole=name == "mixed")
                 page.context.close()
             page = opened(browser, "zh", 390, 844, dark=True)
             page.goto(f"{server.url}/zh/#tab={TAB}")
