@@ -303,6 +303,28 @@ def test_the_plan_is_told_in_words_with_its_figures() -> None:
     assert english["found"] is False and english["sizes"][0] == 8 and english["sizes"][-1] == 32
 
 
+def test_before_a_model_is_chosen_the_released_one_is_planned_for(
+    form: Form, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[list[str], float | None]] = []
+    monkeypatch.setattr(plan_card, "_asked", lambda what, vram: (asked.append((what, vram)), PLAN)[1])
+    monkeypatch.setattr(plan_card, "_KEPT", {})
+    text = (
+        '[model]\nfamily="flux2-klein"\n[model.options]\nvariant="base-9b"\n[data]\nresolution=[512, 768]\n'
+    )
+    for _ in range(2):
+        answer = form.post("plan", text=text, vram=12)
+    assert asked == [(["flux2-klein:base-9b", "--task", "t2i", "--size", "768x768"], 12.0)]
+    assert answer["released"] and answer["what"] == PLAN["what"]
+    whole = text + 'images = "x"\n'
+    form.post(
+        "plan",
+        text=whole.replace('family="flux2-klein"', 'family="flux2-klein"\npath="builtin:nano"'),
+        vram=None,
+    )
+    assert asked[1][0][0].endswith(".toml") and asked[1][1] is None
+
+
 def test_what_a_plan_proposes_is_a_config(form: Form) -> None:
     for choice in plan_card.told(PLAN, None, "en")["cards"][0]["choices"]:
         state = form.change('[model]\nfamily="flux2-klein"\n', changes=choice["changes"])

@@ -84,6 +84,11 @@ def test_values_that_are_our_own_sentences_are_translated_too() -> None:
     assert parts(error, "zh") == ("3 不是 'auto' 或 整数", "每步学多少；prodigy 填 1")
 
 
+def test_what_a_child_said_inside_another_message_is_translated() -> None:
+    error = UserError("it could not be made: {reason}", reason="/a/b: the file is empty (0 bytes)")
+    assert told(error, "zh") == "没能生成：/a/b: 文件是空的（0 字节）"
+
+
 @pytest.mark.parametrize(
     "english, chinese",
     [

@@ -197,9 +197,11 @@ class FormApi:
     def plan(self, body: Body, language: str, tab: str) -> dict[str, Any]:
         """What fits the card. body: text, vram: GB or null for this machine's own."""
         of, text = _tab(tab), text_of(body)
-        forms.loaded(text, of, self.roots)
+        config = forms.loaded(text, of, self.roots).config
         vram = body.get("vram")
         vram_gb = float(vram) if isinstance(vram, (int, float)) and not isinstance(vram, bool) else None
+        if forms.needed(config):
+            return plan_card.plan_released(config, vram_gb, language)
         return plan_card.plan(text, vram_gb, language, self.state / "plans")
 
     def listed(self, body: Body, language: str) -> dict[str, Any]:

@@ -6,11 +6,12 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from whitetuner.config.schema import Config
 from whitetuner.errors import EXIT_FAILED, UserError
 from whitetuner.gui.told import translated
 from whitetuner.gui.words import texts
@@ -32,23 +33,47 @@ def plan(text: str, vram_gb: float | None, language: str, folder: Path) -> dict[
     vram_gb: None: the card of this machine; where there is none, one row for each usual size. found: a card is here.
     folder: where the config is put for the child. Raises UserError with what the plan said when nothing fits.
     """
-    key = hashlib.sha256(f"{vram_gb}\n{text}".encode()).hexdigest()
+    key = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+    file = folder / f"{key[:16]}.toml"
+
+    def asked() -> dict[str, Any]:
+        write_atomically(file, text)
+        try:
+            return _asked([str(file)], vram_gb)
+        finally:
+            file.unlink(missing_ok=True)
+
+    return told(_once(f"{vram_gb} {key}", asked), vram_gb, language)
+
+
+def plan_released(config: Config, vram_gb: float | None, language: str) -> dict[str, Any]:
+    """The same before there is a model or data: of the released model at its usual settings and this resolution."""
+    variant = getattr(config.model_options(), "variant", "auto")
+    name = config.model.family if variant == "auto" else f"{config.model.family}:{variant}"
+    given = config.data.resolution
+    side = given if isinstance(given, int) else max(given)
+    words = [name, "--task", config.model.task, "--size", f"{side}x{side}"]
+    document = _once(f"{vram_gb} {words}", lambda: _asked(words, vram_gb))
+    steps = None if config.run.epochs else config.run.steps
+    answer = told({**document, "steps": steps}, vram_gb, language)
+    return {**answer, "released": True, "what": document.get("what", "")}
+
+
+def _once(key: str, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was asked before is not asked again."""
     with _ONE:
         if key not in _KEPT:
             while len(_KEPT) >= _KEPT_PLANS:
                 del _KEPT[next(iter(_KEPT))]
-            _KEPT[key] = _asked(text, vram_gb, folder, key)
-        document = _KEPT[key]
-    return told(document, vram_gb, language)
+            _KEPT[key] = ask()
+        return _KEPT[key]
 
 
-def _asked(text: str, vram_gb: float | None, folder: Path, key: str) -> dict[str, Any]:
-    file = folder / f"{key[:16]}.toml"
-    write_atomically(file, text)
+def _asked(what: list[str], vram_gb: float | None) -> dict[str, Any]:
     vram = [] if vram_gb is None else ["--vram", f"{vram_gb:g}"]
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "whitetuner", "plan", str(file), "--json", *vram],
+            [sys.executable, "-m", "whitetuner", "plan", *what, "--json", *vram],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             encoding="utf-8",
@@ -62,15 +87,13 @@ def _asked(text: str, vram_gb: float | None, folder: Path, key: str) -> dict[str
             code=EXIT_FAILED,
             seconds=_PATIENCE_S,
         ) from error
-    finally:
-        file.unlink(missing_ok=True)
     try:
         document = json.loads(done.stdout)
     except ValueError:
         document = None
     if isinstance(document, dict):
         return document
-    reason = done.stderr.strip().replace(str(file), "TOML")
+    reason = done.stderr.strip().replace(what[0], Path(what[0]).name)
     raise UserError("{reason}", code=EXIT_FAILED, reason=reason[-1500:].removeprefix("error: "))
 
 

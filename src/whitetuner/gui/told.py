@@ -96,9 +96,13 @@ def _value(value: object) -> object:
     bound = re.fullmatch(
         r"(greater than|less than|greater than or equal to|less than or equal to) (\S+)", value
     )
-    return f"{_BOUNDS[bound[1]]} {bound[2]}" if bound else value
+    if bound:
+        return f"{_BOUNDS[bound[1]]} {bound[2]}"
+    return translated(value, "zh") if len(value) > _SENTENCE else value
 
 
+#: A value longer than this may be a message of its own (what a child process said).
+_SENTENCE = 24
 _BOUNDS = {
     "greater than": "大于",
     "less than": "小于",

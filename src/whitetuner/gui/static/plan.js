@@ -1,8 +1,10 @@
 // The plan card: what fits the card, as choices; it follows the form.
 
-import { el, fill } from "/static/widgets.js";
+import { Refused, el, post } from "/static/widgets.js";
 
 const QUIET_MS = 1200;
+
+const wrong = (state) => state.broken || Object.keys(state.errors).length > 0;
 
 export class PlanCard {
   constructor(form) {
@@ -27,10 +29,9 @@ export class PlanCard {
   /** The form has changed: a plan that is looked at is made again when the typing rests. */
   follow(state) {
     const same = this.text === state.text;
-    this.ok = state.ok;
     if (!this.box.open || same) return;
     clearTimeout(this.timer);
-    if (!state.ok) {
+    if (wrong(state)) {
       this.say.textContent = this.form.words.plan_first;
       this.list.classList.add("wt-stale");
       return;
@@ -42,7 +43,7 @@ export class PlanCard {
     const { form } = this;
     const { words } = form;
     clearTimeout(this.timer);
-    if (!form.state?.ok) {
+    if (!form.state || wrong(form.state)) {
       this.say.textContent = words.plan_first;
       return;
     }
@@ -54,23 +55,28 @@ export class PlanCard {
     this.running = true;
     this.say.textContent = words.plan_busy;
     this.list.classList.add("wt-stale");
-    const text = form.state.text;
-    const answer = await form.ask("plan", { text, vram: this.vram, language: form.language });
+    const { text } = form.state;
+    const { vram } = this;
+    try {
+      this.show(await post(`/api/form/${form.tab}/plan`, { text, vram, language: form.language }), vram);
+    } catch (error) {
+      this.list.replaceChildren();
+      this.say.replaceChildren(el("span", { class: "wt-warning" }, error instanceof Refused ? error.message : words.lost));
+    }
     this.running = false;
     this.text = text;
-    this.say.textContent = "";
-    if (answer) this.show(answer);
     if (this.stale) {
       this.stale = false;
-      if (form.state.text !== text || again) this.plan(true);
+      if (form.state.text !== text || this.vram !== vram) this.plan(true); // asked for something else meanwhile
     }
   }
 
-  show(answer) {
+  show(answer, vram) {
     const { words } = this.form;
+    this.say.textContent = answer.released ? `${words.plan_released}: ${answer.what}` : "";
     this.list.classList.remove("wt-stale");
     this.list.replaceChildren();
-    if (this.vram === null && !answer.found) this.say.textContent = words.plan_ask;
+    if (vram === null && !answer.found) this.say.append(this.say.textContent ? "\n" : "", words.plan_ask);
     for (const card of answer.cards) {
       const several = answer.cards.length > 1;
       const head = el("h4", {}, `${card.vram} GB · ${card.name} `, card.measured ? el("small", {}, card.measured) : "");
