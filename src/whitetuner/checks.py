@@ -15,14 +15,17 @@ from whitetuner.data.captions import convert_captions
 from whitetuner.data.check import CheckReport, caption_files, check_sets
 from whitetuner.data.check_page import write_check_html
 from whitetuner.data.pairs import edit_layout
-from whitetuner.data.scan import SetOptions
+from whitetuner.data.scan import Films, SetOptions
+from whitetuner.data.video_folders import holds_videos
 from whitetuner.errors import UserError, UserErrors
 from whitetuner.families import registry
 from whitetuner.family import ModelPaths
-from whitetuner.models import model_paths
+from whitetuner.models import films_of, model_paths
 
 #: Resolution that a bare folder is looked at with: what most models want.
 FOLDER_RESOLUTION, FOLDER_STRIDE_PX = 1024, 16
+#: The same for videos: the area of 832 x 480.
+FILM_RESOLUTION = 640
 
 
 @dataclass(frozen=True)
@@ -63,15 +66,17 @@ class Findings:
 def check_folder(folder: Path, *, deep: bool, convert: bool | str) -> Findings:
     """A bare folder, as a data set for a model of the usual size; the page goes to output/check/FOLDER/report.html.
 
-    With sub-folders target*/ and condition*/ it is an edit set.
+    With sub-folders target*/ and condition*/ it is an edit set; with video files, a video set for clips of 81 frames.
     """
     edit = edit_layout(folder)
-    if edit is None:
+    if edit is None and holds_videos(folder):
+        section = SetOptions(videos=folder, resolution=FILM_RESOLUTION)
+    elif edit is None:
         section = SetOptions(images=folder, resolution=FOLDER_RESOLUTION)
     else:
         section = SetOptions(target=edit[0], conditions=edit[1], resolution=FOLDER_RESOLUTION)
     notes, errors = _convert([section], convert)
-    report = check_sets([section], FOLDER_STRIDE_PX, deep=deep)
+    report = check_sets([section], FOLDER_STRIDE_PX, films=Films(4), deep=deep)
     page = _page(
         report, Path("output") / "check" / (folder.resolve().name or "folder") / "report.html", errors
     )
@@ -116,6 +121,7 @@ def check_config(
         spec.stride_px if paths is None else spec.stride(paths),
         min_size_px=spec.min_size_px,
         most_conditions=None if paths is None else spec.references_at_most(config.model_options(), paths),
+        films=films_of(config, spec, config.model_options(), paths),
         batch_size=config.data.batch_size,
         deep=deep,
         tokens=None if paths is None else _counter(paths, spec.template_tokens),

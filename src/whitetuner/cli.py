@@ -202,6 +202,7 @@ def make_parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", type=Path, default=Path("sample.png"))
     sample.add_argument("--family", help="needed only when the model folder does not tell")
     sample.add_argument("--size", help="WIDTHxHEIGHT")
+    sample.add_argument("--frames", type=int, help="of a clip (video models): 4 n + 1")
     sample.add_argument("--steps", type=int)
     sample.add_argument("--cfg", type=float)
     sample.add_argument("--seed", type=int, default=0)

@@ -210,6 +210,7 @@ def sample(given: argparse.Namespace) -> int:
         out=given.out,
         family_name=given.family,
         size=size,
+        frames=given.frames,
         steps=given.steps,
         cfg=given.cfg,
         seed=given.seed,

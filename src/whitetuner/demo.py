@@ -220,7 +220,11 @@ def family(name: str, task: str | None, method: str, out: Path) -> int:
     values = tiny_values(name, out / "model", out / "data", out, task, variant)
     # The first picture of `testdata edit`: an empty place, and the thing that is to stand there.
     given = [out / "data" / "condition_1" / "01.jpg", out / "data" / "condition_2" / "01.png"]
-    images = given[: len(values["data.conditions"])] if task == "edit" else []
+    kind = "edit" if task == "edit" else "t2i" if task == "t2i" else "video"
+    print(f"1/4  a random tiny {spec.title} and 6 {'videos' if kind == 'video' else 'pictures'}", flush=True)
+    registry.make_tiny(name, str(out / "model"), variant or None)
+    files = make_testdata(kind, out / "data", 6, 0)  # type: ignore[arg-type]
+    images = given[: len(values["data.conditions"])] if task == "edit" else files[: int(task == "i2v")]
     prompt = "put the red ball on the left" if task == "edit" else "a red circle"
     preview = {"text": prompt, "size": [TINY_SIZE_PX, TINY_SIZE_PX], "steps": 2}
     loaded = load_config(
@@ -235,9 +239,6 @@ def family(name: str, task: str | None, method: str, out: Path) -> int:
         },
     )
     refuse_not_landed(loaded.config)
-    print(f"1/4  a random tiny {spec.title} and 6 pictures", flush=True)
-    registry.make_tiny(name, str(out / "model"), variant or None)
-    make_testdata("edit" if task == "edit" else "t2i" if task == "t2i" else "video", out / "data", 6, 0)
     config = out / "config.toml"
     config.write_text(dump_config(loaded.config), encoding="utf-8")
     print("2/4  check", flush=True)
@@ -252,9 +253,10 @@ def family(name: str, task: str | None, method: str, out: Path) -> int:
     result = recipe.run(load_config(config), listeners=(Console(),))
     if result.stopped:
         return EXIT_FAILED
-    print("4/4  a picture with the result", flush=True)
+    print(f"4/4  a {'clip' if kind == 'video' else 'picture'} with the result", flush=True)
+    sample = out / ("sample.mp4" if kind == "video" else "sample.png")
     picture = drawing.sample(
-        str(result.folder), prompt=prompt, images=images, out=out / "sample.png", size=Size(64, 64), steps=2
+        str(result.folder), prompt=prompt, images=images, out=sample, size=Size(64, 64), steps=2
     )
     from whitetuner.runs.events import Validation, read
 

@@ -13,21 +13,23 @@ from whitetuner.adapters.files import load_adapter
 from whitetuner.between import decoding_in_room
 from whitetuner.config.load import load_config
 from whitetuner.data.inputs import Inputs
-from whitetuner.errors import EXIT_FAILED, UserError
+from whitetuner.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
 from whitetuner.families import registry
-from whitetuner.family import BuildFn, Family, FamilySpec, ModelPaths
+from whitetuner.family import BuildFn, Family, FamilySpec, ModelPaths, Part
 from whitetuner.memory.build import Build
 from whitetuner.memory.phases import PhaseBuild, device_budget
 from whitetuner.models import check_model, check_size, family_of, model_folder
 from whitetuner.records import EncodeInput, Size
 from whitetuner.rehearsal import check_weights
 from whitetuner.resolve import choose_device, choose_dtype
+from whitetuner.runs.film import can_write, contact_sheet, write_film
 from whitetuner.runs.folder import RunFolder
-from whitetuner.scenes import check_given, reference_resolution, size_beside, target_resolution
+from whitetuner.scenes import check_frames, check_given, reference_resolution, size_beside, target_resolution
 
 #: Longest side that is drawn; larger ones are a slip of the finger that would ask for terabytes.
 LARGEST_PX = 8192
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FILM_ENDINGS = (".mp4",)
 
 
 def sample(
@@ -41,19 +43,25 @@ def sample(
     out: Path,
     family_name: str | None = None,
     size: Size | None = None,
+    frames: int | None = None,
     steps: int | None = None,
     cfg: float | None = None,
     seed: int = 0,
 ) -> Path:
-    """Draws one picture and writes it. model: run folder, model folder or builtin:nano; strength: factor of the adapter.
+    """Draws one picture, or with a video model a clip of so many frames, and writes it.
+
+    model: run folder, model folder or builtin:nano; strength: factor of the adapter
 
     images: given pictures (edit), read as the run's own were; the first one's size is drawn at where none is named.
+    In an i2v task the one image is the first frame: a picture, or a video whose first frame is taken.
+    A clip goes into an .mp4 (PyAV is needed), or as a contact sheet into a picture file.
     """
     options: dict[str, object] = {}
     trained: str | None = None
     resolutions: tuple[int, int] | None = None
     check_numbers(steps, cfg, seed, strength)
     check_place(out)
+    learned: list[Part] = []
     run = RunFolder(Path(model))
     if run.is_run():
         config = load_config(run.config_file).config
@@ -65,22 +73,35 @@ def sample(
             )
         model, family_name, options = config.model.path, config.model.family, dict(config.model.options)
         trained, resolutions = config.model.task, (target_resolution(config), reference_resolution(config))
+        if frames is None and config.data.num_frames is not None:
+            frames = (
+                max(config.data.num_frames)
+                if isinstance(config.data.num_frames, list)
+                else config.data.num_frames
+            )
         if adapter is None:
-            adapter = run.final_adapter(config.method.kind)
+            told = registry.spec(family_name)
+            given_options = told.options(**options)
+            learned = list(
+                told.parts(registry.load(family_name, given_options, ModelPaths(model_folder(model))).options)
+            )
+            options.pop("expert", None)  # with one expert learned, the other draws as it was released
     folder = model_folder(model)
     family_name = family_name or family_of(folder)
     spec = registry.spec(family_name)
     if not run.is_run():
         options = default_options(model)
     family = registry.load(family_name, spec.options(**options), ModelPaths(folder))
-    check_model(spec, family.paths)
+    check_model(spec, family.paths, family.options)
     task = task_for(spec, spec.variant_of(family.options, family.paths), bool(images), trained)
     if resolutions is None:
         resolutions = (math.isqrt(spec.default_size.width * spec.default_size.height),) * 2
     check_given(images, family, "--image")
-    asked = [Inputs.prompt(text, images, resolutions[1], family.stride()) for text in (prompt, negative)]
     check_weights(family)
-    given = None if adapter is None else load_adapter(adapter, family.keys)
+    kind = config.method.kind if run.is_run() else ""
+    files = {part.name: run.final_adapter(kind, part.file(kind)) for part in learned}
+    files |= adapter_files(adapter, family)
+    given = {part: load_adapter(file, family.keys) for part, file in files.items()}
     if size is None:
         size = size_beside(images, resolutions[0], family.stride()) or default_size(model, spec.default_size)
     if not all(0 < side <= LARGEST_PX for side in (size.width, size.height)):
@@ -93,23 +114,31 @@ def sample(
             largest=LARGEST_PX,
         )
     check_size(size, family.stride(), "--size")
+    if spec.frames:
+        size = size._replace(frames=frames or spec.default_size.frames)
+        check_frames(size.frames, spec, "--frames")
+        first = images[0] if images else None
+        asked = [Inputs.from_frame(text, first, size) for text in (prompt, negative)]
+    else:
+        asked = [Inputs.prompt(text, images, resolutions[1], family.stride()) for text in (prompt, negative)]
+    check_kind(out, bool(spec.frames))
     device = choose_device("auto")
     build = PhaseBuild(Build(choose_dtype("auto", device), device), device_budget(device, None), tell=print)
     scenes = encode_prompts(family, build, asked, task)
     build.release()
     parts = spec.parts(family.options)
-    part, lists = parts[0].name, parts[0].block_lists
+    lists = parts[0].block_lists  # the parts of a family are of one architecture
     denoisers = PhaseBuild(build.build, build.budget_bytes, block_lists=lists, together=True, tell=print)
     modules = family.load(denoisers)
-    if given is not None:
-        attached = attach_state(modules[part], *given)
+    for part, state in given.items():
+        attached = attach_state(modules[part], *state)
         attached.strength = strength
     decoder = family.load_decoder(build)
     usual_steps, usual_cfg = spec.sampling(family.options, family.paths)
     guidance = usual_cfg if cfg is None else cfg
     room = [engine.evict for engine in denoisers.engines]
     with torch.no_grad(), decoding_in_room(decoder, room):
-        frames = family.generate(
+        drawn = family.generate(
             modules,
             decoder,
             scenes[0],
@@ -119,11 +148,58 @@ def sample(
             cfg=guidance,
             seed=seed,
         )
-    if frames[0].convert("RGB").getbbox() is None:  # black all over, as NaN becomes
+    if drawn[0].convert("RGB").getbbox() is None:  # black all over, as NaN becomes
         check_finite({**modules, "vae": decoder}, scenes[0])
     out.parent.mkdir(parents=True, exist_ok=True)
-    frames[0].save(out)
+    if out.suffix.lower() in FILM_ENDINGS:
+        return write_film(drawn, out, spec.fps_of(family.options, family.paths))
+    (contact_sheet(drawn) if len(drawn) > 1 else drawn[0]).save(out)
     return out
+
+
+def adapter_files(adapter: Path | None, family: Family) -> dict[str, Path]:
+    """Part name -> the file given for it. Of one expert's file the name tells which, and its companion is looked for beside.
+
+    Raises UserError when it cannot be told.
+    """
+    parts = family.spec.parts(family.options)
+    if adapter is None:
+        return {}
+    if len(parts) == 1:
+        return {parts[0].name: adapter}
+    mine = [part for part in parts if part.suffix in adapter.stem]
+    if len(mine) != 1:
+        raise UserError(
+            "which expert this file is for cannot be told from its name",
+            where=f"--adapter {adapter}",
+            mend="name it as it was written, with one of: {suffixes}",
+            suffixes=", ".join(part.suffix for part in parts),
+        )
+    beside = {
+        part.name: adapter.with_name(adapter.name.replace(mine[0].suffix, part.suffix)) for part in parts
+    }
+    return {name: path for name, path in beside.items() if path == adapter or path.is_file()}
+
+
+def check_kind(out: Path, film: bool) -> None:
+    """Raises UserError when a picture was asked for as a film, or a film without the package that writes it."""
+    if out.suffix.lower() not in FILM_ENDINGS:
+        return
+    if not film:
+        raise UserError(
+            "{name} does not end like a picture",
+            where="--out",
+            mend="end it in one of {endings}",
+            name=out.name,
+            endings=", ".join(PICTURE_ENDINGS),
+        )
+    if not can_write():
+        raise UserError(
+            "writing .mp4 needs one more package (PyAV)",
+            where="--out",
+            mend='pip install "whitetuner[video]", or end it in .png for a contact sheet',
+            code=EXIT_ENVIRONMENT,
+        )
 
 
 def check_numbers(steps: int | None, cfg: float | None, seed: int, strength: float) -> None:
@@ -141,13 +217,14 @@ def check_numbers(steps: int | None, cfg: float | None, seed: int, strength: flo
 
 def check_place(out: Path) -> None:
     """Raises UserError when no picture can be written there: told before the model is loaded, not after."""
-    if out.suffix.lower() not in PICTURE_ENDINGS:
+    if out.suffix.lower() not in PICTURE_ENDINGS + FILM_ENDINGS:
         raise UserError(
             "{name} does not end like a picture",
             where="--out",
-            mend="end it in one of {endings}",
+            mend="end it in one of {endings} (a clip: {films})",
             name=out.name,
             endings=", ".join(PICTURE_ENDINGS),
+            films=", ".join(FILM_ENDINGS),
         )
     if out.is_dir():
         raise UserError("{path} is a folder", where="--out", mend="give the name of a file", path=out)
@@ -206,7 +283,9 @@ def encode_prompts(
     given = []
     for inputs in asked:
         conditions, originals = inputs.pictures()
-        given.append(EncodeInput(inputs.caption, conditions=conditions, originals=originals))
+        given.append(
+            EncodeInput(inputs.caption, conditions=conditions, originals=originals, size=inputs.size)
+        )
     for encoder in family.encoders(task):
         if "target" not in encoder.reads and ("caption" in encoder.reads or asked[0].conditions):
             encoder.load(build)

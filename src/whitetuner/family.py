@@ -15,6 +15,9 @@ EncodeInput.originals, uncut, for encoders that bring them to a size of their ow
 pictures), so `generate` takes its references from there. A shape key holds the sizes of all conditions: a batch has
 equal counts and sizes of references, and "stack" suits their latents. An encoder may read the caption and the conditions
 together (a vision-language model does); it is then asked again for every prompt and its pictures.
+
+Videos. The target is a clip of Size.frames pictures. In an i2v task the one condition is its first frame, cut as the clip is;
+an encoder whose result hangs on the clip's length and size, too, has "frames" in its `reads` and finds them in EncodeInput.size.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
 
 Layout = Literal["stack", "ragged"]
 Naming = Literal["comfyui", "diffusers", "lycoris"]
-Reads = Literal["caption", "target", "conditions"]
+Reads = Literal["caption", "target", "conditions", "frames", "unconditional"]
 
 
 class Options(BaseModel):
@@ -84,8 +87,11 @@ class FamilySpec:
     variant_of: which variant a model folder holds, told from names and config files; None: cannot be told
     stride_px:  width and height of a training picture are multiples of this for the released models
     stride_of:  the same for the model at hand, told from its config files; `stride` asks it
+    variant_strides: variant -> `stride_px` of its released model, where that is another
     frames:     0: pictures only; n: videos of n k + 1 frames
+    fps_of:     frames a second that the model draws (videos)
     components: folders of the diffusers layout a model must have -> where to get them when missing
+    needed:     which of the components the model at hand is made of; None: all of them
     keep_precise: fnmatch patterns of parameter names that are never quantised
     adapter_targets: fnmatch patterns of module paths that adapters attach to by default
     transformer_class: `_class_name` in the denoiser's config.json, by which a model folder is recognised
@@ -119,7 +125,10 @@ class FamilySpec:
     variant_tasks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     most_references: Mapping[str, int] = field(default_factory=dict)
     variant_of: Callable[[Any, ModelPaths], str | None] = lambda options, paths: None
+    variant_strides: Mapping[str, int] = field(default_factory=dict)
     frames: int = 0
+    fps_of: Callable[[Any, ModelPaths], float] = lambda options, paths: 16.0
+    needed: Callable[[Any, ModelPaths], tuple[str, ...]] | None = None
     min_size_px: int = 64
     tokens: Callable[[Size, int], int] = lambda size, stride: (size.width // stride) * (size.height // stride)
     auto_shift: Callable[[int], float] | None = None
@@ -143,6 +152,10 @@ class FamilySpec:
     def sampling(self, options: Options, paths: ModelPaths) -> tuple[int, float]:
         """(steps, cfg) that this model is drawn with when nothing is said. Imports no torch."""
         return self.sampling_of(options, paths) or (self.sample_steps, self.sample_cfg)
+
+    def components_of(self, options: Any, paths: ModelPaths) -> tuple[str, ...]:
+        """The components that the model at hand must have. Raises UserError when its config files cannot be read."""
+        return tuple(self.components) if self.needed is None else self.needed(options, paths)
 
     def tasks_of(self, variant: str) -> tuple[str, ...]:
         """The tasks that a variant is for."""
@@ -227,7 +240,9 @@ class Encoder(Protocol):
     """Turns part of an item into tensors that training needs; run once, cached, then freed.
 
     fields: name -> layout, of everything `encode` returns. "stack": equal shapes within a shape key; "ragged": not so
-    reads:  what of the item the result depends on (the cache key holds only that)
+    reads:  what of the item the result depends on (the cache key holds only that); "frames": size and length of the clip, of
+            a prompt too; "unconditional": whether this is the side that guidance leads away from
+    An attribute `prompts_only` that is true: asked about prompts without target alone (see `prompts_only`).
     """
 
     name: str
@@ -245,6 +260,11 @@ class Encoder(Protocol):
         ...
 
     def free(self) -> None: ...
+
+
+def prompts_only(encoder: Encoder) -> bool:
+    """Whether the encoder makes up for a prompt what is otherwise told from a target, and so is not asked about items."""
+    return bool(getattr(encoder, "prompts_only", False))
 
 
 class KeyMap(Protocol):

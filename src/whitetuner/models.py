@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from whitetuner.config.schema import Config
+from whitetuner.data.scan import Films
 from whitetuner.errors import UserError
 from whitetuner.families import registry
 from whitetuner.family import FamilySpec, ModelPaths, Options
@@ -44,9 +45,19 @@ def model_paths(config: Config) -> ModelPaths:
             single[part] = path
     folder = model_folder(config.model.path) if config.model.path else None
     paths = ModelPaths(folder, single)
-    check_model(spec, paths)
+    check_model(spec, paths, config.model_options())
     check_task(spec, config.model_options(), paths, config.model.task)
     return paths
+
+
+def films_of(config: Config, spec: FamilySpec, options: Options, paths: ModelPaths | None) -> Films:
+    """What this model wants of videos. paths: None where the model is not looked at: the family's usual rate."""
+    return Films(
+        spec.frames,
+        spec.fps_of(options, ModelPaths(None) if paths is None else paths) if spec.frames else 16.0,
+        spec.default_size.frames,
+        config.model.task == "i2v",
+    )
 
 
 def check_task(spec: FamilySpec, options: Options, paths: ModelPaths, task: str) -> None:
@@ -100,12 +111,17 @@ def model_folder(path: str) -> Path:
     return folder
 
 
-def check_model(spec: FamilySpec, paths: ModelPaths) -> None:
+def check_model(spec: FamilySpec, paths: ModelPaths, options: Options | None = None) -> None:
     """Every component is there and the denoiser is of this family. Reads names and config.json only."""
-    for name in spec.components:
+    check_class(spec, paths)
+    for name in spec.components_of(spec.options() if options is None else options, paths):
         folder = paths.component(name)
         for file in sorted(folder.glob("*.json")) if folder.is_dir() else ():
             read_settings(file)
+
+
+def check_class(spec: FamilySpec, paths: ModelPaths) -> None:
+    """Raises UserError when the denoiser is of another family."""
     if spec.transformer_class:
         found = class_name(paths.component("transformer"))
         if found not in (spec.transformer_class, *spec.converts):

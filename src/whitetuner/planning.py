@@ -338,7 +338,8 @@ def plan_released(
         task = task or spec.tasks_of(variant)[0]
         values = {"run.name": "plan", "model.family": name, "model.task": task, "model.path": folder}
         config = load_config(None, base=values).config
-        sketched = Sketched(family, spec.parts(family.options)[0], spec.stride_px, torch.bfloat16)
+        stride = spec.variant_strides.get(variant, spec.stride_px)
+        sketched = Sketched(family, spec.parts(family.options)[0], stride, torch.bfloat16)
         size = size or spec.default_size
         given = (size._replace(frames=1),) if task in ("edit", "i2v") else ()
         shape = Shape(size, config.data.batch_size, given)

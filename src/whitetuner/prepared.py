@@ -23,6 +23,7 @@ from whitetuner.errors import UserError
 from whitetuner.family import BuildFn, Family
 from whitetuner.memory.build import Build
 from whitetuner.memory.phases import PhaseBuild, device_budget
+from whitetuner.models import films_of
 from whitetuner.records import Batch, Item
 from whitetuner.resolve import Resolved, resolve
 from whitetuner.scenes import check_previews, inputs_of, scene_of
@@ -51,7 +52,10 @@ class Prepared:
 
     def facts(self) -> dict[str, Any]:
         """For run.json."""
-        sizes = Counter(f"{item.size.width}x{item.size.height}" for item in self.items)
+        sizes = Counter(
+            f"{item.size.width}x{item.size.height}" + (f"x{item.size.frames}" if item.clips else "")
+            for item in self.items
+        )
         return {
             "data_hash": self.data_hash,
             "items": len(self.items),
@@ -74,6 +78,7 @@ def find_items(config: Config, family: Family, progress: Progress | None = None)
         min_size_px=min(family.spec.min_size_px, *_smallest(config)),
         most_conditions=family.spec.references_at_most(family.options, family.paths),
         index_folder=cache_folder(config),
+        films=films_of(config, family.spec, family.options, family.paths),
         progress=None if progress is None else lambda done, total: progress("scan", done, total),
     )
 
@@ -99,7 +104,7 @@ def prepare_data(
     Order(training, [0] * len(training), found.sets, config.data.batch_size, config.run.seed)
     prompts = config.preview.prompts if config.preview.every else []
     wanted = [
-        inputs_of(text, prompt, config, family)
+        inputs_of(text, prompt, config, family, training[0].size)
         for prompt in prompts
         for text in (prompt.text, prompt.negative)
     ]

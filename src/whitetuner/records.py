@@ -33,6 +33,8 @@ class Item:
     source:     size on disk after EXIF rotation
     size:       size it is trained at: scaled to cover, then centre-cropped
     condition_sizes: sizes the conditions are encoded at, one each
+    clips:      of a video: its frames, counted from 0 in the order they are shown, that are learned from; with several (of
+                equal length) visit after visit takes the next. Empty for a picture
     """
 
     id: str
@@ -45,6 +47,7 @@ class Item:
     condition_digests: tuple[str, ...] = ()
     condition_sizes: tuple[Size, ...] = ()
     set_index: int = 0
+    clips: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,11 @@ class EncodeInput:
     """What an encoder may read: decoded RGB frames (PIL), already cut to `Item.size` and `Item.condition_sizes`.
 
     target: frames of the target (one for a picture; empty for a prompt that has none, as a preview's)
-    conditions: one picture each, own aspect kept
+    conditions: one picture each, own aspect kept; in an i2v task the one first frame
+    size: of the target, for encoders that read it; or size and length of the clip, for those that read "frames"
     originals: the conditions as on disk (rotated, RGB, uncut), for encoders that look at them at a size of their own
+    unconditional: for encoders that read it: this is the side that guidance leads away from, a negative prompt or a visit
+                whose text is dropped
     """
 
     caption: str
@@ -61,6 +67,7 @@ class EncodeInput:
     conditions: tuple[Image.Image, ...] = ()
     originals: tuple[Image.Image, ...] = ()
     size: Size | None = None
+    unconditional: bool = False
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def rehearse(config: Config, family: Family) -> None:
 
 def check_weights(family: Family) -> None:
     """Every part that is a model has its weight files, whole by their headers. Raises UserError naming the file."""
-    for name in family.spec.components:
+    for name in family.spec.components_of(family.options, family.paths):
         component = family.paths.component(name)
         if (component / "config.json").is_file():  # a tokenizer or a scheduler has no file of this name
             for file in weight_files(component):

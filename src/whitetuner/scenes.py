@@ -11,7 +11,7 @@ from whitetuner.config.schema import Config, Prompt
 from whitetuner.data.cache import Cached, Inputs
 from whitetuner.data.survey import SetOptions
 from whitetuner.errors import UserError
-from whitetuner.family import Family
+from whitetuner.family import Family, FamilySpec
 from whitetuner.models import check_size
 from whitetuner.records import Size
 from whitetuner.train.preview import Scene
@@ -23,6 +23,14 @@ def check_previews(config: Config, family: Family) -> None:
         where = f"preview.prompts[{index}]"
         if prompt.size is not None:
             check_size(Size(*prompt.size), family.stride(), f"{where}.size", "[{}, {}]")
+        if config.model.task == "i2v" and not prompt.images:
+            raise UserError(
+                "a preview of an i2v task needs its first frame",
+                where=f"{where}.images",
+                mend='name it: images = ["FILE"], a picture, or a video whose first frame is taken',
+            )
+        if prompt.frames is not None and family.spec.frames:
+            check_frames(prompt.frames, family.spec, f"{where}.frames")
         if config.model.task == "edit" and not prompt.images:
             raise UserError(
                 "a preview of an edit task needs given pictures",
@@ -38,6 +46,22 @@ def check_previews(config: Config, family: Family) -> None:
             )
         check_given(_paths(prompt), family, f"{where}.images")
         inputs_of(prompt.text, prompt, config, family)
+
+
+def check_frames(frames: int, spec: FamilySpec, where: str) -> None:
+    """Raises UserError, proposing the nearest, when this model cannot draw so many frames."""
+    step = spec.frames
+    if frames % step != 1 % step:
+        below = max(1, (frames - 1) // step * step + 1)
+        raise UserError(
+            "a clip of {frames} frames is not {step} n + 1",
+            where=where,
+            mend="use {below} or {above}",
+            frames=frames,
+            step=step,
+            below=below,
+            above=below + step,
+        )
 
 
 def check_given(images: Sequence[Path], family: Family, where: str) -> None:
@@ -58,9 +82,15 @@ def check_given(images: Sequence[Path], family: Family, where: str) -> None:
         )
 
 
-def inputs_of(text: str, prompt: Prompt, config: Config, family: Family) -> Inputs:
-    """What the encoders are asked for a text of a preview. Raises UserError for a given picture that cannot be read."""
+def inputs_of(text: str, prompt: Prompt, config: Config, family: Family, size: Size | None = None) -> Inputs:
+    """What the encoders are asked for a text of a preview. Raises UserError for a given picture that cannot be read.
+
+    size: of what is learned from; None: not known yet, the model's own
+    """
     images = _paths(prompt)
+    if family.spec.frames:
+        drawn = drawn_size(prompt, config, family, size or family.spec.default_size)
+        return Inputs.from_frame(text, images[0] if images else None, drawn)
     return Inputs.prompt(text, images, reference_resolution(config) if images else 0, family.stride())
 
 
@@ -85,11 +115,9 @@ def target_resolution(config: Config) -> int:
 
 def scene_of(prompt: Prompt, config: Config, family: Family, cached: Cached, size: Size) -> Scene:
     """A preview ready to be drawn; size: without one of its own and without given pictures."""
-    wanted, unwanted = (inputs_of(text, prompt, config, family) for text in (prompt.text, prompt.negative))
-    if prompt.size is not None:
-        size = Size(*prompt.size)
-    elif prompt.images:
-        size = size_beside(_paths(prompt), target_resolution(config), family.stride()) or size
+    texts = (prompt.text, prompt.negative)
+    wanted, unwanted = (inputs_of(text, prompt, config, family, size) for text in texts)
+    size = drawn_size(prompt, config, family, size)
     usual_steps, usual_cfg = family.spec.sampling(family.options, family.paths)
     cfg = usual_cfg if prompt.cfg is None else prompt.cfg
     fields: Mapping[str, torch.Tensor] = cached.fields(wanted)
@@ -101,7 +129,18 @@ def scene_of(prompt: Prompt, config: Config, family: Family, cached: Cached, siz
         seed=prompt.seed,
         steps=prompt.steps or usual_steps,
         cfg=cfg,
+        fps=family.spec.fps_of(family.options, family.paths) if family.spec.frames else None,
     )
+
+
+def drawn_size(prompt: Prompt, config: Config, family: Family, size: Size) -> Size:
+    """What a preview is drawn at: its own size, or its first given picture's shape, or `size`."""
+    frames = size.frames if prompt.frames is None or not family.spec.frames else prompt.frames
+    if prompt.size is not None:
+        size = Size(*prompt.size)
+    elif prompt.images:
+        size = size_beside(_paths(prompt), target_resolution(config), family.stride()) or size
+    return size._replace(frames=frames)
 
 
 def _paths(prompt: Prompt) -> list[Path]:

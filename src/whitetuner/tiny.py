@@ -9,6 +9,8 @@ from whitetuner.families import registry
 
 #: Tiny models draw and train at this size.
 TINY_SIZE_PX = 64
+#: And videos of so many frames.
+TINY_FRAMES = 5
 
 
 def tiny_options(family: str) -> dict[str, Any]:
@@ -27,6 +29,7 @@ def tiny_values(
     folders = [str(data / "condition_1"), str(data / "condition_2")]
     most = registry.spec(family).most_references.get(variant, len(folders))
     edit = {"data.target": str(data / "target"), "data.conditions": folders[:most]}
+    film = {"data.videos": str(data), "data.num_frames": TINY_FRAMES}
     return {
         "run.name": f"tiny-{family}",
         "run.output_dir": str(output),
@@ -35,7 +38,7 @@ def tiny_values(
         "model.task": task,
         "model.path": str(model),
         **{f"model.options.{key}": value for key, value in tiny_options(family).items()},
-        **(edit if task == "edit" else {"data.images": str(data)}),
+        **(edit if task == "edit" else film if task in ("i2v", "t2v") else {"data.images": str(data)}),
         "data.resolution": TINY_SIZE_PX,
         "data.batch_size": 2,
         "data.caption_dropout": 0.1,

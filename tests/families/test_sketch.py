@@ -11,7 +11,7 @@ def test_a_blank_sample_is_shaped_as_the_encoders_shape_one(subject: Subject) ->
     case = subject.case(columns=5, rows=4)
     given = case.inputs()[0]
     real = subject.bench.encode(given)
-    part = subject.spec.parts(subject.options)[0].name
+    part = subject.spec.parts(subject.family.options)[0].name
     module = subject.bench.modules[part]
     blank = registry.sketch(subject.name).blank(
         module, subject.options, case.size, subject.family.stride(), tuple(case.condition_sizes)

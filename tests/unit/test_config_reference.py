@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from whitetuner.config import landed
 from whitetuner.config.kinds import refuse_wrong_data
 from whitetuner.config.landed import not_landed, refuse_not_landed
 from whitetuner.config.load import load_config
@@ -87,7 +88,8 @@ def test_an_option_whose_feature_is_not_there_is_refused(key: str) -> None:
         refuse_not_landed(config)
 
 
-def test_defaults_are_never_refused_and_sets_are_looked_into() -> None:
+def test_defaults_are_never_refused_and_sets_are_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(landed._REFUSED, "data.videos", ((), "a data set to come"))
     refuse_not_landed(load_config(None, base={"model.family": "flux2-klein"}).config)
     config = load_config(
         None, base={"model.family": "flux2-klein", "data.sets": [{"images": "a"}, {"videos": "b"}]}

@@ -18,6 +18,13 @@ def _sides(value: int | list[int]) -> int | list[int]:
     return value
 
 
+def _lengths(value: int | list[int] | None) -> int | list[int] | None:
+    lengths = value if isinstance(value, list) else [] if value is None else [value]
+    if value == [] or any(not 1 <= length <= 10_000 for length in lengths):
+        raise ValueError("every number of frames lies between 1 and 10000")
+    return value
+
+
 class SetFields(Section):
     """What one data set says; [data] gives it for all sets."""
 
@@ -29,7 +36,9 @@ class SetFields(Section):
         default_factory=list, description="edit: folders of the given pictures, same file names"
     )
     prompt: str | None = Field(None, description="one caption for the whole set, instead of caption files")
-    videos: PathText | None = Field(None, description="folder of clips, captions beside them")
+    videos: PathText | None = Field(
+        None, description="folder of videos, and of folders of numbered frames; captions beside them"
+    )
     caption_ext: str = Field(".txt", pattern=r"^\.[A-Za-z0-9]+$", description="ending of the caption files")
     default_caption: str | None = Field(
         None,
@@ -56,9 +65,24 @@ class SetFields(Section):
     too_small: Literal["refuse", "skip"] = Field(
         "refuse", description="pictures below the model's least size: an error, or left out with a warning"
     )
-    num_frames: int | None = Field(None, ge=1, le=10_000, description="videos: frames of a clip, 4 n + 1")
+    num_frames: Annotated[int | list[int] | None, AfterValidator(_lengths)] = Field(
+        None,
+        description="videos: frames of a clip, 4 n + 1; several: each video gives clips of the longest it fills; unset: the model's",
+    )
     fps: float | None = Field(
-        None, gt=0, le=1000, description="videos: frames a second that clips are read at"
+        None, gt=0, le=1000, description="videos: frames a second that clips are read at; unset: the model's own"
+    )
+    clips: Literal["head", "uniform", "chunks", "random"] = Field(
+        "head",
+        description="videos: what is learned of each: its beginning; clips_per_video clips at equal distances; all of it in "
+        "clips one after the other; clips_per_video clips anywhere, another one at each visit",
+    )
+    clips_per_video: int = Field(4, ge=1, le=1000, description="videos: clips of each, for uniform and random")
+    too_short: Literal["skip", "pad"] = Field(
+        "skip", description="videos shorter than num_frames: left out with a warning, or the last frame held"
+    )
+    frames_fps: float | None = Field(
+        None, gt=0, le=1000, description="frame folders: frames a second they were taken at; unset: as fps"
     )
 
     @property

@@ -1,4 +1,5 @@
-"""Which kind of data set a task learns from: an edit task from targets with given pictures, t2i from pictures alone."""
+"""Which kind of data set a task learns from: edit from targets with given pictures, t2i from pictures, i2v and t2v from videos
+(t2v from pictures too: clips of one frame)."""
 
 from __future__ import annotations
 
@@ -36,6 +37,19 @@ def _wrong(task: str, one: DataSet, where: str) -> UserError | None:
             "the set has targets, but no given pictures",
             where=f"{where}.conditions",
             mend='set conditions = ["FOLDER"] (pictures named like their targets), or images = "FOLDER" for text to image',
+        )
+    if task == "i2v" and one.videos is None:
+        return UserError(
+            "an i2v task learns how a first frame goes on, but this set has no videos",
+            where=where,
+            mend='set videos = "FOLDER" there (video files, folders of frames)',
+        )
+    if task not in ("i2v", "t2v") and one.videos is not None:
+        return UserError(
+            "videos are for a video task, but the task is {task}",
+            where=f"{where}.videos",
+            mend='set model.task = "i2v" or "t2v" with a video model, or name pictures with images = "FOLDER"',
+            task=task,
         )
     if task != "edit" and (one.target is not None or one.conditions):
         return UserError(

@@ -13,12 +13,6 @@ from whitetuner.errors import UserError, UserErrors
 
 #: Option -> (values that work today besides its default, the feature that other values ask for).
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "model.task": (("edit",), "a video task"),
-    "model.transformer_2": ((), "a model with two denoisers"),
-    "model.image_encoder": ((), "a model with an image encoder"),
-    "data.videos": ((), "a video data set"),
-    "data.num_frames": ((), "a video data set"),
-    "data.fps": ((), "a video data set"),
     "method.kind": (("lora",), "full fine-tuning"),
 }
 

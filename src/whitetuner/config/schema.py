@@ -127,7 +127,13 @@ class Prompt(Section):
     cfg: float | None = Field(
         None, ge=0, le=100, description="guidance scale; 1: none; unset: the family's own"
     )
-    images: list[PathText] = Field(default_factory=list, description="edit: given pictures")
+    images: list[PathText] = Field(
+        default_factory=list,
+        description="edit: given pictures; i2v: the first frame (a picture, or a video whose first frame it is)",
+    )
+    frames: int | None = Field(
+        None, ge=1, le=1000, description="videos: how many; unset: as many as are trained on"
+    )
 
 
 class Preview(Section):

@@ -91,7 +91,7 @@ class Cached:
 
     def sample(self, item: Item, visit: int, uncond: bool = False) -> Sample:
         """uncond: encoded with an empty caption (build_cache(..., uncond=True) keeps those)."""
-        return Sample(item, visit, self.fields(Inputs.of(item, uncond=uncond)))
+        return Sample(item, visit, self.fields(Inputs.of(item, uncond=uncond, visit=visit)))
 
     def shape_key(self, item: Item) -> tuple[object, ...]:
         """Items with equal keys can share a batch: sizes of target and conditions, and shapes of all stacked fields."""
@@ -136,9 +136,9 @@ def build_cache(
     _prepare(folder)
     facts = [Facts.of(encoder, precision) for encoder in encoders]
     cached = Cached(folder, facts)
-    wanted = [Inputs.of(item) for item in items] + list(extra)
+    wanted = [one for item in items for one in _visits(item)] + list(extra)
     if uncond:
-        wanted += [Inputs.of(item, uncond=True) for item in items]
+        wanted += [one for item in items for one in _visits(item, uncond=True)]
     count = _threads() if workers is None else workers
     for encoder, known in zip(encoders, facts, strict=True):
         jobs = {known.key(inputs): inputs for inputs in wanted if known.applies(inputs)}
@@ -168,6 +168,11 @@ def build_cache(
                 f"a stacked field changes its shape with the caption: {with_text} {without}"
             )
     return cached
+
+
+def _visits(item: Item, uncond: bool = False) -> list[Inputs]:
+    """All that visits of the item can ask for: one, or its clips in turn."""
+    return [Inputs.of(item, uncond=uncond, visit=visit) for visit in range(max(1, len(item.clips)))]
 
 
 def _encode(
@@ -246,6 +251,8 @@ def _decoded(
         for key, inputs in jobs.items():
             yield key, give(inputs)
         return
+    if any(inputs.clip for inputs in jobs.values()):
+        workers = 1  # PyAV decodes with threads of its own, and clips are large: at most three are held
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     ahead: deque[tuple[str, Future[EncodeInput | UserError]]] = deque()
     try:

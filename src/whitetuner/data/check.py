@@ -15,9 +15,10 @@ from typing import Any
 
 from whitetuner.data.buckets import bucketing, covers, cropped, shapes
 from whitetuner.data.captions import Converted, convert_captions
-from whitetuner.data.digests import digests
+from whitetuner.data.check_video import TOLD, FilmPlan, plan_film
+from whitetuner.data.duplicates import duplicates_of
 from whitetuner.data.problems import Problem, merged
-from whitetuner.data.scan import place, place_conditions
+from whitetuner.data.scan import Films, place, place_conditions
 from whitetuner.data.survey import Found, PictureSet, SetOptions, Survey, caption_files, survey
 from whitetuner.errors import UserError
 from whitetuner.records import Size
@@ -36,7 +37,8 @@ VISITS, LEAST_STEPS, MOST_STEPS = 60, 500, 6000
 class Placed:
     """One picture and what training makes of it. cropped: share of its area that is cut off; size None: cannot be used.
 
-    conditions: the pictures given for it; condition_sizes: what they are read at
+    conditions: the pictures given for it; condition_sizes: what they are read at; film: of a video, its clips (size.frames
+    long)
     """
 
     path: Path
@@ -49,6 +51,7 @@ class Placed:
     small: bool = False
     conditions: tuple[Path, ...] = ()
     condition_sizes: tuple[Size, ...] = ()
+    film: FilmPlan | None = None
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,10 @@ class CheckReport:
                 for one in self.problems
             ],
             "buckets": [
-                {"width": size.width, "height": size.height, "count": count} for size, count in self.buckets
+                {"width": size.width, "height": size.height, "frames": size.frames, "count": count}
+                for size, count in self.buckets
             ],
+            "films": [one.film.as_json() for one in self.pictures if one.film is not None],
             "cropped": {
                 "mean": round(self.mean_cropped, 4),
                 "worst": round(worst.cropped, 4) if worst else 0.0,
@@ -137,7 +142,10 @@ class CheckReport:
             count = sum(placed.set_index == number for placed in self.pictures)
             share = f"weight {one.weight:g}" if one.weight is not None else f"x {one.repeats}"
             lines.append(f"{one.folder}: {count} pictures {share}")
-        shown = ", ".join(f"{size.width}x{size.height}: {count}" for size, count in self.buckets[:8])
+        films = [one.film for one in self.pictures if one.film is not None]
+        lines += [f"  {film}" for film in films[:TOLD]]
+        lines += [f"  and {len(films) - TOLD} more videos"] if len(films) > TOLD else []
+        shown = ", ".join(f"{_told(size)}: {count}" for size, count in self.buckets[:8])
         more = f" and {len(self.buckets) - 8} more sizes" if len(self.buckets) > 8 else ""
         if shown:
             lines.append(
@@ -166,6 +174,7 @@ def check_sets(
     *,
     min_size_px: int = 64,
     most_conditions: int | None = None,
+    films: Films = Films(),  # noqa: B008 - frozen
     batch_size: int = 1,
     deep: bool = False,
     tokens: Callable[[str], int] | None = None,
@@ -175,6 +184,7 @@ def check_sets(
     """Everything that can be said of the sets. Raises nothing for what is wrong with them.
 
     sections: objects with the fields of SetOptions; most_conditions: that the model takes, None: any number
+    films: what the model wants of videos
     tokens: counts a caption's tokens as the model does (None: words are counted), of which it reads max_tokens
     deep: decode every picture; progress: told (pictures looked at, pictures in all)
     """
@@ -194,12 +204,17 @@ def check_sets(
         problems += wrong
         if conditions is None:
             size = None
-        placed.append(_placed(found, size, conditions or (), of.options, stride_px, min_size_px))
+        film = None
+        if found.probe.times and found.probe.size is not None:
+            film, more = plan_film(found, of, films)
+            problems += more
+            size = size._replace(frames=len(film.clips[0])) if size and film and film.clips else None
+        placed.append(_placed(found, size, conditions or (), of.options, stride_px, min_size_px, film))
         problems += _picture_problems(found, placed[-1])
         for path, seen in zip(found.conditions, found.condition_probes, strict=True):
             problems += _trait_problems(path, seen.traits)
     problems += _caption_problems(looked, tokens, max_tokens)
-    duplicates = _duplicates(looked)
+    duplicates = duplicates_of(looked)
     problems += [
         Problem(
             "duplicate",
@@ -215,12 +230,12 @@ def check_sets(
         for group in duplicates
         for path in group[1:]
     ]
-    sizes = Counter(one.size for one in placed if one.size is not None)
+    sizes = Counter(one.size for one in placed if one.size is not None for _ in range(_items(one, looked)))
     visits = Counter(
         (one.size, one.condition_sizes)
         for one in placed
         if one.size is not None
-        for _ in range(looked.sets[one.set_index].repeats)
+        for _ in range(looked.sets[one.set_index].repeats * _items(one, looked))
     )
     return CheckReport(
         sets=looked.sets,
@@ -228,12 +243,23 @@ def check_sets(
         problems=_once(problems),
         buckets=tuple(sorted(sizes.items(), key=lambda row: (-row[1], row[0]))),
         duplicates=duplicates,
-        suggested_steps=suggested_steps(sum(one.size is not None for one in placed), batch_size),
+        suggested_steps=suggested_steps(sum(sizes.values()), batch_size),
         small_batches=sum(count % batch_size != 0 for count in visits.values()),
         batch_size=batch_size,
         deep=deep,
         seconds=time.perf_counter() - began,
     )
+
+
+def _items(placed: Placed, looked: Survey) -> int:
+    """Things to learn from in an epoch: one picture, or a video's clips (at random: one of them)."""
+    at_random = looked.sets[placed.set_index].options.clips == "random"
+    return 1 if placed.film is None or at_random else len(placed.film.clips)
+
+
+def _told(size: Size) -> str:
+    frames = f" x {size.frames} frames" if size.frames > 1 else ""
+    return f"{size.width}x{size.height}{frames}"
 
 
 def suggested_steps(pictures: int, batch_size: int) -> int:
@@ -254,12 +280,15 @@ def _placed(
     options: SetOptions,
     stride_px: int,
     min_size_px: int,
+    film: FilmPlan | None,
 ) -> Placed:
     source = found.probe.size
     if source is None or size is None:
-        return Placed(found.path, found.set_index, found.caption, source, size)
+        return Placed(found.path, found.set_index, found.caption, source, size, film=film)
     rules = bucketing(options.resolution, stride_px, min_size_px, options.upscale)
-    ordinary = any(size in shapes(one, stride_px, rules.shortest_px) for one in rules.resolutions)
+    ordinary = any(
+        size._replace(frames=1) in shapes(one, stride_px, rules.shortest_px) for one in rules.resolutions
+    )
     return Placed(
         found.path,
         found.set_index,
@@ -271,6 +300,7 @@ def _placed(
         small=not ordinary,
         conditions=found.conditions,
         condition_sizes=conditions,
+        film=film,
     )
 
 
@@ -349,25 +379,6 @@ def words(text: str) -> int:
     """Words, and characters of scripts that have no blanks."""
     wide = re.findall(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]", text)
     return len(wide) + len(re.sub(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]", " ", text).split())
-
-
-def _duplicates(looked: Survey) -> tuple[tuple[Path, ...], ...]:
-    """Files of equal content within one set; only those of equal length are read. Equal targets of different given
-    pictures are different things to learn.
-    """
-    lengths: dict[tuple[int, ...], list[Found]] = {}
-    for found in looked.found:
-        if found.readable:
-            files = (found.path, *found.conditions)
-            lengths.setdefault((found.set_index, *(path.stat().st_size for path in files)), []).append(found)
-    suspects = [found for group in lengths.values() if len(group) > 1 for found in group]
-    paths = list(dict.fromkeys(path for one in suspects for path in (one.path, *one.conditions)))
-    hashes = dict(zip(paths, digests(paths), strict=True))
-    same: dict[tuple[int, tuple[str, ...]], list[Path]] = {}
-    for one in suspects:
-        content = tuple(hashes[path] for path in (one.path, *one.conditions))
-        same.setdefault((one.set_index, content), []).append(one.path)
-    return tuple(tuple(sorted(group)) for group in same.values() if len(group) > 1)
 
 
 def _once(problems: Sequence[Problem]) -> tuple[Problem, ...]:

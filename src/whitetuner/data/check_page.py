@@ -11,9 +11,12 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader
 
 from whitetuner.data.check import CheckReport, Placed
+from whitetuner.data.check_video import FilmPlan
 from whitetuner.data.media import crop_box, read
+from whitetuner.data.video import frames_of, is_clip
 from whitetuner.errors import UserError
 from whitetuner.records import Size
+from whitetuner.runs.film import contact_sheet
 
 #: Pictures shown, and the longer side of their thumbnails in pixels: a page of about half a megabyte.
 SHOWN, THUMBNAIL_PX = 48, 240
@@ -87,6 +90,8 @@ def _thumbnail(placed: Placed) -> Thumbnail | None:
             (_small(path, size, THUMBNAIL_PX // 3), size)
             for path, size in zip(placed.conditions, placed.condition_sizes, strict=True)
         )
+        if placed.film is not None:
+            given = (_sheet(placed.film, placed.size),)
     except UserError:
         return None  # damaged behind its header: `deep`, or caching, will say so; here it only goes without a picture
     left, top, right, bottom = crop_box(source, placed.size)
@@ -101,10 +106,22 @@ def _thumbnail(placed: Placed) -> Thumbnail | None:
     )
 
 
+def _sheet(film: FilmPlan, size: Size) -> tuple[str, Size]:
+    """Contact sheet of the first clip as it will be cut, with the numbers of its frames in the source."""
+    clip = film.clips[0]
+    chosen = [clip[round(index * (len(clip) - 1) / 7)] for index in range(8)] if len(clip) > 8 else list(clip)
+    small = size._replace(width=max(16, size.width // 4), height=max(16, size.height // 4))
+    sheet = contact_sheet(frames_of(film.path, chosen, small), chosen)
+    stream = io.BytesIO()
+    sheet.save(stream, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii"), size
+
+
 def _small(path: Path, shape: Size, longest: int) -> str:
     """The picture as a data URL, scaled to the longer side; shape: of what is shown."""
     scale = min(1.0, longest / max(shape.width, shape.height))
     small = Size(max(1, round(shape.width * scale)), max(1, round(shape.height * scale)))
     stream = io.BytesIO()
-    read(path, small).resize((small.width, small.height)).save(stream, "JPEG", quality=80)
+    seen = frames_of(path, [0])[0] if is_clip(path) else read(path, small)
+    seen.resize((small.width, small.height)).save(stream, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image
@@ -14,8 +15,10 @@ from whitetuner.data.buckets import fit
 from whitetuner.data.digests import digest_of, file_digest
 from whitetuner.data.media import CUT_VERSION, cut, naming, picture, read
 from whitetuner.data.probe import probe
+from whitetuner.data.video import CLIP_VERSION, VIDEOS, frame_files, frames_of, is_clip, look
+from whitetuner.data.video_folders import content_digests
 from whitetuner.errors import UserError
-from whitetuner.family import Encoder, Layout, Reads
+from whitetuner.family import Encoder, Layout, Reads, prompts_only
 from whitetuner.records import EncodeInput, Item, Size
 
 #: Part of every key: raised when entries written before must not be used any more.
@@ -33,10 +36,12 @@ class Inputs:
     conditions: tuple[Path, ...] = ()
     condition_digests: tuple[str, ...] = ()
     condition_sizes: tuple[Size, ...] = ()
+    clip: tuple[int, ...] = ()
+    unconditional: bool = False
 
     @classmethod
-    def of(cls, item: Item, *, uncond: bool = False) -> Inputs:
-        """uncond: the same with an empty caption, for visits whose text is dropped."""
+    def of(cls, item: Item, *, uncond: bool = False, visit: int = 0) -> Inputs:
+        """uncond: the same with an empty caption, for visits whose text is dropped; visit: chooses among a video's clips."""
         return cls(
             "" if uncond else item.caption,
             item.target,
@@ -45,6 +50,24 @@ class Inputs:
             item.conditions,
             item.condition_digests,
             item.condition_sizes,
+            item.clips[visit % len(item.clips)] if item.clips else (),
+            uncond,
+        )
+
+    @classmethod
+    def from_frame(cls, caption: str, frame: Path | None, size: Size) -> Inputs:
+        """A prompt for a clip of this size, beside its first frame (None: of text alone). frame: a picture, or a video whose
+        first frame is taken. Raises UserError when it cannot be read.
+        """
+        if frame is None:
+            return cls(caption, size=size)
+        digest = content_digests([frame])[0] if frame.is_dir() else file_digest(frame)
+        return cls(
+            caption,
+            size=size,
+            conditions=(frame,),
+            condition_digests=(digest,),
+            condition_sizes=(size._replace(frames=1),),
         )
 
     @classmethod
@@ -66,7 +89,9 @@ class Inputs:
     def pictures(self) -> tuple[tuple[Image.Image, ...], tuple[Image.Image, ...]]:
         """(the conditions cut to their sizes, the same uncut). Raises UserError for one that changed since it was looked at."""
         originals = tuple(
-            read(path, data=_content(path, digest))
+            frames_of(path, [0])[0]
+            if path.suffix.lower() in VIDEOS
+            else read(path, data=_content(path, digest))
             for path, digest in zip(self.conditions, self.condition_digests, strict=True)
         )
         return tuple(map(cut, originals, self.condition_sizes)), originals
@@ -81,27 +106,38 @@ class Facts:
     reads: frozenset[Reads]
     fingerprint: str
     precision: str
+    prompts_only: bool = False
 
     @classmethod
     def of(cls, encoder: Encoder, precision: str) -> Facts:
         """precision: how its weights are made (dtype)."""
-        return cls(encoder.name, dict(encoder.fields), encoder.reads, encoder.fingerprint(), precision)
+        fields, alone = dict(encoder.fields), prompts_only(encoder)
+        return cls(encoder.name, fields, encoder.reads, encoder.fingerprint(), precision, alone)
 
     def applies(self, inputs: Inputs) -> bool:
-        """A prompt without target has nothing for an encoder that reads targets only."""
-        return (
+        """A prompt without target has nothing for an encoder that reads targets only; some are asked about prompts alone."""
+        return not (self.prompts_only and inputs.target is not None) and (
             "caption" in self.reads
             or ("target" in self.reads and inputs.target is not None)
-            or ("conditions" in self.reads and bool(inputs.conditions))
+            or ("conditions" in self.reads and bool(inputs.conditions or inputs.clip))
         )
 
     def key(self, inputs: Inputs) -> str:
         parts: list[object] = [CODE_VERSION, self.name, self.fingerprint, self.precision]
         if "caption" in self.reads:
             parts.append(["caption", inputs.caption])
-        if "target" in self.reads:
+        if "target" in self.reads and inputs.clip:
+            parts.append(["clip", inputs.digest, inputs.clip, inputs.size, CUT_VERSION, CLIP_VERSION])
+        elif "target" in self.reads:
             parts.append(["target", inputs.digest, inputs.size, CUT_VERSION])
-        if "conditions" in self.reads:
+        if "frames" in self.reads:
+            parts.append(["frames", inputs.size])
+        if "unconditional" in self.reads:
+            parts.append(["unconditional", inputs.unconditional])
+        if "conditions" in self.reads and inputs.clip:
+            first = [inputs.digest, inputs.clip[0], inputs.size and inputs.size[:2]]
+            parts.append(["first frame", *first, CUT_VERSION, CLIP_VERSION])
+        elif "conditions" in self.reads:
             parts.append(["conditions", inputs.condition_digests, inputs.condition_sizes, CUT_VERSION])
         return hashlib.blake2b(json.dumps(parts).encode("utf-8"), digest_size=20).hexdigest()
 
@@ -111,6 +147,18 @@ class Facts:
         target: tuple[Image.Image, ...] = ()
         conditions: tuple[Image.Image, ...] = ()
         originals: tuple[Image.Image, ...] = ()
+        if "frames" in self.reads:
+            size = inputs.size
+        if inputs.clip:
+            assert inputs.target is not None and inputs.size is not None
+            _unchanged(inputs.target, inputs.digest)
+            if "target" in self.reads:
+                size, target = inputs.size, frames_of(inputs.target, inputs.clip, inputs.size)
+            if "conditions" in self.reads:
+                conditions = originals = frames_of(inputs.target, inputs.clip[:1], inputs.size)
+            return EncodeInput(
+                inputs.caption if "caption" in self.reads else "", target, conditions, originals, size
+            )
         if "target" in self.reads:
             size = inputs.size
             if inputs.target is not None and size is not None:
@@ -118,11 +166,12 @@ class Facts:
         if "conditions" in self.reads:
             conditions, originals = inputs.pictures()
         caption = inputs.caption if "caption" in self.reads else ""
-        return EncodeInput(caption, target, conditions, originals, size)
+        unconditional = "unconditional" in self.reads and inputs.unconditional
+        return EncodeInput(caption, target, conditions, originals, size, unconditional)
 
 
 def _size_of(path: Path, resolution: int, stride_px: int) -> Size:
-    seen = probe(path)
+    seen = look(path) if is_clip(path) else probe(path)
     if seen.problem is not None:
         raise seen.problem.error
     assert seen.size is not None, "readable"
@@ -139,14 +188,32 @@ def _size_of(path: Path, resolution: int, stride_px: int) -> Size:
     return size
 
 
+def _unchanged(path: Path, digest: str) -> None:
+    """As `_content`, for videos, which are too large to be read for every clip: once for each state of the file."""
+    files = frame_files(path) if path.is_dir() else [path]
+    with naming(path):
+        state = tuple((stat.st_size, stat.st_mtime_ns) for stat in (file.stat() for file in files))
+    if _digest_at(path, state) != digest:
+        raise _was_changed(path)
+
+
+@lru_cache(maxsize=4096)
+def _digest_at(path: Path, state: tuple[tuple[int, int], ...]) -> str:
+    return content_digests([path])[0]
+
+
+def _was_changed(path: Path) -> UserError:
+    return UserError(
+        "the file was changed after the run had looked at it",
+        where=str(path),
+        mend="start again when it is finished",
+    )
+
+
 def _content(path: Path, digest: str) -> bytes:
     """The file's bytes. Raises UserError when they are not those that were scanned: the entry's name would lie."""
     with naming(path):
         data = path.read_bytes()
     if digest_of(data) != digest:
-        raise UserError(
-            "the file was changed after the run had looked at it",
-            where=str(path),
-            mend="start again when it is finished",
-        )
+        raise _was_changed(path)
     return data

@@ -48,7 +48,7 @@ class Loader(Iterator[Batch]):
     ) -> None:
         self._cached, self._items, self._order, self._sets = cached, items, order, sets
         self._next, self._world = start * world + rank, world
-        self._kept: dict[tuple[int, bool], Mapping[str, torch.Tensor]] = {}
+        self._kept: dict[tuple[int, int, bool], Mapping[str, torch.Tensor]] = {}
         self._kept_bytes = 0
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._ahead: deque[Future[Batch]] = deque()
@@ -84,18 +84,20 @@ class Loader(Iterator[Batch]):
         for number, visit in draws:
             item = self._items[number]
             uncond = drops(self._order.seed, item, visit, self._sets[item.set_index].caption_dropout)
-            samples.append(Sample(item, visit, self._fields(number, uncond)))
+            samples.append(Sample(item, visit, self._fields(number, visit, uncond)))
         return stack(samples, self._cached)
 
-    def _fields(self, number: int, uncond: bool) -> Mapping[str, torch.Tensor]:
+    def _fields(self, number: int, visit: int, uncond: bool) -> Mapping[str, torch.Tensor]:
         """What the encoders said, from the disk or, while there is room, from memory: a small set is read once."""
-        kept = self._kept.get((number, uncond))
+        item = self._items[number]
+        clip = visit % max(1, len(item.clips))
+        kept = self._kept.get((number, clip, uncond))
         if kept is not None:
             return kept
-        fields = self._cached.sample(self._items[number], 0, uncond=uncond).fields
+        fields = self._cached.sample(item, clip, uncond=uncond).fields
         size = sum(tensor.numel() * tensor.element_size() for tensor in fields.values())
         if self._kept_bytes + size <= KEPT_BYTES:
-            self._kept[number, uncond] = fields
+            self._kept[number, clip, uncond] = fields
             self._kept_bytes += size
         return fields
 

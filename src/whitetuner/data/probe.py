@@ -26,11 +26,14 @@ _LATE_METADATA = (b"eXIf", b"iTXt", b"zTXt", b"tEXt")
 
 @dataclass(frozen=True)
 class Probe:
-    """size: after EXIF rotation, None when the file cannot be read; kind: what it really is; traits: what is done to it."""
+    """size: after EXIF rotation, None when the file cannot be read; kind: what it really is; traits: what is done to it;
+    times: of a video's frames, in seconds from the first; of a frame folder their numbers 0, 1, 2, ...
+    """
 
     size: Size | None
     kind: str = ""
     traits: tuple[str, ...] = ()
+    times: tuple[float, ...] = ()
     problem: Problem | None = field(default=None, compare=False)
 
 

@@ -6,17 +6,45 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from whitetuner.data.buckets import bucketing, choose, fit
-from whitetuner.data.digests import digests
 from whitetuner.data.problems import Problem, merged, refuse
 from whitetuner.data.survey import Found, PictureSet, SetOptions, caption_files, survey
+from whitetuner.data.video_clips import ClipRules, Clips, choose_clips, clip_lengths, too_short
+from whitetuner.data.video_folders import content_digests
 from whitetuner.errors import UserError
 from whitetuner.records import Item, Size
 
 __all__ = ["PictureSet", "Scan", "SetOptions", "caption_files", "place", "place_conditions", "scan"]
+
+
+@dataclass(frozen=True)
+class Films:
+    """What a model wants of videos: clips of `step` n + 1 frames (0: it takes none), `fps` a second, so many where the data set
+    does not say; first_frame: whether it is given a clip's first frame (i2v).
+    """
+
+    step: int = 0
+    fps: float = 16.0
+    num_frames: int = 81
+    first_frame: bool = False
+
+    def rules(self, options: SetOptions) -> ClipRules:
+        """Raises UserError for a length that this model does not have."""
+        return ClipRules(
+            lengths=clip_lengths(
+                options.num_frames if not isinstance(options.num_frames, tuple) else list(options.num_frames),
+                self.num_frames,
+                self.step or 4,
+            ),
+            fps=options.fps or self.fps,
+            choice=options.clips,
+            count=options.clips_per_video,
+            too_short=options.too_short,
+            source_fps=options.frames_fps,
+        )
 
 
 @dataclass(frozen=True)
@@ -47,12 +75,14 @@ def scan(
     min_size_px: int = 64,
     most_conditions: int | None = None,
     index_folder: Path | None = None,
+    films: Films = Films(),
     progress: Callable[[int, int], None] | None = None,
 ) -> Scan:
     """Items of all sets, in an order that is the same on every machine.
 
     sections: objects with the fields of SetOptions; most_conditions: that the model takes, None: any number;
-    index_folder: where content hashes are remembered; progress: told (files hashed, files to hash)
+    films: what it wants of videos; index_folder: where content hashes are remembered
+    progress: told (files hashed, files to hash)
     Raises UserErrors with everything that must be mended first.
     """
     looked = survey(sections)
@@ -68,12 +98,19 @@ def scan(
     folder = looked.sets[0].folder if len({one.folder for one in looked.sets}) == 1 else None
     refuse(problems, folder)
     paths = list(dict.fromkeys(path for found, _, _ in sized for path in (found.path, *found.conditions)))
-    hashes = dict(zip(paths, digests(paths, index_folder, progress=progress), strict=True))
+    hashes = dict(zip(paths, content_digests(paths, index_folder, progress=progress), strict=True))
     seen: Counter[str] = Counter()
-    items = []
+    items: list[Item] = []
     for found, size, conditions in sized:
         assert found.caption is not None and found.probe.size is not None, "refused above"
         digest = hashes[found.path]
+        if found.probe.times:
+            clips, problem = clips_of(found, looked.sets[found.set_index], films, digest)
+            problems += [] if problem is None else [problem]
+            for of_visit in () if clips is None else by_item(clips, looked.sets[found.set_index].options):
+                items.append(_clip_item(found, digest, seen[digest], size, of_visit, films))
+                seen[digest] += 1
+            continue
         items.append(
             Item(
                 f"{digest}-{seen[digest]}",
@@ -89,7 +126,51 @@ def scan(
             )
         )
         seen[digest] += 1
+    refuse(problems, folder)
+    if not items:
+        raise UserError(
+            "no video of the data set is long enough",
+            where=str(folder or "data"),
+            mend='lower data.num_frames, or set data.too_short = "pad" to hold the last frame of short ones',
+        )
     return Scan(tuple(items), looked.sets, tuple(problem for problem in problems if problem.level != "error"))
+
+
+def clips_of(found: Found, of: PictureSet, films: Films, digest: str) -> tuple[Clips | None, Problem | None]:
+    """The clips of one video, or why there are none."""
+    try:
+        rules = films.rules(of.options)
+    except UserError as error:
+        return None, Problem("num_frames", "error", of.folder, error)
+    times, folder = found.probe.times, found.probe.kind == "frames"
+    clips = choose_clips(times, rules, digest, frames=folder)
+    if clips is not None:
+        return clips, None
+    have = choose_clips(times, replace(rules, lengths=(1,), choice="head"), digest, frames=folder)
+    assert have is not None, "one frame is always there"
+    return None, too_short(found.path, have.at_rate, rules)
+
+
+def by_item(clips: Clips, options: SetOptions) -> list[tuple[tuple[int, ...], ...]]:
+    """One item for each clip; of clips at random one item, whose visits take them in turn."""
+    return [clips.clips] if options.clips == "random" else [(clip,) for clip in clips.clips]
+
+
+def _clip_item(
+    found: Found, digest: str, ordinal: int, size: Size, clips: tuple[tuple[int, ...], ...], films: Films
+) -> Item:
+    assert found.caption is not None and found.probe.size is not None, "refused before"
+    return Item(
+        f"{digest}-{ordinal}",
+        found.path,
+        digest,
+        found.caption,
+        found.probe.size,
+        size._replace(frames=len(clips[0])),
+        condition_sizes=(size._replace(frames=1),) if films.first_frame else (),
+        set_index=found.set_index,
+        clips=clips,
+    )
 
 
 def place(
@@ -100,7 +181,7 @@ def place(
         return None, None
     options = of.options
     rules = bucketing(options.resolution, stride_px, min_size_px, options.upscale)
-    size = choose(found.probe.size, rules)
+    size = choose(found.probe.size._replace(frames=1), rules)
     if size is not None:
         return size, None
     width, height, _ = found.probe.size
@@ -155,5 +236,7 @@ def place_conditions(
 
 
 def _given(item: Item) -> list[object]:
-    """What an edit item has besides; nothing for others, whose digests stay what they were."""
+    """What an edit item or a clip has besides; nothing for others, whose digests stay what they were."""
+    if item.clips:
+        return [[item.clips, item.condition_sizes]]
     return [[item.condition_digests, item.condition_sizes]] if item.conditions else []

@@ -17,6 +17,9 @@ from whitetuner.data.folders import Listing, kohya_folders, list_folder, not_a_f
 from whitetuner.data.pairs import pair
 from whitetuner.data.probe import Probe, probe
 from whitetuner.data.problems import Problem
+from whitetuner.data.video import OTHER_VIDEOS, is_clip, look
+from whitetuner.data.video_clips import Choice
+from whitetuner.data.video_folders import list_videos, nothing_to_see
 from whitetuner.errors import UserError
 
 Small = Literal["refuse", "skip"]
@@ -30,7 +33,8 @@ class SetOptions:
     (None: that is an error; "": they are learned without text); repeats: visits of every picture in an epoch;
     weight: the set's part of an epoch instead (see data/order.py); prompt: one caption for all, files are not looked at;
     too_small: what becomes of pictures below the model's least size; condition_resolution: side in pixels of a square of
-    the area that conditions are read at, None: the largest resolution
+    the area that conditions are read at, None: the largest resolution; num_frames, fps, clips, clips_per_video, too_short,
+    frames_fps: of videos, see data/video_clips.py (ClipRules)
     """
 
     images: str | Path | None = None
@@ -49,6 +53,12 @@ class SetOptions:
     repeats: int = 1
     weight: float | None = None
     too_small: Small = "refuse"
+    num_frames: int | list[int] | tuple[int, ...] | None = None
+    fps: float | None = None
+    clips: Choice = "head"
+    clips_per_video: int = 4
+    too_short: Literal["skip", "pad"] = "skip"
+    frames_fps: float | None = None
 
     @classmethod
     def of(cls, section: object) -> SetOptions:
@@ -63,6 +73,11 @@ class SetOptions:
         if given.get("trigger") is None:
             given["trigger"] = ""
         return cls(**given)
+
+    @property
+    def source(self) -> str | Path | None:
+        """The folder that this set is named after."""
+        return self.images or self.target or self.videos
 
     @property
     def reference_resolution(self) -> int:
@@ -132,7 +147,7 @@ def survey(
         try:
             listings = list(_listings(options))
         except UserError as error:
-            problems.append(Problem("folder", "error", Path(options.images or options.target or ""), error))
+            problems.append(Problem("folder", "error", Path(options.source or ""), error))
             continue
         visits = sum(len(listing.pictures) * repeats for listing, repeats, _ in listings)
         for listing, repeats, words in listings:
@@ -160,7 +175,7 @@ def survey(
     pictures = list(dict.fromkeys(path for _, target, _, rest in jobs for path in (target, *rest)))
     probes: dict[Path, Probe] = {}
     with ThreadPoolExecutor() as pool:
-        for path, looked in zip(pictures, pool.map(lambda path: probe(path, deep), pictures), strict=True):
+        for path, looked in zip(pictures, pool.map(lambda path: _look(path, deep), pictures), strict=True):
             probes[path] = looked
             if looked.problem is not None:
                 problems.append(looked.problem)
@@ -175,8 +190,18 @@ def survey(
     return Survey(tuple(sets), tuple(found), tuple(problems))
 
 
+def _look(path: Path, deep: bool) -> Probe:
+    return look(path, deep) if is_clip(path) else probe(path, deep)
+
+
 def _listings(options: SetOptions) -> list[tuple[Listing, int, str | None]]:
     """The folders of one set with their repeats, and the words of a kohya folder where they stand in for captions."""
+    if options.videos is not None:
+        (folder,) = _folders([options.videos])
+        videos = list_videos(folder, options.caption_ext, options.recursive)
+        if not videos.pictures:
+            raise nothing_to_see(folder)
+        return [(videos, options.repeats, None)]
     if options.target is not None:
         (folder,) = _folders([options.target])
         targets = list_folder(
@@ -189,7 +214,7 @@ def _listings(options: SetOptions) -> list[tuple[Listing, int, str | None]]:
         raise UserError(
             "no folder of pictures is named",
             where="[data]",
-            mend='set images = "FOLDER" (edit: target and conditions) in [data] or in every [[data.sets]]',
+            mend='set images = "FOLDER" (edit: target and conditions; video: videos) in [data] or in every [[data.sets]]',
         )
     (folder,) = _folders([options.images])
     if not folder.is_dir():
@@ -226,7 +251,9 @@ def _unread_problems(listing: Listing) -> list[Problem]:
             UserError(
                 "{kind} files are left out",
                 where=str(path),
-                mend="convert to png, jpg or webp",
+                mend="convert to mp4 (H.264)"
+                if path.suffix.lower() in OTHER_VIDEOS
+                else "convert to png, jpg or webp",
                 kind=path.suffix.lower(),
             ),
         )
@@ -290,6 +317,13 @@ def _no_caption(path: Path, listing: Listing, options: SetOptions) -> UserError:
             mend='set caption_ext = "{other}"',
             ext=options.caption_ext,
             other=listing.other_captions.most_common(1)[0][0],
+        )
+    if options.videos is not None:
+        return UserError(
+            "no caption file (same name, ending in {ext}) beside the clip",
+            where=str(path),
+            mend='write one (of a frame folder also caption{ext} in it), or set default_caption = "..." ("": no text)',
+            ext=options.caption_ext,
         )
     if options.target is not None:
         return UserError(

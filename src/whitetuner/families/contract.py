@@ -30,7 +30,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from whitetuner.family import BuildFn, Family
+from whitetuner.family import BuildFn, Family, prompts_only
 from whitetuner.records import Batch, EncodeInput, Item, Size
 
 #: Relative error of a step: float32 rounding through a whole model twice. A wrong convention is off by 1e-3
@@ -102,14 +102,17 @@ class Bench:
         self.modules = family.load(build)
 
     def encode(self, given: EncodeInput) -> dict[str, Tensor]:
+        """Every encoder's words; those of encoders for prompts alone where there is no target."""
         fields: dict[str, Tensor] = {}
         for encoder in self.encoders:
-            fields.update(encoder.encode(given))
+            if not (given.target and prompts_only(encoder)):
+                fields.update(encoder.encode(given))
         return fields
 
     def batch(self, given: Sequence[EncodeInput]) -> Batch:
         encoded = [self.encode(one) for one in given]
-        layouts = {name: layout for encoder in self.encoders for name, layout in encoder.fields.items()}
+        layouts = {name: layout for one in self.encoders for name, layout in one.fields.items()}
+        layouts = {name: layout for name, layout in layouts.items() if name in encoded[0]}
         fields: dict[str, Tensor | list[Tensor]] = {}
         for name, layout in layouts.items():
             values = [one[name] for one in encoded]
@@ -131,7 +134,7 @@ def euler_step_error(bench: Bench, reference: Reference, case: Case) -> float:
     """
     given = case.inputs()
     batch = bench.batch(given)
-    empty = bench.batch([replace(one, caption="") for one in given])
+    empty = bench.batch([replace(one, caption="", unconditional=True) for one in given])
     latent = batch["latent"]
     assert isinstance(latent, Tensor)
     walk = reference.walk(given, _normal(tuple(latent.shape), case.seed), case.steps, case.cfg)
@@ -255,6 +258,17 @@ def _at(change: Callable[[Tensor], Tensor]) -> Callable[[Callable[..., Tensor]],
     )
 
 
+def _exchanged(batch: Batch, x_t: Tensor) -> Batch:
+    """Fields that lie on the latent's own grid (a video's first frame) turned as the latent is."""
+    fields = {
+        name: value.mT
+        if isinstance(value, Tensor) and value.dim() >= 4 and value.shape[-2:] == x_t.shape[-2:]
+        else value
+        for name, value in batch.fields.items()
+    }
+    return replace(batch, fields=fields)
+
+
 GENERAL: dict[str, Mutant] = {
     "velocity with the wrong sign": Mutant(
         "E1", method("predict", lambda right: lambda *given: -right(*given))
@@ -266,7 +280,9 @@ GENERAL: dict[str, Mutant] = {
         method(
             "predict",
             lambda right: (
-                lambda modules, part, batch, x_t, sigma: right(modules, part, batch, x_t.mT, sigma).mT
+                lambda modules, part, batch, x_t, sigma: right(
+                    modules, part, _exchanged(batch, x_t), x_t.mT, sigma
+                ).mT
             ),
         ),
     ),

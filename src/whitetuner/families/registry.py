@@ -21,6 +21,7 @@ FAMILIES: dict[str, str] = {
     "zimage": "whitetuner.families.zimage",
     "zimage-v2": "whitetuner.families.zimage_v2",
     "qwen-image": "whitetuner.families.qwen_image",
+    "wan": "whitetuner.families.wan",
 }
 
 

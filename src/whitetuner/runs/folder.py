@@ -250,9 +250,9 @@ class RunFolder:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM if os.name == "nt" else signal.SIGKILL)
 
-    def final_adapter(self, kind: str) -> Path:
-        """The finished run's adapter file. Raises UserError when it is not there."""
-        path = self.final / kind / f"{kind}.safetensors"
+    def final_adapter(self, kind: str, file: str | None = None) -> Path:
+        """The finished run's adapter file; file: its name, where several parts learned. Raises UserError when it is not there."""
+        path = self.final / kind / (file or f"{kind}.safetensors")
         if not path.is_file():
             raise UserError(
                 "this run has no final file yet",

@@ -11,11 +11,12 @@ import torch
 
 from whitetuner.family import Family
 from whitetuner.records import Size
+from whitetuner.runs.film import can_write, contact_sheet, write_film
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One preview: encoded prompt and negative (None: no guidance) and how to draw it."""
+    """One preview: encoded prompt and negative (None: no guidance) and how to draw it. fps: of a clip, None: a picture."""
 
     text: str
     prompt: Mapping[str, torch.Tensor]
@@ -24,6 +25,7 @@ class Scene:
     seed: int
     steps: int
     cfg: float
+    fps: float | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,9 @@ def draw_previews(
     step: int,
     max_seconds: float,
 ) -> Drawn:
-    """Writes folder/step-000250/00.png ...; scenes that do not fit into max_seconds are left out and counted.
+    """Writes folder/step-000250/00.png ... (clips: a contact sheet, and 00.mp4 where PyAV is installed).
+
+    Scenes that do not fit into max_seconds are left out and counted.
 
     A scene that has begun is finished: half-denoised pictures would look like a training fault.
     """
@@ -68,6 +72,11 @@ def draw_previews(
             )
         longest = max(longest, time.perf_counter() - began - spent)
         path = target / f"{index:02d}.png"
-        frames[0].save(path)
+        if scene.fps is None:
+            frames[0].save(path)
+        else:  # the sheet is what reports show; the clip lies beside it
+            contact_sheet(frames).save(path)
+            if can_write():
+                write_film(frames, path.with_suffix(".mp4"), scene.fps)
         files.append(path)
     return Drawn(files, time.perf_counter() - began, 0)
