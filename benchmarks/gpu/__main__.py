@@ -267,7 +267,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if arguments.device is None and not torch.cuda.is_available():
-        print("no CUDA device: nothing is measured; the engine's schedule runs on a simulated link instead")
+        print(
+            "no CUDA device: nothing is measured; the engine's schedule runs on a simulated link instead",
+            flush=True,
+        )
         swap_schedule.main(["--out", str(arguments.out)] if arguments.out else [])
         return
     began = time.perf_counter()
