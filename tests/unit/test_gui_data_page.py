@@ -273,3 +273,22 @@ def test_captions_are_written_by_a_child_whose_words_are_shown(
     assert state["code"] not in (0, None) and any("--no model; rm -rf" in line for line in state["lines"])
     assert snapshot(folder) == before
     assert "outside" in page.refused("write", look=look, model="/etc")
+
+
+def test_videos_show_the_frames_that_will_be_learned(page: Page, tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    from whitetuner.data.samples import make_testdata
+
+    make_testdata("video", tmp_path / "clips", 2, 0)
+    text = f"[model]\nfamily = 'wan'\ntask = 'i2v'\n[data]\nvideos = '{tmp_path / 'clips'}'\nnum_frames = 17\nresolution = 128\n"
+    look = page.post("look", tab="wan-i2v", text=f"{text}[run]\noutput_dir = '{tmp_path / 'output'}'\n")
+    rows = page.rows(look)
+    assert len(rows) == 2 and look["buckets"] and look["resolution"] == "128"
+    for row in rows.values():
+        assert "fps" in row["film"] and "1 clips" in row["film"] and row["caption"]
+        query = {"look": look["look"], "n": row["n"], "side": 1024}
+        sheet = Image.open(io.BytesIO(page.client.get("/api/data/thumb", params=query).content))
+        assert sheet.width > 400, "several frames side by side"
+    assert page.rows(page.look(tmp_path / "clips")).keys() == rows.keys(), (
+        "a bare folder of videos is one, too"
+    )

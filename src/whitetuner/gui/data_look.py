@@ -10,14 +10,20 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from whitetuner.config.schema import Config
 from whitetuner.data.check import CheckReport, Placed, check_sets
+from whitetuner.data.check_video import FilmPlan
 from whitetuner.data.folders import list_folder
 from whitetuner.data.pairs import edit_layout
 from whitetuner.data.problems import Problem
+from whitetuner.data.scan import Films
 from whitetuner.data.survey import PictureSet, SetOptions
+from whitetuner.data.video_clips import spans
+from whitetuner.data.video_folders import holds_videos, list_videos
 from whitetuner.errors import UserError
 from whitetuner.families import registry
-from whitetuner.gui import forms
+from whitetuner.family import ModelPaths
+from whitetuner.gui import forms, words
 from whitetuner.gui.caption_edits import text_of_bytes
 from whitetuner.gui.pickers import Roots
 from whitetuner.gui.told import parts
@@ -25,6 +31,8 @@ from whitetuner.gui.training_tabs import tab_of
 
 #: What a bare folder is looked at with, as the command line does.
 FOLDER_RESOLUTION, FOLDER_STRIDE_PX = 1024, 16
+#: Clips of a bare folder have 4 n + 1 frames.
+_FILM_STEP = 4
 #: Looks that are remembered; an older one is made again when it is asked for.
 _KEPT = 8
 #: Findings that a new caption settles.
@@ -98,6 +106,7 @@ class Look:
             "size": None if placed.size is None else [placed.size.width, placed.size.height],
             "cropped": round(100 * placed.cropped),
             "conditions": [one.name for one in placed.conditions],
+            "film": "" if placed.film is None else _film(placed.film, language),
             "findings": [[one.kind, one.level, *parts(one.error, language)] for one in row.problems],
         }
 
@@ -120,6 +129,7 @@ class Looks:
             sections,
             spec.stride_px,
             min_size_px=spec.min_size_px,
+            films=_films(config),
             batch_size=config.data.batch_size,
             deep=deep,
         )
@@ -133,9 +143,11 @@ class Looks:
             section = SetOptions(target=layout[0], conditions=layout[1], resolution=resolution)
         elif given:
             section = SetOptions(target=path, conditions=given, resolution=resolution)
+        elif path.is_dir() and holds_videos(path):
+            section = SetOptions(videos=path, resolution=resolution)
         else:
             section = SetOptions(images=path, resolution=resolution)
-        return self._look([section], FOLDER_STRIDE_PX, deep=deep)
+        return self._look([section], FOLDER_STRIDE_PX, films=Films(_FILM_STEP), deep=deep)
 
     def get(self, name: object) -> Look:
         """Raises UserError when the look is not remembered any more."""
@@ -148,17 +160,12 @@ class Looks:
 
     def _look(self, sections: Sequence[SetOptions], stride_px: int, **more: Any) -> Look:
         for one in sections:
-            for folder in (one.images, one.target, *one.conditions):
+            for folder in (one.source, *one.conditions):
                 if folder is not None:
                     self.roots.path(str(folder))
         report = check_sets(sections, stride_px, **more)
         found = _rows(report, self.roots)
-        folders = [
-            Path(one)
-            for section in sections
-            for one in (section.images or section.target, *section.conditions)
-            if one
-        ]
+        folders = [Path(one) for section in sections for one in (section.source, *section.conditions) if one]
         look = Look(secrets.token_urlsafe(12), report, *found, folders, sections[0].trigger)
         with self._lock:
             self._kept[look.name] = look
@@ -188,14 +195,31 @@ def _rows(report: CheckReport, roots: Roots) -> tuple[list[Row], list[Problem]]:
     return rows, others
 
 
+def _films(config: Config) -> Films:
+    """What the config's family wants of videos, as far as its facts tell without the model."""
+    spec = registry.spec(config.model.family)
+    fps = spec.fps_of(config.model_options(), ModelPaths(None)) if spec.frames else 16.0
+    return Films(spec.frames, fps, spec.default_size.frames, config.model.task == "i2v")
+
+
+def _film(film: FilmPlan, language: str) -> str:
+    """Of a video: its rate, its frames, and which of them are learned from."""
+    say = words.texts("data", language)
+    used = "; ".join(spans(clip) for clip in film.clips[:3]) + (" ..." if len(film.clips) > 3 else "")
+    return say["film"].format(
+        fps=f"{film.fps:.4g}", frames=film.source.frames, clips=len(film.clips), used=used or "-"
+    )
+
+
 def _text(resolution: int | Sequence[int]) -> str:
     return str(resolution) if isinstance(resolution, int) else str(resolution[0])
 
 
 def _captions(of: PictureSet) -> dict[Path, Path]:
     """Picture -> its caption file, where there is one."""
+    listed = list_folder if of.options.videos is None else list_videos
     try:
-        listing = list_folder(of.folder, of.options.caption_ext, of.options.recursive)
+        listing = listed(of.folder, of.options.caption_ext, of.options.recursive)
     except UserError:
         return {}
     return {

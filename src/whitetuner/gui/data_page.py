@@ -16,6 +16,7 @@ from starlette.routing import BaseRoute, Route
 from whitetuner.data.captions import CAPTION_ENDINGS, tidy, with_trigger
 from whitetuner.data.media import PICTURES, sniff
 from whitetuner.data.problems import Problem
+from whitetuner.data.video import VIDEOS
 from whitetuner.errors import EXIT_ENVIRONMENT, UserError
 from whitetuner.gui import words
 from whitetuner.gui.caption_edits import CaptionEdits
@@ -115,7 +116,8 @@ class DataApi:
             path = (placed.path, *placed.conditions)[which]
             if not self.roots.allows(path):
                 return Response(status_code=403)
-            data = self.thumbs.get(path, _whole(query.get("side"), 256))
+            clips = placed.film.clips if placed.film is not None else ()
+            data = self.thumbs.get(path, _whole(query.get("side"), 256), clips[0] if clips else ())
         except (UserError, IndexError):
             return Response(
                 status_code=204
@@ -202,7 +204,7 @@ class DataApi:
             or not plain.isprintable()
         ):
             raise UserError("{name} is no file name", mend="rename it", name=name[:80])
-        if ending not in (*PICTURES, *CAPTION_ENDINGS):
+        if ending not in (*PICTURES, *VIDEOS, *CAPTION_ENDINGS):
             raise UserError(
                 "{kind} files are left out", mend="convert to png, jpg or webp", kind=ending or plain
             )
@@ -219,7 +221,8 @@ class DataApi:
 
 def _add(target: Path, data: bytes) -> None:
     """Writes a new file; one of the same name that has appeared meanwhile stays. Raises UserError."""
-    if target.suffix.lower() in PICTURES and sniff(data[:64]) not in _KINDS:
+    kind = sniff(data[:64])
+    if (target.suffix.lower() in PICTURES and kind not in _KINDS) or kind in ("web page", "zip", "pdf"):
         raise UserError("{name} is no picture", mend="choose another file", name=target.name)
     try:
         with target.open("xb") as file:

@@ -174,7 +174,7 @@ def without_rows(key: str) -> str:
 
 def _takes_one(field: FormField) -> bool:
     """Whether a single number may stand without a list (`resolution = 1024`)."""
-    return field.key.endswith("resolution")
+    return field.key.endswith(("resolution", "num_frames"))
 
 
 def _number(text: str) -> Any:

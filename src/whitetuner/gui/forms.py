@@ -13,6 +13,7 @@ from whitetuner.config.landed import refuse_not_landed
 from whitetuner.config.load import Loaded, validate
 from whitetuner.config.schema import Config
 from whitetuner.data.media import PICTURES
+from whitetuner.data.video import VIDEOS
 from whitetuner.errors import UserError, UserErrors
 from whitetuner.families import registry
 from whitetuner.family import ModelPaths
@@ -299,22 +300,22 @@ def _missing(field: FormField, path: str, roots: Roots) -> UserError | None:
 def _count(field: FormField, folder: Path, language: str) -> str:
     """How many pictures a folder holds, and how many have a text of their name beside them; "" where it cannot be read."""
     texts, pictures = set(), []
-    if field.key.endswith("videos"):
-        return ""
+    endings = VIDEOS if field.key.endswith("videos") else PICTURES
     try:
         with os.scandir(folder) as entries:
             for number, entry in enumerate(entries):
                 if number >= _COUNTED:
                     break
                 name = Path(entry.name)
-                if name.suffix.lower() in PICTURES:
+                if name.suffix.lower() in endings:
                     pictures.append(name.stem)
                 elif name.suffix.lower() == ".txt":
                     texts.add(name.stem)
     except OSError:
         return ""
     both = sum(stem in texts for stem in pictures)
-    word = "counted_pictures" if field.key.endswith("conditions") else "counted"
+    kind = field.key.rpartition(".")[2]
+    word = {"conditions": "counted_pictures", "videos": "counted_videos"}.get(kind, "counted")
     return words.texts("form", language)[word].format(pictures=len(pictures), captions=both)
 
 

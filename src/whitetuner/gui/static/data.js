@@ -174,7 +174,7 @@ class DataPage {
       const label = row.conditions.length ? (which ? fill(words.condition, { number: which }) : words.target) : "";
       return el("figure", {}, el("button", { type: "button", "aria-label": name, onclick: () => this.enlarge(row) }, image), label ? el("figcaption", {}, label) : "");
     };
-    const facts = [row.source ? row.source.join("×") : "", row.size ? fill(words.trained_at, { size: row.size.join("×") }) : "", row.cropped ? fill(words.cut, { percent: row.cropped }) : ""];
+    const facts = [row.film, row.source ? row.source.join("×") : "", row.size ? fill(words.trained_at, { size: row.size.join("×") }) : "", row.cropped ? fill(words.cut, { percent: row.cropped }) : ""];
     const badges = el("div", { class: "wt-badges" });
     for (const [kind, level, what, mend] of row.findings) badges.append(el("span", { class: `wt-badge wt-${level}chip`, title: `${what}${mend ? ` → ${mend}` : ""}` }, words[`kind:${kind}`] ?? kind));
     const text = el("textarea", { rows: "3", "aria-label": `${words.caption}: ${row.name}`, placeholder: words.no_caption, disabled: row.fixed });
@@ -261,7 +261,7 @@ class DataPage {
   // -- files that are added ---------------------------------------------------------------------------------------
 
   watchDrops() {
-    const input = el("input", { type: "file", multiple: true, class: "wt-hidden", tabindex: "-1", "aria-hidden": "true", accept: "image/*,.txt,.caption" });
+    const input = el("input", { type: "file", multiple: true, class: "wt-hidden", tabindex: "-1", "aria-hidden": "true", accept: "image/*,video/*,.txt,.caption" });
     input.addEventListener("change", () => (this.upload([...input.files]), (input.value = "")));
     this.drop.after(input);
     this.drop.addEventListener("click", () => input.click());
