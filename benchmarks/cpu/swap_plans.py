@@ -88,10 +88,13 @@ def main() -> None:
     torch.set_num_threads(1)
     found = []
     for name in arguments.families or registry.FAMILIES:
-        spec = registry.spec(name)
-        for variant in registry.sketch(name).RELEASED:
+        spec, released = registry.spec(name), registry.sketch(name).RELEASED
+        seen = []
+        for variant, configs in released.items():
             for task in spec.tasks_of(variant):
-                found += rows(name, variant, task)
+                if (configs, task) not in seen:  # variants that differ in their weights alone fit alike
+                    seen.append((configs, task))
+                    found += rows(name, variant, task)
     if not arguments.families:
         head = {
             "command": "python -m benchmarks.cpu.swap_plans",

@@ -24,7 +24,7 @@ from whitetuner.memory.plan import Weights, weigh
 from whitetuner.memory.skeleton import sketch_module
 from whitetuner.memory.swap.backend import Backend
 from whitetuner.memory.swap.engine import SwapEngine
-from whitetuner.memory.swap.layout import padded, spread
+from whitetuner.memory.swap.layout import slot_bytes, spread
 
 log = logging.getLogger(__name__)
 #: Left free for activations and kernels while a model of another phase runs.
@@ -87,7 +87,7 @@ class PhaseBuild:
         budget = self.budget_bytes - self.room_bytes - weights.rest
         if sum(weights.blocks) <= budget:
             return None
-        slots = 2 * padded(max(weights.blocks))
+        slots = 2 * slot_bytes(weights.blocks)
         if budget < slots:
             raise UserError(
                 "{part} needs {need:.1f} GB on the card though its blocks are streamed, and {have:.1f} GB may be used",

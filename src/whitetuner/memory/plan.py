@@ -30,7 +30,7 @@ BASES = {"fp32": 1.0, "bf16": 1.0, "int8": 1.03, "fp8": 1.04, "nf4": 1.08}
 _WORTH = 1.05
 #: Slots where there is a choice. Three rather than two and one more resident block, which take the same memory
 #: and load the same bytes: with two, one block is in use and one is fetched, and the link rests whenever the next
-#: blocks are residents (benchmarks/cpu/swap_schedule.py: at worst 1.12 x the bound with two, 1.06 with three).
+#: blocks are residents (equal lists on the simulated link: at worst 1.12 x the bound with two, 1.06 with three).
 SLOTS = 3
 #: Unusable remainders between tensors in the caching allocator, as a share of what is not weights.
 _FRAGMENTS = 0.05
