@@ -66,7 +66,7 @@ def test_from_the_form_to_a_killed_a_resumed_and_a_stopped_run(server: Server, w
     expect(view.locator(".wr-log")).to_contain_text("goes on from step", timeout=LONG_MS)
     expect(view.locator(".wr-head")).to_contain_text("running")
     expect(view.locator("[data-wish=save]")).to_be_visible(timeout=LONG_MS)
-    view.locator("[data-wish=stop]").click()
+    page.locator("wt-train [data-wish=stop] >> visible=true").click()
     expect(view.locator(".wr-head")).to_contain_text("stopped and saved", timeout=LONG_MS)
     listed = server.run_cli("jobs").stdout
     assert "stopped" in listed and name in listed
@@ -127,9 +127,13 @@ def test_tensorboard_shows_a_curve_in_its_tab_and_at_its_own_port(server: Server
     page = watched().page
     page.goto(f"{server.url}/en/#tab=tensorboard")
     inside = page.frame_locator("wt-board iframe")
+    inside.get_by_role("combobox", name="Filter tags (regex)").fill(
+        "train/loss"
+    )  # with many curves only the first are drawn
     expect(inside.get_by_text("train/loss").first).to_be_visible(timeout=LONG_MS)
     expect(inside.locator("line-chart").first).to_be_visible(timeout=LONG_MS)
     own = page.locator("wt-board small").inner_text()
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", own)
     page.goto(own)
+    page.get_by_role("combobox", name="Filter tags (regex)").fill("train/loss")
     expect(page.get_by_text("train/loss").first).to_be_visible(timeout=LONG_MS)

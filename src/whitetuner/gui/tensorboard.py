@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -23,6 +25,7 @@ from starlette.routing import Route
 from whitetuner.errors import EXIT_ENVIRONMENT, UserError
 from whitetuner.gui.settings import Settings
 from whitetuner.runs import jobs
+from whitetuner.runs.files import write_atomically
 from whitetuner.runs.state import state_folder
 
 PREFIX = "/tb"
@@ -131,6 +134,7 @@ class Board:
 
     def _start(self, folder: Path) -> None:
         self._stop()
+        _end_orphan()
         self.port, self.folder = free_port(self.settings.tensorboard_port), folder
         log = state_folder() / "tensorboard.log"
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -152,6 +156,8 @@ class Board:
                 env={**os.environ, "PYTHONUTF8": "1"},
                 creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
             )
+        told = [[pid, psutil.Process(pid).create_time()] for pid in (self._process.pid, os.getpid())]
+        write_atomically(state_folder() / "tensorboard.json", json.dumps(told))
 
     def _stop(self) -> None:
         if self._process is None:
@@ -163,6 +169,28 @@ class Board:
             self._process.kill()
             self._process.wait()
         self._process, self._client = None, None
+
+
+def _end_orphan() -> None:
+    """Ends a TensorBoard whose page was killed and could not."""
+    try:
+        (board, board_born), (page, page_born) = json.loads(
+            (state_folder() / "tensorboard.json").read_text(encoding="utf-8")
+        )
+    except (OSError, ValueError):
+        return
+    if _is(board, board_born) and not _is(page, page_born):
+        with contextlib.suppress(psutil.Error):
+            psutil.Process(board).kill()
+
+
+def _is(pid: int, born: float) -> bool:
+    """Whether that process lives, and is not a later one of its number."""
+    try:
+        process = psutil.Process(pid)
+        return abs(process.create_time() - born) < 2 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 async def _body(answer: httpx.Response) -> AsyncIterator[bytes]:

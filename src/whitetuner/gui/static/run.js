@@ -39,9 +39,11 @@ class RunList extends View {
 class TrainView extends View {
   draw() {
     this.start = h("button", { class: "wr-main", "data-wish": "start", onclick: () => this.tried(() => this.begin("")) }, this.w("start"));
+    this.stop = h("button", { disabled: true, "data-wish": "stop", onclick: () => this.view.tried(() => this.view.asked("stop")) }, this.w("stop"));
+    this.addEventListener("run", ({ detail }) => { this.stop.disabled = !detail.can.includes("stop"); });
     this.gpus = h("select", { hidden: true, "aria-label": this.w("devices") });
     this.place = h("div", {});
-    this.replaceChildren(h("div", { class: "wr-buttons" }, this.start, this.gpus), h("div", { "data-part": "alert", class: "wr-alert", role: "alert" }),
+    this.replaceChildren(h("div", { class: "wr-buttons" }, this.start, this.stop, this.gpus), h("div", { "data-part": "alert", class: "wr-alert", role: "alert" }),
       h("div", { "data-part": "exists" }), h("div", { "data-part": "which", class: "wr-which" }), this.place);
   }
 

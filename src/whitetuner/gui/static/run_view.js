@@ -40,16 +40,17 @@ class RunView extends View {
       this.log.textContent = text;
       if (follow) this.log.scrollTop = this.log.scrollHeight;
     }
-    if (this.asked && run.state !== "running") { this.asked = false; this.say(""); }
+    if (this.waits && run.state !== "running") { this.waits = false; this.say(""); }
     this.dataset.state = run.state;
-    this.dispatchEvent(new CustomEvent("run", { detail: run }));
+    this.dispatchEvent(new CustomEvent("run", { detail: run, bubbles: true }));
   }
 
   show(run) {
     const n = run.numbers;
+    const small = this.dataset.small !== undefined; // there, Stop stands beside Start
     this.part("head", [run.name, run.state, run.place], () => [h("h2", {}, run.name), this.badge(run), h("small", {}, run.run)]);
     this.part("why", [run.reason, run.state], () => this.why(run));
-    this.part("buttons", run.can, () => run.can.map((wish) => this.button(wish)));
+    this.part("buttons", run.can, () => run.can.filter((wish) => wish !== "stop" || !small).map((wish) => this.button(wish)));
     this.part("progress", [run.phase, run.done, run.total, n.step, run.steps, run.state], () => this.progress(run));
     const card = run.machine.devices.find((one) => one.total_mb);
     const tiles = [
@@ -79,20 +80,24 @@ class RunView extends View {
       const add = () => this.tried(() => this.ask(`/api/runs/${id}/resume`, { more: Number.parseInt(count.value, 10) || 0 }));
       return h("span", { class: "wr-more" }, h("button", { "data-wish": wish, onclick: add }, this.w("more")), count, this.w("more_steps"));
     }
-    const doing = async () => {
-      if (words[`${wish}_sure`] && !confirm(this.w(`${wish}_sure`))) return;
-      this.leaving = ["cancel", "forget"].includes(wish); // it will be unknown then, and need not be asked for
-      try {
-        await this.ask(`/api/runs/${id}/${wish === "resume" ? "resume" : "ask"}`, wish === "resume" ? {} : { wish });
-      } catch (error) {
-        this.leaving = false;
-        throw error;
-      }
-      if (this.leaving) remember({ run: "" });
-      if (["stop", "save", "preview"].includes(wish)) { this.say(this.w("asked")); this.asked = true; }
-    };
+    const doing = () => this.asked(wish);
     const kind = wish === "stop" || wish === "resume" ? "wr-main" : wish === "now" ? "wr-danger" : "";
     return h("button", { "data-wish": wish, class: kind, onclick: () => this.tried(doing) }, this.w(wish));
+  }
+
+  /** Asks for a wish, after making sure where something would be lost. */
+  async asked(wish) {
+    if (words[`${wish}_sure`] && !confirm(this.w(`${wish}_sure`))) return;
+    const to = `/api/runs/${this.dataset.run}/${wish === "resume" ? "resume" : "ask"}`;
+    this.leaving = ["cancel", "forget"].includes(wish); // it will be unknown then, and need not be asked for
+    try {
+      await this.ask(to, wish === "resume" ? {} : { wish });
+    } catch (error) {
+      this.leaving = false;
+      throw error;
+    }
+    if (this.leaving) remember({ run: "" });
+    if (["stop", "save", "preview"].includes(wish)) { this.say(this.w("asked")); this.waits = true; }
   }
 
   progress(run) {
