@@ -120,7 +120,10 @@ def sample(
         first = images[0] if images else None
         asked = [Inputs.from_frame(text, first, size) for text in (prompt, negative)]
     else:
-        asked = [Inputs.prompt(text, images, resolutions[1], family.stride()) for text in (prompt, negative)]
+        asked = [
+            Inputs.prompt(text, images, resolutions[1], family.stride(), size, unconditional)
+            for text, unconditional in ((prompt, False), (negative, True))
+        ]
     check_kind(out, bool(spec.frames))
     device = choose_device("auto")
     build = PhaseBuild(Build(choose_dtype("auto", device), device), device_budget(device, None), tell=print)
@@ -284,7 +287,13 @@ def encode_prompts(
     for inputs in asked:
         conditions, originals = inputs.pictures()
         given.append(
-            EncodeInput(inputs.caption, conditions=conditions, originals=originals, size=inputs.size)
+            EncodeInput(
+                inputs.caption,
+                conditions=conditions,
+                originals=originals,
+                size=inputs.size,
+                unconditional=inputs.unconditional,
+            )
         )
     for encoder in family.encoders(task):
         if "target" not in encoder.reads and ("caption" in encoder.reads or asked[0].conditions):

@@ -26,7 +26,7 @@ from whitetuner.memory.phases import PhaseBuild, device_budget
 from whitetuner.models import films_of
 from whitetuner.records import Batch, Item
 from whitetuner.resolve import Resolved, resolve
-from whitetuner.scenes import check_previews, inputs_of, scene_of
+from whitetuner.scenes import check_previews, scene_of, sides_of
 from whitetuner.train.preview import Scene
 
 #: (phase, done, total); it may raise to stop, what is cached stays.
@@ -103,11 +103,7 @@ def prepare_data(
     # Whether a batch can be filled does not hang on shapes: told before hours of encoding.
     Order(training, [0] * len(training), found.sets, config.data.batch_size, config.run.seed)
     prompts = config.preview.prompts if config.preview.every else []
-    wanted = [
-        inputs_of(text, prompt, config, family, training[0].size)
-        for prompt in prompts
-        for text in (prompt.text, prompt.negative)
-    ]
+    wanted = [one for prompt in prompts for one in sides_of(prompt, config, family, training[0].size)]
     cached = _cache(config, resolved, build, found, wanted, progress)
     order = Order(
         training,
@@ -168,9 +164,8 @@ def encoded_twice(
         facts = next(one for one in cached.encoders if one.name == encoder.name)
         for item in found.items:
             inputs = Inputs.of(item)
-            now.update(
-                {f"{item.id}/{name}": tensor for name, tensor in encoder.encode(facts.give(inputs)).items()}
-            )
+            said = encoder.encode(facts.give(inputs)) if facts.applies(inputs) else {}
+            now.update({f"{item.id}/{name}": tensor for name, tensor in said.items()})
         encoder.free()
     for item in found.items:
         before.update({f"{item.id}/{name}": tensor for name, tensor in cached.sample(item, 0).fields.items()})

@@ -82,16 +82,31 @@ def check_given(images: Sequence[Path], family: Family, where: str) -> None:
         )
 
 
-def inputs_of(text: str, prompt: Prompt, config: Config, family: Family, size: Size | None = None) -> Inputs:
+def sides_of(prompt: Prompt, config: Config, family: Family, size: Size) -> tuple[Inputs, Inputs]:
+    """What the encoders are asked for a preview: its text, its negative. size: of what is learned from."""
+    texts = ((prompt.text, False), (prompt.negative, True))
+    wanted, unwanted = (inputs_of(text, prompt, config, family, size, negative) for text, negative in texts)
+    return wanted, unwanted
+
+
+def inputs_of(
+    text: str,
+    prompt: Prompt,
+    config: Config,
+    family: Family,
+    size: Size | None = None,
+    negative: bool = False,
+) -> Inputs:
     """What the encoders are asked for a text of a preview. Raises UserError for a given picture that cannot be read.
 
     size: of what is learned from; None: not known yet, the model's own
     """
     images = _paths(prompt)
+    drawn = drawn_size(prompt, config, family, size or family.spec.default_size)
     if family.spec.frames:
-        drawn = drawn_size(prompt, config, family, size or family.spec.default_size)
         return Inputs.from_frame(text, images[0] if images else None, drawn)
-    return Inputs.prompt(text, images, reference_resolution(config) if images else 0, family.stride())
+    resolution = reference_resolution(config) if images else 0
+    return Inputs.prompt(text, images, resolution, family.stride(), drawn, negative)
 
 
 def reference_resolution(config: Config) -> int:
@@ -115,8 +130,7 @@ def target_resolution(config: Config) -> int:
 
 def scene_of(prompt: Prompt, config: Config, family: Family, cached: Cached, size: Size) -> Scene:
     """A preview ready to be drawn; size: without one of its own and without given pictures."""
-    texts = (prompt.text, prompt.negative)
-    wanted, unwanted = (inputs_of(text, prompt, config, family, size) for text in texts)
+    wanted, unwanted = sides_of(prompt, config, family, size)
     size = drawn_size(prompt, config, family, size)
     usual_steps, usual_cfg = family.spec.sampling(family.options, family.paths)
     cfg = usual_cfg if prompt.cfg is None else prompt.cfg

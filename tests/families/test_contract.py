@@ -28,7 +28,7 @@ from whitetuner.families.contract import (
     picture,
     told,
 )
-from whitetuner.family import ModelPaths
+from whitetuner.family import Encoder, ModelPaths, prompts_only
 from whitetuner.memory.build import Build
 from whitetuner.records import Batch
 
@@ -57,7 +57,7 @@ def test_the_encoders_say_what_the_pipelines_say(
 ) -> None:
     given = subject.case(caption, columns=columns, rows=rows, seed=columns).inputs()[0]
     errors = encoder_errors(subject.bench, subject.reference, given)
-    assert set(errors) == {name for encoder in subject.bench.encoders for name in encoder.fields}
+    assert set(errors) == {name for encoder in asked(subject) for name in encoder.fields}
     assert max(errors.values()) <= E2_TOLERANCE, errors
 
 
@@ -96,9 +96,14 @@ def test_one_sigma_for_the_whole_batch_is_told(subject: Subject) -> None:
 # -- the encoders --------------------------------------------------------------------------------------------------
 
 
+def asked(subject: Subject) -> list[Encoder]:
+    """The encoders that are asked about items; some families have one for prompts alone, and tests of it."""
+    return [encoder for encoder in subject.bench.encoders if not prompts_only(encoder)]
+
+
 def test_encoders_return_the_declared_fields_alike_every_time(subject: Subject) -> None:
     given = subject.case().inputs()[0]
-    for encoder in subject.bench.encoders:
+    for encoder in asked(subject):
         fields = encoder.encode(given)
         assert set(fields) == set(encoder.fields)
         again = encoder.encode(given)
@@ -110,7 +115,7 @@ def test_encoders_return_the_declared_fields_alike_every_time(subject: Subject) 
 
 def test_stacked_fields_of_one_size_stack(subject: Subject) -> None:
     encoded = [subject.bench.encode(one) for one in subject.case(*CAPTIONS).inputs()]
-    for encoder in subject.bench.encoders:
+    for encoder in asked(subject):
         for name, layout in encoder.fields.items():
             if layout == "stack":
                 assert len({one[name].shape for one in encoded}) == 1
@@ -118,7 +123,7 @@ def test_stacked_fields_of_one_size_stack(subject: Subject) -> None:
 
 def test_encoders_read_what_they_say_and_nothing_else(subject: Subject) -> None:
     one, other = subject.case(*CAPTIONS[:2]).inputs()
-    for encoder in subject.bench.encoders:
+    for encoder in asked(subject):
         mixed = {
             name: getattr(one, name) for name in ("caption", "target", "conditions") if name in encoder.reads
         }

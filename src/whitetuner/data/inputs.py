@@ -72,15 +72,24 @@ class Inputs:
 
     @classmethod
     def prompt(
-        cls, caption: str, given: Sequence[Path] = (), resolution: int = 1024, stride_px: int = 16
+        cls,
+        caption: str,
+        given: Sequence[Path] = (),
+        resolution: int = 1024,
+        stride_px: int = 16,
+        size: Size | None = None,
+        unconditional: bool = False,
     ) -> Inputs:
         """A prompt beside given pictures, which keep their shapes and are scaled down to the area of resolution squared.
 
+        size: that is drawn; unconditional: it is the negative one
         Raises UserError for a picture that cannot be read or is too small.
         """
         sizes = tuple(_size_of(path, resolution, stride_px) for path in given)
         return cls(
             caption,
+            size=size,
+            unconditional=unconditional,
             conditions=tuple(given),
             condition_digests=tuple(map(file_digest, given)),
             condition_sizes=sizes,

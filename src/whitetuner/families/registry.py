@@ -22,6 +22,7 @@ FAMILIES: dict[str, str] = {
     "zimage-v2": "whitetuner.families.zimage_v2",
     "qwen-image": "whitetuner.families.qwen_image",
     "wan": "whitetuner.families.wan",
+    "glm-image": "whitetuner.families.glm_image",
 }
 
 
