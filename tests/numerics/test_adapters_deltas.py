@@ -85,6 +85,16 @@ def test_equality_holds_for_every_shape(out, in_, factor, rank, alpha, full, bot
     assert (delta(x, y) - expected).norm() <= 1e-12 * expected.norm()
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_of_no_tokens_nothing_is_made(form: str) -> None:
+    """A model may send an empty text through the layers that text and picture share."""
+    delta = random_delta(FORMS[form], 32, 96)
+    x = torch.zeros(2, 0, 96, dtype=torch.float64, requires_grad=True)
+    y = Attached(nn.Linear(96, 32).double(), delta)(x)
+    y.sum().backward()
+    assert y.shape == (2, 0, 32) and x.grad is not None and x.grad.shape == x.shape
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("form", FORMS)
 def test_delta_is_that_of_lycoris(form: str, size: str) -> None:

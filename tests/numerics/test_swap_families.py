@@ -122,9 +122,11 @@ def test_swap_and_recompute_change_no_bit(place: Place, quantize: Kind | None) -
     for part in parts(place):
         plain = train(place, part, quantize, "none", None)
         count = len(plain.runs)
-        assert plain.runs == [1] * count and (plain.quantised > 0) == (quantize is not None)
+        passes = plain.runs[0]  # GLM-Image's edit sends the given pictures ahead, without gradients
+        assert plain.runs == [passes] * count and passes <= 1 + (place.task == "edit")
+        assert (plain.quantised > 0) == (quantize is not None)
         assert all(torch.isfinite(t).all() for t in plain.tensors.values())
-        for recompute, runs in (("none", 1), ("all", 2)):
+        for recompute, runs in (("none", passes), ("all", passes + 1)):
             for residents in (None, *range(count - 1)):
                 ours = train(place, part, quantize, recompute, residents, seed=residents or 0)
                 assert ours.losses == plain.losses

@@ -99,7 +99,7 @@ class LokrDelta(Delta):
         if not hasattr(self, "lokr_w2"):  # low rank: W1 on (tokens, b, r), the smallest tensor of all
             down, up = self.lokr_w2_b.to(x.dtype), self.lokr_w2_a.to(x.dtype)
             c, r = up.shape
-            t = F.linear(x.reshape(n * b, -1), down).view(n, b, r)
+            t = F.linear(x.reshape(n * b, down.shape[1]), down).view(n, b, r)
             t = torch.matmul(w1, t).view(n * a, r)
             return torch.addmm(y.reshape(n * a, c), t, up.t()).view(y.shape)
         w2 = self.lokr_w2.to(x.dtype)
