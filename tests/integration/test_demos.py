@@ -11,7 +11,9 @@ from PIL import Image
 
 from whitetuner.cli import main
 from whitetuner.config.landed import not_landed
+from whitetuner.data.video import look
 from whitetuner.families import registry
+from whitetuner.records import Size
 
 #: Tasks whose feature is not there yet are refused; the day it lands, their demos are tests.
 REFUSED = not_landed().get("model.task")
@@ -38,12 +40,13 @@ def test_a_demo_learns_draws_and_leaves_its_files(
     assert main(["demo", f"{family}:{variant}", "--task", task, "--out", str(out)]) == 0
     assert time.perf_counter() - began < 60
     assert "MISSED" not in capsys.readouterr().out
-    assert Image.open(out / "sample.png").size == (64, 64)
-    for file in (
-        "config.toml",
-        "run/report.html",
-        "run/samples/step-000030/00.png",
-        "run/final/run.safetensors",
-    ):
+    if task in ("i2v", "t2v"):
+        assert look(out / "sample.mp4").size == Size(64, 64, 5)
+        assert look(out / "run/samples/step-000030/00.mp4").size == Size(64, 64, 5)
+    else:
+        assert Image.open(out / "sample.png").size == (64, 64)
+    suffixes = ("_high_noise", "_low_noise") if variant.endswith("v-2.2") else ("",)
+    finals = [f"run/final/run{suffix}.safetensors" for suffix in suffixes]
+    for file in ("config.toml", "run/report.html", "run/samples/step-000030/00.png", *finals):
         assert (out / file).is_file(), file
     assert main(["check", str(out / "config.toml")]) == 0  # the config it leaves behind is a whole one

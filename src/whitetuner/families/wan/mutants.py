@@ -75,26 +75,34 @@ MUTANTS: dict[str, Mutant] = {
     "frames of the clip in reverse": Mutant(
         "E2", _vae("pixels", lambda right: lambda frames: right(frames).flip(2))
     ),
-    "condition before the mask": Mutant(
-        "E1", method("beside", lambda right: lambda x, mask, first: right(x, first, mask)), _I2V
-    ),
-    "every frame known by the mask": Mutant(
-        "E1", method("mask", lambda right: lambda first: torch.ones_like(right(first))), _I2V
-    ),
-    "no frame known by the mask": Mutant(
-        "E1", method("mask", lambda right: lambda first: torch.zeros_like(right(first))), _I2V
-    ),
-    "frames that are not known black": Mutant(
-        "E2", _first("unknown", lambda right: lambda first: right(first) - 1), _I2V
-    ),
-    "frames that are not known like the first": Mutant(
-        "E2", _first("unknown", lambda right: lambda first: first), _I2V
-    ),
     "condition not normalised": Mutant("E2", _first("normalise", lambda right: lambda vae, x: x), _I2V),
     "condition drawn instead of the mode": Mutant("E2", _first("latent", _sampled), _I2V),
 }
-#: Conventions of one kind of WAN alone; the tests of the family ask them of it.
+#: Conventions of one kind of WAN alone; the tests of the family ask them of it. The 14B I2V: mask and condition beside the clip.
+OF_14B_I2V: dict[str, Mutant] = {
+    "condition before the mask": Mutant(
+        "E1",
+        method("beside", lambda right: lambda x, mask, first: right(x, first, mask)),
+    ),
+    "every frame known by the mask": Mutant(
+        "E1",
+        method("mask", lambda right: lambda first: torch.ones_like(right(first))),
+    ),
+    "no frame known by the mask": Mutant(
+        "E1",
+        method("mask", lambda right: lambda first: torch.zeros_like(right(first))),
+    ),
+    "frames that are not known black": Mutant(
+        "E2",
+        _first("unknown", lambda right: lambda first: right(first) - 1),
+    ),
+    "frames that are not known like the first": Mutant(
+        "E2",
+        _first("unknown", lambda right: lambda first: first),
+    ),
+}
 OF_2_1: dict[str, Mutant] = {
+    **OF_14B_I2V,
     "last layer of CLIP": Mutant(
         "E2", encoder_method("clip", "layer", lambda right: lambda states: states[-1])
     ),
@@ -103,6 +111,7 @@ OF_2_1: dict[str, Mutant] = {
     ),
 }
 OF_2_2: dict[str, Mutant] = {
+    **OF_14B_I2V,
     "experts exchanged": Mutant(
         "E1",
         method(
