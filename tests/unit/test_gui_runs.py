@@ -6,6 +6,7 @@ import json
 import os
 import re
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from whitetuner.gui import starting, strengths
 from whitetuner.gui.app import bound, make_app
 from whitetuner.gui.run_reader import POINTS, Reader, log_lines
 from whitetuner.gui.settings import Settings
-from whitetuner.gui.tensorboard import free_port
+from whitetuner.gui.tensorboard import folders, free_port
 from whitetuner.runs import events, jobs, start
 from whitetuner.runs.folder import RunFolder
 
@@ -198,6 +199,19 @@ def test_a_confined_page_starts_nothing_outside_of_its_roots(
     assert seen == [(inside / "out" / "cat").resolve()]
 
 
+def test_a_confined_page_tells_nothing_of_runs_elsewhere(place: Path) -> None:
+    inside, outside = made(place / "inside" / "cat", step(1)), made(place / "outside" / "dog", step(1))
+    page = client(server=True, roots=(place / "inside",))
+    assert [row["name"] for row in page.get("/api/runs").json()["runs"]] == ["cat"]
+    for path in ("", "/curve", "/log", "/report"):
+        assert page.get(f"/api/runs/{inside.id}{path}").status_code == 200
+        assert page.get(f"/api/runs/{outside.id}{path}").status_code == 404
+    assert "refused" in page.post(f"/api/runs/{outside.id}/ask", json={"wish": "forget"}).json()
+    for job in (inside, outside):
+        (Path(job.run) / "tensorboard").mkdir()
+    assert folders(Settings(server=True, roots=(place / "inside",)).paths()) == [(place / "inside").resolve()]
+
+
 def test_a_start_into_a_run_asks_first_and_overwrites_nothing(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +238,23 @@ def test_a_start_into_a_run_asks_first_and_overwrites_nothing(
     )
     starting.resume(job, more=30)
     assert "run.steps=40" in calls[2][1]["overrides"] and calls[2][1]["resume"] == "latest"
+
+
+def test_steps_are_added_to_a_running_run_by_stopping_it_first(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(start, "start", lambda config, run, **more: calls.append(more))
+    job = made(place / "output" / "cat", step(3))
+    with RunFolder.open(place / "output" / "cat", resume=True) as folder:
+        assert starting.resume(job, more=5) == job and folder.asked("stop")
+        time.sleep(0.8)
+        assert calls == []
+        folder.append(events.Ended(status="stopped", step=3))
+    deadline = time.monotonic() + 20
+    while not calls and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert calls[0]["resume"] == "latest" and "run.steps=15" in calls[0]["overrides"]
 
 
 def test_a_final_file_is_copied_under_the_runs_name_and_over_nothing(place: Path) -> None:

@@ -18,6 +18,7 @@ from whitetuner.gui.run_state import Runs, ask, finals, job_of
 from whitetuner.gui.settings import Settings
 from whitetuner.gui.told import told
 from whitetuner.runs.folder import RunFolder
+from whitetuner.runs.jobs import Job
 from whitetuner.runs.report import write_report
 
 #: Kinds of files that are shown; anything else of a run's folder is never sent as a page.
@@ -35,23 +36,34 @@ Answer = Callable[[Request], Any]
 
 
 def routes(settings: Settings, runs: Runs) -> list[Route]:
+    """Of runs outside of the roots of a confined page nothing is told."""
+    roots = settings.paths()
+
+    def asked_for(request: Request) -> Job:
+        return job_of(request.path_params["ident"], roots)
+
     def listed(request: Request) -> Any:
-        return {"runs": runs.listed(), "machine": runs.machine()}
+        there = [row for row in runs.listed() if roots.allows(Path(row["run"]))]
+        return {"runs": there, "machine": runs.machine()}
 
     def shown(request: Request) -> Any:
-        return {**runs.shown(_job(request)), "machine": runs.machine(), "comfyui": results.comfyui_folder()}
+        return {
+            **runs.shown(asked_for(request)),
+            "machine": runs.machine(),
+            "comfyui": results.comfyui_folder(),
+        }
 
     def curve(request: Request) -> Any:
-        reader = runs.reader(_job(request))
+        reader = runs.reader(asked_for(request))
         if request.query_params.get("version") == str(reader.version):
             return {"version": reader.version}
         return reader.curve()
 
     def log(request: Request) -> Any:
-        return {"lines": runs.log(_job(request))}
+        return {"lines": runs.log(asked_for(request))}
 
     def preview(request: Request) -> Response:
-        job = _job(request)
+        job = asked_for(request)
         event = runs.reader(job).previews.get(int(request.path_params["step"]))
         number = int(request.path_params["number"])
         if event is None or number >= len(event.files):
@@ -59,12 +71,12 @@ def routes(settings: Settings, runs: Runs) -> list[Route]:
         return _file(Path(job.run), event.files[number])
 
     def strength(request: Request) -> Response:
-        run = Path(_job(request).run)
+        run = Path(asked_for(request).run)
         place = strengths.picture(RunFolder(run), int(request.path_params["percent"]))
         return _file(run, place.relative_to(run).as_posix())
 
     def final(request: Request) -> Response:
-        job = _job(request)
+        job = asked_for(request)
         number = int(request.path_params["number"])
         files = finals(RunFolder(Path(job.run)))
         if number >= len(files):
@@ -73,21 +85,23 @@ def routes(settings: Settings, runs: Runs) -> list[Route]:
         return FileResponse(path, media_type="application/octet-stream", filename=path.name)
 
     def report(request: Request) -> Response:
-        path = write_report(Path(_job(request).run))
+        path = write_report(Path(asked_for(request).run))
         return FileResponse(path, media_type="text/html", headers={"content-security-policy": _ALONE})
 
     async def wished(request: Request) -> Any:
         wish = (await _body(request)).get("wish")
         if wish not in WISHES:
             raise UserError("there is nothing of that name to ask for")
-        await asyncio.to_thread(ask, _job(request), wish)
+        await asyncio.to_thread(ask, asked_for(request), wish)
         runs.changed()
         return {"ok": True}
 
     async def resumed(request: Request) -> Any:
         body = await _body(request)
         more = body.get("more")
-        job = await asyncio.to_thread(starting.resume, _job(request), more if isinstance(more, int) else 0)
+        job = await asyncio.to_thread(
+            starting.resume, asked_for(request), more if isinstance(more, int) else 0
+        )
         runs.changed()
         return {"id": job.id}
 
@@ -105,13 +119,13 @@ def routes(settings: Settings, runs: Runs) -> list[Route]:
 
     async def strengthened(request: Request) -> Any:
         number = (await _body(request)).get("number")
-        await asyncio.to_thread(strengths.begin, _job(request), number if isinstance(number, int) else 0)
+        await asyncio.to_thread(strengths.begin, asked_for(request), number if isinstance(number, int) else 0)
         return {"ok": True}
 
     async def copied(request: Request) -> Any:
         body = await _body(request)
         path = await asyncio.to_thread(
-            results.copy_to_comfyui, settings, _job(request), str(body.get("folder") or "")
+            results.copy_to_comfyui, settings, asked_for(request), str(body.get("folder") or "")
         )
         return {"path": str(path)}
 
@@ -132,10 +146,6 @@ def routes(settings: Settings, runs: Runs) -> list[Route]:
         Route(f"{one}/resume", _post(resumed), methods=["POST"]),
         Route(f"{one}/comfyui", _post(copied), methods=["POST"]),
     ]
-
-
-def _job(request: Request) -> Any:
-    return job_of(request.path_params["ident"])
 
 
 async def _body(request: Request) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import psutil
 
 from whitetuner.errors import UserError
 from whitetuner.gui import strengths
+from whitetuner.gui.pickers import Roots
 from whitetuner.gui.run_reader import Reader, log_lines
 from whitetuner.runs import events, jobs
 from whitetuner.runs.devices import Device, devices
@@ -126,10 +127,10 @@ class Runs:
             self._answers.clear()
 
 
-def job_of(ident: str) -> Job:
-    """Raises UserError when there is no such run (any more)."""
+def job_of(ident: str, roots: Roots) -> Job:
+    """Raises UserError when there is no such run (any more), or none that this page may look at."""
     job = jobs.read(ident)
-    if job is None:
+    if job is None or not roots.allows(Path(job.run)):
         raise UserError("this run is not in the list", mend="choose one in the list of runs")
     return job
 
@@ -138,7 +139,7 @@ def actions(state: str, reader: Reader) -> list[str]:
     """What can be asked of a run in this state: stop, now, save, preview, cancel, resume, more, forget."""
     if state == "running":
         training = reader.phase is not None and reader.phase.name == "train"
-        return ["stop", "now", *(["save", "preview"] if training else [])]
+        return ["stop", "now", *(["save", "preview", "more"] if training else [])]
     if state == "waiting":
         return ["cancel"]
     if state == "starting":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,18 @@ def start_form(settings: Settings, tab: str, text: str, gpus: str, existing: str
 
 
 def resume(job: Job, more: int = 0) -> Job:
-    """Goes on from the newest checkpoint, with so many steps more when asked. Raises UserError while it still goes on."""
+    """Goes on from the newest checkpoint, with so many steps more when asked.
+
+    A running one is asked to save and stop first: its learning rate is planned over all of its steps. Raises UserError while
+    it goes on otherwise.
+    """
     run = Path(job.run)
     folder = RunFolder(run)
     state = jobs.state_of(job)
+    if state == "running" and more > 0:
+        folder.request("stop")
+        threading.Thread(target=_resume_when_stopped, args=(job, more), daemon=True).start()
+        return job
     if state in ("waiting", "starting", "running"):
         raise UserError("this run is going on already", where=job.run, mend="stop it first")
     if not folder.is_run():  # it never began: the same once more
@@ -88,6 +97,14 @@ def resume(job: Job, more: int = 0) -> Job:
     return start.start(
         folder.config_file, run, cwd=Path(job.cwd), gpus=job.gpus, resume="latest", overrides=overrides
     )
+
+
+def _resume_when_stopped(job: Job, more: int) -> None:
+    """Should the page end before the run does, the run is stopped and saved, and Resume is there."""
+    while (state := jobs.state_of(jobs.read(job.id) or job)) in ("running", "starting"):
+        time.sleep(0.5)
+    if state in ("stopped", "finished"):
+        resume(jobs.read(job.id) or job, more)
 
 
 def _own(run: Path) -> list[str]:

@@ -23,6 +23,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from whitetuner.errors import EXIT_ENVIRONMENT, UserError
+from whitetuner.gui.pickers import Roots
 from whitetuner.gui.settings import Settings
 from whitetuner.runs import jobs
 from whitetuner.runs.files import write_atomically
@@ -47,9 +48,10 @@ _HOPS = {
 _KEPT_BACK = _HOPS | {"cookie", "authorization", "origin", "referer"}
 
 
-def folders() -> list[Path]:
-    """Folders of runs that have curves, the newest run's first."""
+def folders(roots: Roots) -> list[Path]:
+    """Folders of runs that have curves and may be looked at, the newest run's first."""
     found = [Path(job.run) for job in jobs.jobs() if (Path(job.run) / "tensorboard").is_dir()]
+    found = [path for path in found if roots.allows(path.parent)]
     return list(dict.fromkeys(path.parent for path in found))
 
 
@@ -75,7 +77,7 @@ class Board:
 
     async def asked(self, request: Request) -> Response:
         """Starts it over the chosen folder (its place in `folders`); {ready, port, folders, chosen}."""
-        there = await asyncio.to_thread(folders)
+        there = await asyncio.to_thread(folders, self.settings.paths())
         given = request.query_params.get("folder", "")
         chosen = int(given) if given.isdigit() and int(given) < len(there) else 0
         if not there:
