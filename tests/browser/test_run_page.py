@@ -235,7 +235,7 @@ def test_every_tab_opens_in_both_languages_without_an_error_and_without_another_
     other = "English" if language == "zh" else "中文"
     page.get_by_role("link", name=other).click()
     page.locator("#tabs [role=tab]").first.wait_for()
-    assert ("/en" if language == "zh" else "/zh") in page.url
+    assert ("/en" if language == "zh" else "/zh") in page.url and page.url.endswith("tab=tensorboard")
     page.goto(server.url)
     assert ("/en" if language == "zh" else "/zh") in page.url, "the choice is remembered"
 

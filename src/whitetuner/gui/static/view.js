@@ -133,6 +133,8 @@ export function followTabs() {
     return !name || Boolean(seen(name));
   };
   document.addEventListener("click", (event) => {
+    const language = event.target.closest?.('a[href^="/lang/"]');
+    if (language) language.hash = location.hash; // the other language shows the same place
     const clicked = event.isTrusted && event.target.closest?.("[role=tab], .overflow-dropdown button");
     const text = clicked ? clicked.textContent.trim() : "";
     const name = Object.keys(titles()).find((one) => titles()[one] === text);
