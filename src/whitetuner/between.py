@@ -64,11 +64,11 @@ def previews_of(
 ) -> list[events.Event]:
     """Draws into the run's samples/ with the averaged weights; the decoder goes back to the host after."""
     told: list[events.Event] = []
-    with team.averaged(), decoding_in_room(decoder, team.make_room()):
+    with team.averaged(), decoding_in_room(decoder, team.make_room()), team.one_at_a_time() as modules:
         draw = partial(
             draw_previews,
             family,
-            team.modules,
+            modules,
             decoder.to(device),
             data.scenes,
             folder.samples,

@@ -16,6 +16,7 @@ import torch
 
 from whitetuner.between import previews_of, validation_of
 from whitetuner.checkpoint.store import Store
+from whitetuner.companions import companion_of
 from whitetuner.config.landed import refuse_not_landed
 from whitetuner.config.load import Loaded, dump_config
 from whitetuner.data.loader import Loader
@@ -248,7 +249,7 @@ class Session:
             optimizer = optimizer_for(config, parameters)
             ema = Ema(parameters, config.optimizer.ema) if config.optimizer.ema else None
             learners.append(Learner(part, module, adapter, config.method.kind, optimizer, ema, fitted))
-        return Team(learners)
+        return Team(learners, companion_of(config, family, self.resolved, self._message))
 
     def _step_settings(self, learner: Learner) -> StepSettings:
         noise = self.config.noise
@@ -357,7 +358,7 @@ class Session:
             self.tell(event)
 
     def _preview(self, step: int) -> None:
-        if not self.data.scenes:
+        if not self.data.scenes or (self.family.spec.unlearned(self.family.options) and not self.team.beside):
             return
         if self.decoder is None:
             self.decoder = self.family.load_decoder(self.build)

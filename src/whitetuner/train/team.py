@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -18,12 +18,21 @@ from whitetuner.train.learner import Learner
 TURN_STEPS = 20
 
 
-class Team:
-    """Learners in the order of the family's parts. Raises nothing of its own."""
+class Beside(Protocol):
+    """Denoisers that draw beside the learners and do not learn (companions.py)."""
 
-    def __init__(self, learners: Sequence[Learner]) -> None:
+    @property
+    def modules(self) -> Mapping[str, torch.nn.Module]: ...
+
+    def make_room(self) -> None: ...
+
+
+class Team:
+    """Learners in the order of the family's parts, and what draws beside them. Raises nothing of its own."""
+
+    def __init__(self, learners: Sequence[Learner], beside: Beside | None = None) -> None:
         assert learners
-        self.learners = tuple(learners)
+        self.learners, self.beside = tuple(learners), beside
 
     def at(self, step: int) -> Learner:
         """Who learns in the optimizer step after `step` steps."""
@@ -41,8 +50,39 @@ class Team:
 
     @property
     def modules(self) -> dict[str, torch.nn.Module]:
-        """Part name -> denoiser."""
-        return {learner.part.name: learner.module for learner in self.learners}
+        """Part name -> denoiser, of all that draw."""
+        own = {learner.part.name: learner.module for learner in self.learners}
+        return own if self.beside is None else {**own, **self.beside.modules}
+
+    @contextmanager
+    def one_at_a_time(self) -> Iterator[dict[str, torch.nn.Module]]:
+        """The denoisers for drawing: when another one is called than the one before, the others' blocks leave the device."""
+        for make_room in self.make_room():
+            make_room()
+        modules = self.modules
+        if len(modules) == 1:
+            yield modules
+            return
+        last: list[str] = []
+
+        def called(name: str) -> None:
+            if last != [name]:
+                last[:] = [name]
+                for learner in self.learners:
+                    if learner.part.name != name and learner.fitted is not None:
+                        learner.fitted.make_room()
+                if self.beside is not None and name not in self.beside.modules:
+                    self.beside.make_room()
+
+        hooks = [
+            module.register_forward_pre_hook(lambda *_, name=name: called(name))
+            for name, module in modules.items()
+        ]
+        try:
+            yield modules
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -70,4 +110,5 @@ class Team:
 
     def make_room(self) -> list[Any]:
         """For work beside: each frees the device memory of one denoiser's blocks."""
-        return [learner.fitted.make_room for learner in self.learners if learner.fitted is not None]
+        own = [learner.fitted.make_room for learner in self.learners if learner.fitted is not None]
+        return own if self.beside is None else [*own, self.beside.make_room]

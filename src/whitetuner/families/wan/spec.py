@@ -106,6 +106,13 @@ def parts(options: Any) -> tuple[Part, ...]:
     return {"both": (high, low), "high": (high,), "low": (low,)}[options.expert]
 
 
+def unlearned(options: WanOptions) -> WanOptions | None:
+    """The options of the expert that does not learn."""
+    if options.variant not in BOUNDARIES or options.expert == "both":
+        return None
+    return options.model_copy(update={"expert": "low" if options.expert == "high" else "high"})
+
+
 def fps_of(options: WanOptions, paths: ModelPaths) -> float:
     """Frames a second that the model draws: 24 for the 5B, 16 for the others (configs of github.com/Wan-Video).
 
@@ -210,6 +217,7 @@ SPEC = FamilySpec(
     most_references={"i2v-2.1": 1, "i2v-2.2": 1, "ti2v-5b": 1},
     options=WanOptions,
     parts=parts,
+    unlearned=unlearned,
     stride_px=16,
     stride_of=_stride,
     frames=FRAMES_STEP,
