@@ -20,9 +20,23 @@ atexit.register(shutil.rmtree, os.environ["WHITETUNER_STATE"], ignore_errors=Tru
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+from whitetuner.families import registry  # noqa: E402
+
 # Reproducible, and no failure by a slow moment of the machine.
 settings.register_profile("project", deadline=None, derandomize=True, database=None)
 settings.load_profile("project")
+
+
+#: Whole runs over every family. The quick part of the suite walks with the first one, the slow part with all the others:
+#: what differs between families is proved for each of them in tests/families, which is quick.
+WALKS = {
+    "test_training.py",
+    "test_edit_run.py",
+    "test_memory_run.py",
+    "test_demos.py",
+    "test_swap_families.py",
+}
+FIRST = "flux2-klein"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,6 +45,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Slow tests only with --run-slow or when `-m` speaks of them; gpu and browser tests where there is one."""
+    others = [name for name in registry.FAMILIES if name != FIRST]
+    for item in items:
+        case = getattr(item, "callspec", None)
+        if item.path.name in WALKS and case is not None and any(name in case.id for name in others):
+            item.add_marker(pytest.mark.slow)
     if not config.getoption("--run-slow") and "slow" not in config.getoption("-m"):
         slow = [item for item in items if "slow" in item.keywords]
         items[:] = [item for item in items if "slow" not in item.keywords]
