@@ -32,8 +32,10 @@ def field(form: Locator, key: str) -> Locator:
 
 def start_over(form: Locator) -> None:
     form.locator(".wt-buttons button").nth(3).click()
-    expect(field(form, "model.path").locator("input")).to_have_value("")
-    expect(form.locator(".wt-problems")).not_to_be_empty()
+    expect(form.locator(".wt-toml")).to_have_value(
+        re.compile(r'^\[model\]\nfamily = "[a-z0-9-]+"\n(task = "\w+"\n)?$')
+    )
+    expect(form.locator(".wt-field.wt-set")).to_have_count(0)
 
 
 def draft(server: Server, tab: str = TAB) -> Path:
@@ -116,24 +118,41 @@ def test_rows_of_prompts_and_sets_come_and_go(server: Server, watched: Any) -> N
 
 
 def test_from_nothing_to_a_config_that_trains(server: Server, watched: Any) -> None:
-    """A tiny model, sample data, and the command that does the same."""
+    """The embedded model, sample data, and the command that does the same."""
     page = watched().page
     form = open_form(server, page)
     start_over(form)
     expect(form.locator(".wt-problems")).to_contain_text("Still needed: Model, Picture folder")
-    field(form, "model.path").get_by_text("Make a tiny model").click()
-    expect(field(form, "model.path").locator("input")).to_have_value(
-        re.compile("tiny-flux2-klein"), timeout=120_000
-    )
+    field(form, "model.path").get_by_text("Built-in model").click()
     field(form, "data.images").get_by_text("Sample data").click()
     expect(field(form, "data.images")).to_contain_text("8 pictures, 8 with a .txt caption", timeout=120_000)
     expect(form.locator(".wt-problems")).to_contain_text("Ready to train")
-    config = load_config(draft(server)).config
-    assert Path(str(config.model.path), "model_index.json").is_file() and config.data.resolution == 64
+    assert load_config(draft(server)).config.model.path == "builtin:nano"
     form.get_by_text("Command", exact=True).click()
     expect(page.locator(".wt-dialog")).to_contain_text("python launch.py train flux2-klein-t2i.toml")
     page.keyboard.press("Escape")
     expect(page.locator(".wt-dialog")).to_have_count(0)
+
+
+@pytest.mark.slow
+def test_a_tiny_model_is_made_and_planned_for(server: Server, watched: Any) -> None:
+    form = open_form(server, watched().page)
+    start_over(form)
+    field(form, "data.images").get_by_text("Sample data").click()
+    field(form, "model.path").get_by_text("Make a tiny model").click()
+    expect(field(form, "model.path").locator("input")).to_have_value(
+        re.compile("tiny-flux2"), timeout=180_000
+    )
+    config = load_config(draft(server)).config
+    assert Path(str(config.model.path), "model_index.json").is_file() and config.data.resolution == 64
+    form.locator(".wt-plan > summary").click()
+    form.get_by_text("12 GB", exact=True).click()
+    expect(form.locator(".wt-plans:not(.wt-stale) .wt-choice").first).to_contain_text(
+        "bf16 base", timeout=180_000
+    )
+    expect(form.locator(".wt-card")).to_have_count(1)
+    form.locator(".wt-choice button").first.click()
+    expect(field(form, "memory.blocks_to_swap").locator("input")).to_have_value("0")
 
 
 def test_a_preset_is_taken_and_taken_back(server: Server, watched: Any) -> None:
