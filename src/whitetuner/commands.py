@@ -93,13 +93,30 @@ def train(
 
 
 def plan(given: argparse.Namespace) -> int:
-    """How a config or a released model fits; exit code 2 (3 for the host's memory) when no plan does."""
+    """How a config or a released model fits; the exit code is the refusal's when no plan does."""
     from whitetuner import plan_view
     from whitetuner.families import registry
 
     on = plan_view.machines(given.vram, given.host, given.measure)
-    if given.what.partition(":")[0] in registry.FAMILIES and not Path(given.what).exists():
+    released = given.what.partition(":")[0] in registry.FAMILIES and not Path(given.what).exists()
+    idle = {"--set": given.overrides} if released else {"--size": given.size, "--task": given.task}
+    for where, value in idle.items():
+        if value:
+            raise UserError(
+                "this changes nothing in the plan of a {kind}",
+                where=where,
+                mend="leave it out: --size and --task are for a FAMILY, --set is for a CONFIG",
+                kind="family" if released else "config",
+            )
+    if released:
         found = plan_view.of_family(given.what, size_of(given.size), given.task, on)
+    elif not Path(given.what).exists() and not given.what.endswith(".toml"):
+        raise UserError(
+            "neither a config file nor a model family",
+            where=given.what,
+            mend="give a .toml file that is there, or one of: {known}",
+            known=", ".join(registry.FAMILIES),
+        )
     else:
         found = plan_view.of_config(Path(given.what), given.overrides, on)
     if given.json:

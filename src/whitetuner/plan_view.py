@@ -23,14 +23,21 @@ from whitetuner.resolve import choose_dtype, open_family
 
 #: Cards that are told of when none was named and none is here.
 CARDS_GB = (8, 12, 16, 24, 32)
+#: More than any machine has: beyond it stands a slip of the finger.
+_MOST_GB = 4096
+_LARGEST_PX = 8192
 
 
 def machines(vram: float | None, host: float | None, measure: bool) -> list[Machine]:
     """The card that is here or was named, or one of every usual size. Raises UserError for a measurement without a card."""
-    if vram is not None and vram <= 0:
-        raise UserError(
-            "{vram} GB is no card's memory", where="--vram", mend="give what the card has, e.g. 12", vram=vram
-        )
+    for where, given in (("--vram", vram), ("--host", host)):
+        if given is not None and not 0 < given <= _MOST_GB:  # neither is true of NaN
+            raise UserError(
+                "{given} GB is no memory that a machine has",
+                where=where,
+                mend="give what there is in GB, e.g. 12",
+                given=given,
+            )
     if torch.cuda.is_available() and (vram is None or measure):
         here = this_machine(torch.device("cuda:0"), vram)
         return [here if host is None else replace(here, host_bytes=int(host * GIB))]
@@ -91,8 +98,37 @@ def of_family(text: str, size: Size | None, task: str | None, on: Sequence[Machi
             task=task,
             tasks=", ".join(spec.tasks),
         )
-    found = plan_released(name, variant or None, on, size, task)
+    if variant in spec.variants and task is not None and task not in spec.tasks_of(variant):
+        raise UserError(
+            "{title} {variant} has no task '{task}'",
+            where="--task",
+            mend="use one of: {tasks}",
+            title=spec.title,
+            variant=variant,
+            task=task,
+            tasks=", ".join(spec.tasks_of(variant)),
+        )
+    found = plan_released(name, variant or None, on, _trained_at(size, spec.stride_px), task)
     return {"what": found.title, "shape": str(found.shape), "steps": None, "plans": found.plans}
+
+
+def _trained_at(size: Size | None, stride_px: int) -> Size | None:
+    """The size that pictures of this one are cut to for training. Raises UserError for one that none can have."""
+    if size is None:
+        return None
+    if not all(stride_px <= side <= _LARGEST_PX for side in (size.width, size.height)):
+        raise UserError(
+            "{width}x{height} is no size to train at",
+            where="--size",
+            mend="give sides from {stride} to {largest} pixels",
+            width=size.width,
+            height=size.height,
+            stride=stride_px,
+            largest=_LARGEST_PX,
+        )
+    return size._replace(
+        width=size.width // stride_px * stride_px, height=size.height // stride_px * stride_px
+    )
 
 
 def as_json(found: dict[str, Any]) -> dict[str, Any]:
