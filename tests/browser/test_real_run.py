@@ -91,8 +91,8 @@ def test_try_it_now_runs_to_its_end_and_its_result_goes_to_comfyui(tmp_path: Pat
         expect(view.locator(".wr-thumb").first).to_be_visible(timeout=LONG_MS)
         expect(view.locator(".wr-head")).to_contain_text("已完成", timeout=8 * LONG_MS)
         expect(view.locator(".wr-grid thead th")).to_have_count(
-            10
-        )  # a corner, the start, and every 25 of 200 steps
+            14
+        )  # a corner, the start, every 25 of 300 steps
         page.locator("#tab-results-button").click()
         result = page.locator("wt-runs wt-result >> visible=true")
         expect(result.locator(".wr-thumb").first).to_be_visible()
