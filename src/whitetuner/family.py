@@ -63,6 +63,8 @@ class Part:
     name:        component folder and key of `Family.load`'s result
     block_lists: attributes holding the blocks, in the order they run
     sigma_range: [low, high) of the sigmas it is trained and used at
+    token_wise:  modules inside a block that treat every token of their first argument alike: long videos go through them in
+                 pieces
     suffix:      of its files where a model has several ("high_noise": NAME_high_noise.safetensors)
     """
 
@@ -70,6 +72,7 @@ class Part:
     block_lists: tuple[str, ...]
     sigma_range: tuple[float, float] = (0.0, 1.0)
     suffix: str = ""
+    token_wise: tuple[str, ...] = ()
 
     def file(self, name: str, more: str = "") -> str:
         """ "lokr" -> "lokr.safetensors", "lokr_high_noise_diffusers.safetensors"; more: what stands last ("diffusers")."""

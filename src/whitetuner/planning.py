@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ from whitetuner.memory.build import Build
 from whitetuner.memory.fit import Fitted, fit
 from whitetuner.memory.machine import CONTEXT_BYTES, GIB, Machine, this_machine, typical_machine
 from whitetuner.memory.measure import StepCost, measure_step
-from whitetuner.memory.plan import Plan, Wishes, make_plan, weigh
+from whitetuner.memory.plan import BASES, Plan, Wishes, make_plan, weigh
 from whitetuner.memory.quantize import Kind, require_bitsandbytes
+from whitetuner.memory.recompute import chunk_tokens
 from whitetuner.memory.skeleton import sketch_module
 from whitetuner.memory.swap.layout import spread_count
 from whitetuner.records import Batch, Item, Size
@@ -41,6 +42,9 @@ _QUANTISED: dict[str, Kind] = {"int8": "int8", "fp8": "fp8", "nf4": "nf4"}
 #: Bytes that an optimizer keeps for each trained number (docs of each; adafactor's factored moments are next to nothing).
 _STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 1, "prodigy": 16}
 _OTHER_STATE_BYTES = 8
+#: Clips of more tokens go through what treats tokens alike in pieces of so many (Part.token_wise): a feed-forward that saves five
+#: times its input saves it of one piece. Sums over tokens are rounded in another order.
+LONG_TOKENS, PIECE_TOKENS = 16384, 4096
 #: Of the memory that the first steps left free: later ones may need a little more.
 _USED_OF_FREE = 0.9
 
@@ -62,7 +66,8 @@ class Shape:
 @dataclass(frozen=True)
 class Way:
     """What a run does. quantize: of the frozen base;  residents: None: all;  plain: blocks not computed again;
-    plan: where it comes from, None when nothing had to be planned."""
+    plan: where it comes from, None when nothing had to be planned;  pieces: tokens that go through Part.token_wise at a time,
+    0: all."""
 
     base: str
     quantize: Kind | None
@@ -70,10 +75,12 @@ class Way:
     plain: frozenset[int]
     slots: int = 2
     plan: Plan | None = None
+    pieces: int = 0
 
     def facts(self) -> dict[str, Any]:
         """For run.json."""
-        return {"base": self.base, "plan": None if self.plan is None else self.plan.to_json()}
+        pieces = {"pieces": self.pieces} if self.pieces else {}
+        return {"base": self.base, **pieces, "plan": None if self.plan is None else self.plan.to_json()}
 
     def words(self) -> list[str]:
         return [] if self.plan is None else self.plan.words()
@@ -98,6 +105,7 @@ class Sketched:
     def cost(self, config: Config, shape: Shape) -> StepCost:
         """Of one forward and backward of this shape."""
         family, module = self.family, self.module(config, None)
+        in_pieces(module, self.part, pieces_of(self.family, [shape], self.stride_px))
         task = config.model.task
         fields = registry.sketch(family.spec.name).blank(
             module, family.options, shape.size, self.stride_px, shape.conditions
@@ -139,9 +147,10 @@ def way_of(
     """
     memory = config.memory
     part = family.spec.parts(family.options)[0]
+    pieces = pieces_of(family, shapes, family.stride())
     asked = asked_base(config)
-    if asked is None and earlier and earlier.get("base") in _QUANTISED:
-        asked = str(earlier["base"])
+    if asked is None and earlier and earlier.get("base") in BASES:
+        asked = str(earlier["base"])  # a smaller card may swap more, but not learn other numbers unasked
     if asked == "nf4":
         require_bitsandbytes()
     if device.type == "cpu" and memory.vram_gb == "auto":
@@ -154,11 +163,27 @@ def way_of(
             _QUANTISED.get(base),
             spread_count(count, count - waiting) if waiting else None,
             frozenset() if memory.gradient_checkpointing is True else frozenset(range(count)),
+            pieces=pieces,
         )
     limit = None if memory.vram_gb == "auto" else float(memory.vram_gb)
     machine = typical_machine(limit or 0) if device.type == "cpu" else this_machine(device, limit)
     sketched = Sketched(family, part, family.stride(), dtype)
-    return _way(Reckoning(config, sketched, largest(shapes, sketched), asked).plan(machine))
+    return replace(
+        _way(Reckoning(config, sketched, largest(shapes, sketched), asked).plan(machine)), pieces=pieces
+    )
+
+
+def pieces_of(family: Family, shapes: Sequence[Shape], stride_px: int) -> int:
+    """Tokens of a piece, where the largest clip is long; else 0."""
+    longest = max(family.spec.tokens(shape.size, stride_px) for shape in shapes)
+    return PIECE_TOKENS if longest > LONG_TOKENS else 0
+
+
+def in_pieces(module: torch.nn.Module, part: Part, pieces: int) -> None:
+    """Puts them on a denoiser. pieces: tokens; 0: nothing is done."""
+    if pieces and part.token_wise:
+        blocks = [block for _, block in blocks_of(module, part.block_lists)]
+        chunk_tokens([block.get_submodule(name) for block in blocks for name in part.token_wise], pieces)
 
 
 def _way(plan: Plan) -> Way:
@@ -262,6 +287,7 @@ def fit_denoiser(
 ) -> Fitted:
     """Puts the way on a denoiser with its adapter. tell: hears what waits on the host, now and later."""
     memory = config.memory
+    in_pieces(module, part, way.pieces)
     fitted = fit(
         module,
         part.block_lists,

@@ -225,3 +225,29 @@ def test_bad_input_is_told_before_anything_is_loaded(place: Path, tmp_path: Path
         with pytest.raises(UserError) as caught:
             drawing.sample(str(place / "model22"), out=tmp_path / "x.mp4", size=Size(64, 64), **more)  # type: ignore[arg-type]
         assert any(word in str(caught.value) for word in message.split("|")), caught.value
+
+
+def test_long_clips_in_pieces_learn_the_same_streamed_or_not(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces inside recomputed and streamed blocks: the same bits with the swap as without; the whole to rounding."""
+    monkeypatch.setattr("whitetuner.planning.LONG_TOKENS", 8)
+    monkeypatch.setattr("whitetuner.planning.PIECE_TOKENS", 8)
+    again = {"memory.gradient_checkpointing": True, "run.steps": 3}
+    wanted = {}
+    for name, more in (
+        ("plain", again),
+        ("streamed", {**again, "memory.blocks_to_swap": 2}),
+        ("offloaded", {**again, "memory.blocks_to_swap": 1, "memory.activation_offload": True}),
+    ):
+        result = recipe.run(load_config(None, base=config(place, tmp_path / name, "model21", **more)))
+        assert json.loads((result.folder / "run.json").read_text("utf-8"))["resolved"]["pieces"] == 8
+        wanted[name] = load_file(result.folder / "checkpoints" / "checkpoint-3" / "lokr" / "lokr.safetensors")
+    monkeypatch.setattr("whitetuner.planning.LONG_TOKENS", 10_000)
+    result = recipe.run(load_config(None, base=config(place, tmp_path / "whole", "model21", **again)))
+    whole = load_file(result.folder / "checkpoints" / "checkpoint-3" / "lokr" / "lokr.safetensors")
+    for key, tensor in wanted["plain"].items():
+        assert torch.equal(tensor, wanted["streamed"][key]) and torch.equal(
+            tensor, wanted["offloaded"][key]
+        ), key
+        assert torch.allclose(tensor, whole[key], atol=1e-3), key

@@ -19,6 +19,8 @@ BOUNDARIES = {"i2v-2.2": 0.9, "t2v-2.2": 0.875}
 FRAMES_STEP = 4
 #: Text tokens that every WAN is given, filled up with zeros; the 2.1 I2V's attention tells pictures from text by it.
 TEXT_TOKENS = 512
+#: Feed-forward, and attention to the text: a token of the clip knows nothing of the others there.
+_TOKEN_WISE = ("ffn", "attn2")
 
 Variant = Literal["auto", "i2v-2.1", "i2v-2.2", "t2v-2.1", "t2v-2.2", "ti2v-5b"]
 
@@ -99,10 +101,10 @@ def resolved(options: WanOptions, paths: ModelPaths) -> WanOptions:
 def parts(options: Any) -> tuple[Part, ...]:
     """The denoisers that learn: one, or 2.2's expert(s), each in its range of the shifted noise levels."""
     if options.variant not in BOUNDARIES:
-        return (Part("transformer", ("blocks",)),)
+        return (Part("transformer", ("blocks",), token_wise=_TOKEN_WISE),)
     boundary = options.boundary or BOUNDARIES[options.variant]
-    high = Part("transformer", ("blocks",), (boundary, 1.0), "high_noise")
-    low = Part("transformer_2", ("blocks",), (0.0, boundary), "low_noise")
+    high = Part("transformer", ("blocks",), (boundary, 1.0), "high_noise", _TOKEN_WISE)
+    low = Part("transformer_2", ("blocks",), (0.0, boundary), "low_noise", _TOKEN_WISE)
     return {"both": (high, low), "high": (high,), "low": (low,)}[options.expert]
 
 
@@ -254,6 +256,14 @@ SPEC = FamilySpec(
         ),
         "method.rank": Setting(
             32, "musubi-tuner docs/wan.md (--network_dim 32); DiffSynth-Studio wanvideo too"
+        ),
+        "method.full_matrix": Setting(
+            False,
+            "a full W2 and its optimizer are 3.8 GB of a card that a clip fills; musubi-tuner trains rank 32",
+        ),
+        "memory.activation_offload": Setting(
+            True,
+            "inputs of 40 blocks at 81 frames are 13 GB; their copies take a second of a step of minutes",
         ),
         "optimizer.lr": Setting(1e-4, "DiffSynth-Studio examples/wanvideo (learning_rate 1e-4)"),
         "optimizer.max_grad_norm": Setting(1.0, "musubi-tuner and ai-toolkit defaults"),
