@@ -181,11 +181,13 @@ class PlanGenerator:
         return self.processor.apply_chat_template(
             [[{"role": "user", "content": content}]],
             tokenize=True,
-            padding=False,
-            target_h=size.height,
-            target_w=size.width,
             return_dict=True,
-            return_tensors="pt",
+            processor_kwargs={
+                "padding": False,
+                "target_h": size.height,
+                "target_w": size.width,
+                "return_tensors": "pt",
+            },
         )
 
     def free(self) -> None:

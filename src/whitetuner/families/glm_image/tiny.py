@@ -125,7 +125,7 @@ def _language_model(words: PreTrainedTokenizerFast) -> GlmImageForConditionalGen
             "vision_vocab_size": _VISION,
             "pad_token_id": numbers(_SPECIAL[0]),
             "eos_token_id": _CODES + 1,
-            "initializer_range": 0.5,  # so that what it plans hangs on the words
+            "initializer_range": 1.0,  # so that what it plans hangs on the words
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
         },
         vision_config={
@@ -166,7 +166,7 @@ def _text_encoder() -> T5EncoderModel:
 
 
 def _transformer() -> GlmImageTransformer2DModel:
-    return GlmImageTransformer2DModel(
+    model = GlmImageTransformer2DModel(
         in_channels=4,
         out_channels=4,
         num_layers=3,
@@ -176,7 +176,14 @@ def _transformer() -> GlmImageTransformer2DModel:
         time_embed_dim=16,
         condition_dim=8,
         prior_vq_quantizer_codebook_size=_CODES,
-    ).eval()
+    )
+    with (
+        torch.no_grad()
+    ):  # so that what a token sees of others, given pictures too, is more than its own rounding
+        for name, weight in model.named_parameters():
+            if ".attn1." in name and weight.dim() == 2:
+                weight.mul_(3.0)
+    return model.eval()
 
 
 def _vae() -> AutoencoderKL:
