@@ -255,11 +255,8 @@ def test_five_thousand_pictures_are_looked_at_in_seconds_and_paged(page: Page, t
     assert len(page.rows(look)) == data_page.PAGE_ROWS
 
 
-def test_captions_are_written_by_a_child_whose_words_are_shown(
-    page: Page, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_captions_are_written_by_a_child_whose_words_are_shown(page: Page, folder: Path) -> None:
     """No model is there: what the child says of it reaches the page; nothing typed becomes an option or a command."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(data_page.__file__).parents[2]))
     before = snapshot(folder)
     model = folder.parent / "--no model; rm -rf"
     model.mkdir()

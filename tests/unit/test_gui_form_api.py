@@ -235,7 +235,6 @@ def test_sample_data_is_made_once_by_a_child(
     form: Form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(Path(forms.__file__).parents[2]))
     answer = form.post("make", what="data", text=form.open()["state"]["text"])
     folder = Path(answer["path"])
     assert folder == tmp_path / "output" / "try" / "sample-t2i"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from whitetuner.errors import UserError
+from whitetuner.gui.made import child_environment
 from whitetuner.gui.told import translated
 
 #: Lines of the child that are remembered, and the longest instruction.
@@ -68,6 +69,7 @@ class CaptionRuns:
                 stderr=subprocess.STDOUT,
                 encoding="utf-8",
                 errors="replace",
+                env=child_environment(),
             )
             self._child = _Child(process)
             threading.Thread(target=_listen, args=(self._child,), daemon=True).start()

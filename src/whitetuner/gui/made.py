@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,14 +54,24 @@ def sample_data(task: str, roots: Roots) -> tuple[Path, dict[str, Any]]:
 
 def run_word(arguments: list[str]) -> str:
     """Runs a word of the command line; returns what it printed. Raises UserError with what it said when it fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "whitetuner", *arguments],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        timeout=_PATIENCE_S,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "whitetuner", *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            env=child_environment(),
+            timeout=_PATIENCE_S,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise UserError(
+            "it is not ready after {seconds} s",
+            where=f"whitetuner {arguments[0]}",
+            mend="try it in a terminal to see all of it",
+            code=EXIT_FAILED,
+            seconds=_PATIENCE_S,
+        ) from error
     if done.returncode:
         lines = [line for line in done.stderr.strip().split("\n") if line]
         raise UserError(
@@ -71,6 +82,12 @@ def run_word(arguments: list[str]) -> str:
             reason=" ".join(lines[-2:]).removeprefix("error: ")[:500],
         )
     return done.stdout
+
+
+def child_environment() -> dict[str, str]:
+    """For a child whose words are read here: this very package, wherever it is started from, and UTF-8 on every system."""
+    path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONIOENCODING": "utf-8"}
 
 
 def _place(roots: Roots) -> Path:

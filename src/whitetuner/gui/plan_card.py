@@ -13,6 +13,7 @@ from typing import Any
 
 from whitetuner.config.schema import Config
 from whitetuner.errors import EXIT_FAILED, UserError
+from whitetuner.gui.made import child_environment
 from whitetuner.gui.told import translated
 from whitetuner.gui.words import texts
 from whitetuner.runs.files import write_atomically
@@ -78,6 +79,7 @@ def _asked(what: list[str], vram_gb: float | None) -> dict[str, Any]:
             capture_output=True,
             encoding="utf-8",
             errors="replace",
+            env=child_environment(),
             timeout=_PATIENCE_S,
         )
     except subprocess.TimeoutExpired as error:
