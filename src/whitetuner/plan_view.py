@@ -59,7 +59,7 @@ def of_config(path: Path, overrides: Sequence[str], on: Sequence[Machine]) -> di
     config = load_config(path, overrides).config
     refuse_not_landed(config)
     family = open_family(config)
-    rehearse(config, family)
+    rehearse(config, family, here=False)
     if config.memory.vram_gb != "auto":
         on = [typical_machine(float(config.memory.vram_gb))] if len(on) > 1 else on
     memory = config.memory

@@ -19,18 +19,25 @@ from whitetuner.config.schema import Config
 from whitetuner.errors import UserError
 from whitetuner.family import Family, Part
 from whitetuner.memory.build import rehearse_module
+from whitetuner.memory.kernels import backend_named, set_attention
 from whitetuner.memory.weights import read_header, weight_files
 from whitetuner.scenes import check_previews
 from whitetuner.train.optim import make_optimizer
 
 
-def rehearse(config: Config, family: Family) -> None:
-    """Raises UserError for what would stop the run once the model is loaded. Reads headers and config files only."""
+def rehearse(config: Config, family: Family, *, here: bool = True) -> None:
+    """Raises UserError for what would stop the run once the model is loaded. Reads headers and config files only.
+
+    here: on this machine, not only planned on it for another: its packages and devices count, too
+    """
+    backend_named(config.memory.attention)
     check_weights(family)
     check_previews(config, family)
     modules = family.load(rehearse_module)
     for part in family.spec.parts(family.options):
         adapter, _ = adapter_for(config, family, part, modules[part.name], torch.device("cpu"))
+        if here:
+            set_attention(modules[part.name], config.memory.attention)
         optimizer_for(config, list(adapter.parameters()))
 
 

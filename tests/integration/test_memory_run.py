@@ -17,8 +17,11 @@ from whitetuner.data.samples import make_testdata
 from whitetuner.errors import UserError
 from whitetuner.evidence import checkpoint, digest, losses
 from whitetuner.families import registry
-from whitetuner.memory.machine import typical_machine
+from whitetuner.memory.machine import GIB, typical_machine
 from whitetuner.memory.swap.engine import SwapEngine
+from whitetuner.planning import Shape, Way, way_of
+from whitetuner.records import Size
+from whitetuner.resolve import resolve
 from whitetuner.runs import events
 from whitetuner.tiny import tiny_values
 
@@ -177,3 +180,27 @@ def test_the_plan_of_a_config_says_what_the_run_will_do(place: dict[str, Any], t
     text = plan_view.as_text(found, True)
     assert "all blocks on the card" in text and "adapter and optimizer" in text and "3 steps: about" in text
     assert json.dumps(plan_view.as_json(found))
+
+
+def test_a_kernel_that_cannot_be_had_is_told_before_a_folder_is_made(place: dict[str, Any]) -> None:
+    for name in ("sage", "flash_3"):
+        with pytest.raises(UserError, match="attention backend"):
+            train(place, f"kernel-{name}", **{"memory.attention": name})
+        assert not Path(place["run.output_dir"], f"kernel-{name}").exists()
+
+
+def test_a_precise_base_chosen_by_auto_stays_on_a_smaller_card(tmp_path: Path) -> None:
+    """Numbers may not change because the card did: of what `auto` may do on a resume only the swap is left."""
+    registry.make_tiny("flux2-klein", str(tmp_path / "model"))
+    values = tiny_values("flux2-klein", tmp_path / "model", tmp_path / "data", tmp_path)
+
+    def way(peak_bytes: int, before: Mapping[str, Any]) -> Way:
+        config = load_config(None, base={**values, "memory.vram_gb": peak_bytes / GIB}).config
+        now = resolve(config)
+        return way_of(config, now.family, now.device, now.dtype, [Shape(Size(64, 64), 2)], before)
+
+    roomy = way(8 * GIB, {})
+    assert roomy.plan is not None and roomy.base == "fp32"
+    tight = roomy.plan.best.peak_bytes - 1
+    assert way(tight, {}).base == "int8", "else this proves nothing"
+    assert way(tight, {"base": "fp32"}).base == "fp32"

@@ -27,14 +27,13 @@ ATTENTION = {
 }
 
 
-def set_attention(module: Any, name: str) -> None:
-    """Sets the attention backend of a diffusers model; "auto" leaves torch's own choice.
+def backend_named(name: str) -> str | None:
+    """The backend of diffusers' dispatcher that memory.attention names; None for "auto".
 
-    Raises UserError for a backend that cannot train (sage), is unknown, or whose package or hardware is
-    missing.
+    Raises UserError for one that cannot train (sage) or is unknown.
     """
     if name == "auto":
-        return
+        return None
     backend = ATTENTION.get(name, name if name in ATTENTION.values() else None)
     if backend is None:
         raise UserError(
@@ -44,6 +43,17 @@ def set_attention(module: Any, name: str) -> None:
             name=name,
             known=", ".join(ATTENTION),
         )
+    return backend
+
+
+def set_attention(module: Any, name: str) -> None:
+    """Sets the attention backend of a diffusers model; "auto" leaves torch's own choice.
+
+    Raises UserError as `backend_named`, and for a backend whose package or hardware is missing.
+    """
+    backend = backend_named(name)
+    if backend is None:
+        return
     try:
         # The method sets the choice of every model in the process, too; leaving the context takes that back.
         with attention_backend("native"):
