@@ -101,6 +101,21 @@ def test_every_option_is_reachable_on_every_tab_in_both_languages(server: Server
             form.locator("[data-tier=basic]").click()
 
 
+def test_a_tab_with_two_tasks_shows_what_the_chosen_one_learns_from(server: Server, watched: Any) -> None:
+    tab = next((one for one in tabs() if one.tasks[:2] == ("t2i", "edit")), None)
+    if tab is None:
+        pytest.skip("no family has two tasks on one tab")
+    form = open_form(server, watched().page, "en", tab.key)
+    start_over(form)
+    expect(form.locator('.wt-basic [data-key="data.images"]')).to_be_visible()
+    form.locator('.wt-tasks input[value="edit"]').check()
+    expect(form.locator('.wt-basic [data-key="data.conditions"]')).to_be_visible()
+    expect(form.locator(".wt-problems")).to_contain_text("Condition folders")
+    assert 'task = "edit"' in draft(server, tab.key).read_text(encoding="utf-8")
+    form.locator('.wt-tasks input[value="t2i"]').check()
+    expect(form.locator('.wt-basic [data-key="data.images"]')).to_be_visible()
+
+
 def test_rows_of_prompts_and_sets_come_and_go(server: Server, watched: Any) -> None:
     form = open_form(server, watched().page)
     start_over(form)
