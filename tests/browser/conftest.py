@@ -60,4 +60,4 @@ def watched(browser: Browser) -> Iterator[Any]:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     one = Server(tmp_path_factory.mktemp("page"))
     yield one
-    one.kill()
+    one.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -102,6 +103,15 @@ class Server:
         assert self.process is not None
         spent = psutil.Process(self.process.pid).cpu_times()
         return spent.user + spent.system
+
+    def close(self) -> None:
+        """As Ctrl-C does: what it started for itself ends with it."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(15)
+        except subprocess.TimeoutExpired:
+            self.kill()
 
     def kill(self) -> None:
         assert self.process is not None

@@ -102,7 +102,7 @@ def main(folder: Path) -> None:
             take(page, "phone_dark_zh")
             browser.close()
     finally:
-        server.kill()
+        server.close()
 
 
 if __name__ == "__main__":

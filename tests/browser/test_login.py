@@ -55,4 +55,4 @@ def test_a_page_that_others_reach_asks_for_the_password_that_its_link_carries(
         for page in (owner, stranger):  # the login page has that status
             page.errors[:] = [error for error in page.errors if "401" not in error]
     finally:
-        one.kill()
+        one.close()

@@ -109,7 +109,7 @@ def test_try_it_now_runs_to_its_end_and_its_result_goes_to_comfyui(tmp_path: Pat
         file = one.get(f"/api/runs/{ident}/final/0")
         assert file.headers["content-disposition"].startswith("attachment")
     finally:
-        one.kill()
+        one.close()
 
 
 @pytest.mark.slow

@@ -147,7 +147,7 @@ def test_a_killed_server_comes_back_to_the_same_view_and_the_login_holds(
         view.locator("[data-wish=stop]").click()
         expect(view.locator(".wr-head")).to_contain_text("stopped and saved")
     finally:
-        one.kill()
+        one.close()
         if child is not None:
             child.kill()
             child.wait()
