@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
@@ -206,6 +207,7 @@ def _film(film: FilmPlan, language: str) -> str:
     """Of a video: its rate, its frames, and which of them are learned from."""
     say = words.texts("data", language)
     used = "; ".join(spans(clip) for clip in film.clips[:3]) + (" ..." if len(film.clips) > 3 else "")
+    used = re.sub(r"\((\d+) of them\)", say["film_of"], used)
     return say["film"].format(
         fps=f"{film.fps:.4g}", frames=film.source.frames, clips=len(film.clips), used=used or "-"
     )
