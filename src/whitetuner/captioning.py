@@ -7,6 +7,8 @@ encoder of a Qwen-Image folder. The weights go through the memory engine: what i
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +18,8 @@ import torch
 from PIL import Image
 
 from whitetuner.data.captions import tidy, with_trigger, write_keeping
-from whitetuner.data.folders import list_folder, nothing_found
-from whitetuner.data.media import read
+from whitetuner.data.folders import fold, list_folder, nothing_found
+from whitetuner.data.media import OTHER_PICTURES, PICTURES, read
 from whitetuner.errors import EXIT_ENVIRONMENT, UserError
 from whitetuner.memory.build import Build
 from whitetuner.memory.phases import PhaseBuild, device_budget
@@ -36,6 +38,8 @@ _QWEN_PROMPT = (
     "<|vision_start|>{picture}<|vision_end|>{instruction}<|im_end|>\n<|im_start|>assistant\n"
 )
 _QWEN_PICTURE = "<|image_pad|>"
+#: Longer shapes are drawn into a strip of this one: the reader refuses more than 200.
+_LONGEST_SHAPE = 100
 
 
 @dataclass
@@ -73,6 +77,7 @@ def caption_folder(
     most: at most so many, to try the instruction;  max_tokens: length of a caption at most
     Raises UserError for a folder without pictures and for a model that cannot be read; nothing is written before.
     """
+    _check_words(instruction, trigger, ending)
     listing = list_folder(folder, ending, recursive)
     if not listing.pictures:
         raise nothing_found(folder)
@@ -83,7 +88,9 @@ def caption_folder(
             found.kept += 1
         else:
             todo.append((picture, caption or picture.with_suffix(ending)))
-    todo = todo[:most]
+    shared = Counter(fold(str(target)) for _, target in todo)
+    found.failed += [_shared(picture, target) for picture, target in todo if shared[fold(str(target))] > 1]
+    todo = [(picture, target) for picture, target in todo if shared[fold(str(target))] == 1][:most]
     if not todo:
         return found
     reader = open_reader(model, tell)
@@ -106,6 +113,39 @@ def caption_folder(
     return found
 
 
+def _check_words(instruction: str, trigger: str, ending: str) -> None:
+    """Raises UserError for what would break the model's prompt, or write over pictures."""
+    if not re.fullmatch(r"\.[A-Za-z0-9_-]+", ending) or ending.lower() in (*PICTURES, *OTHER_PICTURES):
+        raise UserError(
+            "{ending} is no ending of caption files",
+            where="--ext",
+            mend="give letters and digits that are no picture's ending, e.g. .txt",
+            ending=ending,
+        )
+    for where, text in (("--instruction", instruction), ("--trigger", trigger)):
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            raise UserError(
+                "there are characters in it that are no text",
+                where=where,
+                mend="type it again; the terminal has to be set to UTF-8",
+            )
+    if "<|" in instruction:
+        raise UserError(
+            "'<|' begins a mark of the model's own",
+            where="--instruction",
+            mend="leave such marks out: they are put around the instruction",
+        )
+
+
+def _shared(picture: Path, caption: Path) -> UserError:
+    return UserError(
+        "several pictures have the same name up to the ending, and share the caption {caption}",
+        where=str(picture),
+        mend="rename one of them with a caption of its own, or delete it",
+        caption=caption.name,
+    )
+
+
 class Reader:
     """A vision-language model: picture and instruction -> text, always the most likely words."""
 
@@ -123,6 +163,9 @@ class Reader:
         """picture: RGB, any size."""
         picture = picture.copy()
         picture.thumbnail((LONGEST_SIDE_PX, LONGEST_SIDE_PX))
+        least = -(-max(picture.size) // _LONGEST_SHAPE)
+        if min(picture.size) < least:
+            picture = picture.resize((max(least, picture.width), max(least, picture.height)))
         device = self.model.get_input_embeddings().weight.device
         given = {name: tensor.to(device) for name, tensor in self.inputs(picture, instruction).items()}
         said = self.model.generate(**given, max_new_tokens=max_tokens, do_sample=False)
@@ -202,12 +245,15 @@ def open_reader(folder: Path, tell: Callable[[str], None]) -> Reader:
     if kind in _QWEN:
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-        tokenizer = transformers.AutoTokenizer.from_pretrained(parts["tokenizer"], local_files_only=True)
-        looks = (
-            Qwen2VLImageProcessorPil.from_pretrained(parts["processor"], local_files_only=True)
-            if "processor" in parts
-            else Qwen2VLImageProcessorPil()
-        )
+        looks: Any = Qwen2VLImageProcessorPil()
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(parts["tokenizer"], local_files_only=True)
+            if "processor" in parts:
+                looks = Qwen2VLImageProcessorPil.from_pretrained(parts["processor"], local_files_only=True)
+        except (ImportError, ValueError, OSError, TypeError, AttributeError, KeyError) as error:
+            raise _no_tokenizer(parts["tokenizer"], str(error)) from error
+        if len(tokenizer(_QWEN_PICTURE)["input_ids"]) != 1:
+            raise _no_tokenizer(parts["tokenizer"], f"it does not know {_QWEN_PICTURE}")
         return _Qwen(build(cls, parts["model"]), build, tokenizer, looks)
     try:
         processor = transformers.AutoProcessor.from_pretrained(parts["tokenizer"], local_files_only=True)
@@ -226,6 +272,15 @@ def open_reader(folder: Path, tell: Callable[[str], None]) -> Reader:
             mend="download the whole model folder again (preprocessor_config.json is part of it)",
         )
     return _Any(build(cls, parts["model"]), build, processor)
+
+
+def _no_tokenizer(folder: Path, reason: str) -> UserError:
+    return UserError(
+        "the model's tokenizer or image processor cannot be read ({reason})",
+        where=str(folder),
+        mend="download the whole model again; its tokenizer is part of it",
+        reason=" ".join(reason.split())[:200],
+    )
 
 
 def _parts(folder: Path) -> dict[str, Path]:

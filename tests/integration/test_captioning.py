@@ -119,3 +119,56 @@ def test_the_word_itself(model: Path, pictures: Path, capsys: pytest.CaptureFixt
     printed = capsys.readouterr()
     assert "broken.png" in printed.err and "captions written" in printed.out
     assert cli.main([*words, "--max-tokens", "0"]) == 2
+
+
+@pytest.mark.parametrize("ending", [".png", "png", ".JPG", ".", "", "..", "/../x", ".a/b", ".gif"])
+def test_no_ending_writes_over_a_picture_or_elsewhere(ending: str, model: Path, pictures: Path) -> None:
+    before = {path: path.read_bytes() for path in pictures.iterdir()}
+    words = ["caption", str(pictures), "--model", str(model), "--overwrite", "--ext", ending]
+    assert cli.main(words) == 2
+    assert {path: path.read_bytes() for path in pictures.iterdir()} == before
+
+
+def test_pictures_that_would_share_a_caption_are_told_and_left(model: Path, pictures: Path) -> None:
+    one = next(
+        path for path in pictures.iterdir() if path.suffix != ".txt" and not _caption_of(path).exists()
+    )
+    Image.new("RGB", (64, 64)).save(one.with_suffix(".bmp"))
+    found = caption_folder(pictures, model, max_tokens=2)
+    assert len(found.failed) == 2 and not found.replaced and not _caption_of(one).exists()
+
+
+def test_pictures_of_any_shape_are_described(model: Path, tmp_path: Path) -> None:
+    for name, size in (("dot", (1, 1)), ("wide", (3000, 2)), ("high", (2, 3000))):
+        Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
+    assert len(caption_folder(tmp_path, model, max_tokens=2).written) == 3
+
+
+@pytest.mark.parametrize(
+    "words", [{"instruction": "<|image_pad|> what?"}, {"trigger": "a\udc80"}, {"instruction": "\udc80"}]
+)
+def test_words_that_would_break_the_prompt_are_refused(
+    words: dict[str, str], model: Path, pictures: Path
+) -> None:
+    before = sorted(pictures.iterdir())
+    with pytest.raises(UserError):
+        caption_folder(pictures, model, max_tokens=2, **words)
+    assert sorted(pictures.iterdir()) == before
+
+
+def test_a_model_without_its_tokenizer_is_told(model: Path, pictures: Path, tmp_path: Path) -> None:
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(model, tmp_path / name))
+
+    shutil.rmtree(copy("none") / "tokenizer")
+    for file in (copy("torn") / "tokenizer").glob("*.json"):
+        file.write_text("{", encoding="utf-8")
+    for file in (copy("eyes") / "processor").glob("*.json"):
+        file.write_text("{", encoding="utf-8")
+    for folder in (tmp_path / "none", tmp_path / "torn", tmp_path / "eyes", model / "text_encoder"):
+        with pytest.raises(UserError, match="tokenizer or image processor cannot be read"):
+            caption_folder(pictures, folder, max_tokens=2)
+
+
+def _caption_of(picture: Path) -> Path:
+    return picture.with_suffix(".txt")
