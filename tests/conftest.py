@@ -37,6 +37,8 @@ WALKS = {
     "test_swap_families.py",
 }
 FIRST = "flux2-klein"
+#: In tests/families the quick part proves each family's first variant; that every wrong convention is told takes seconds each.
+LONG = "test_every_wrong_convention_is_told"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,7 +50,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     others = [name for name in registry.FAMILIES if name != FIRST]
     for item in items:
         case = getattr(item, "callspec", None)
-        if item.path.name in WALKS and case is not None and any(name in case.id for name in others):
+        beyond_first = case is not None and any(name in case.id for name in others)
+        if beyond_first and (item.path.name in WALKS or item.name.startswith(LONG)):
             item.add_marker(pytest.mark.slow)
     if not config.getoption("--run-slow") and "slow" not in config.getoption("-m"):
         slow = [item for item in items if "slow" in item.keywords]

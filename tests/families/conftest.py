@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,17 @@ from whitetuner.families import registry
 from whitetuner.families.contract import quiet
 
 
-@pytest.fixture(
-    scope="session",
-    params=[(name, *pair) for name in registry.FAMILIES for pair in registry.spec(name).pairs()],
-    ids=lambda param: "-".join(param),
-)
+def cases() -> list[Any]:
+    """(family, variant, task). What a family has beyond its first, the first family aside, is left to the slow part."""
+    found = []
+    for name in registry.FAMILIES:
+        for number, pair in enumerate(registry.spec(name).pairs()):
+            marks = [pytest.mark.slow] if number and name != "flux2-klein" else []
+            found.append(pytest.param((name, *pair), marks=marks, id="-".join((name, *pair))))
+    return found
+
+
+@pytest.fixture(scope="session", params=cases())
 def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
     name, variant, task = request.param
     threads = torch.get_num_threads()

@@ -28,6 +28,7 @@ FLOORS = [
         "planning",
         "plan_view",
         "captioning",
+        "companions",
         "between",
         "final_files",
         "resolve",
