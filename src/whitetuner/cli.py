@@ -164,7 +164,7 @@ def make_parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--vram", type=float, metavar="GB", help="memory of the card (else: this machine's, or 8 to 32)"
     )
-    plan.add_argument("--size", metavar="WIDTHxHEIGHT", help="of the pictures (FAMILY only)")
+    plan.add_argument("--size", metavar="WIDTHxHEIGHT[xFRAMES]", help="of what is trained (FAMILY only)")
     plan.add_argument("--task", help="t2i, edit, ... (FAMILY only)")
     plan.add_argument(
         "--host", type=float, metavar="GB", help="memory of the machine itself (else: this one's)"

@@ -197,19 +197,19 @@ def families(*, as_json: bool) -> int:
 
 
 def size_of(text: str | None) -> Size | None:
-    """ "1024x768" -> Size. Raises UserError."""
+    """ "1024x768" -> Size, "832x480x33" with frames. Raises UserError."""
     if text is None:
         return None
     try:
-        width, height = (int(side) for side in text.lower().split("x"))
-    except ValueError as error:
+        width, height, *frames = (int(side) for side in text.lower().split("x"))
+        return Size(width, height, *frames)
+    except (ValueError, TypeError) as error:
         raise UserError(
             "{given} is no size",
             where="--size",
             mend="write WIDTHxHEIGHT, e.g. 1024x768",
             given=text,
         ) from error
-    return Size(width, height)
 
 
 def sample(given: argparse.Namespace) -> int:
