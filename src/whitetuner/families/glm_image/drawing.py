@@ -10,7 +10,7 @@ from diffusers import GlmImagePipeline
 from torch import Tensor
 
 
-class DrawingPipeline(GlmImagePipeline):  # type: ignore[misc]
+class DrawingPipeline(GlmImagePipeline):
     """Works where the denoiser computes; diffusers would look where the VAE lies, which may be parked elsewhere.
 
     unwanted: (1, L, D) embedded texts of the unguided side, of any length; None: no guidance

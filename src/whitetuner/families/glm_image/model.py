@@ -44,8 +44,9 @@ class Model:
 
     @cached_property
     def latent_px(self) -> int:
-        """Pixels of a side that one number of the latent stands for."""
-        return self.stride() // 4
+        """Pixels of a side that one number of the latent stands for; the plan of the released model knows no VAE."""
+        told = self.paths.folder is not None or "vae" in self.paths.single
+        return (self.stride() if told else SPEC.stride_px) // 4
 
     def encoders(self, task: str) -> list[Encoder]:
         """The language model comes last: it is the largest, and what is wrong with the rest is told before it runs."""
@@ -162,7 +163,7 @@ class Model:
         self, transformer: Any, batch: Batch | Mapping[str, Any], rows: Sequence[int]
     ) -> list[Recalled] | None:
         """Keys and values of the given pictures in every block, by the present weights; None without given pictures."""
-        fields = batch.fields if isinstance(batch, Batch) else batch
+        fields: Mapping[str, Any] = batch.fields if isinstance(batch, Batch) else batch
         if "reference_latents" not in fields:
             return None
         latents = fields["reference_latents"][rows]

@@ -44,7 +44,7 @@ class _Eyes(nn.Module):
         self.vqmodel = GlmImageVQVAE._from_config(config.vq_config)
 
 
-class PictureTokenizer(GlmImagePreTrainedModel):  # type: ignore[misc]
+class PictureTokenizer(GlmImagePreTrainedModel):
     """Picture -> codes; built from the language model's folder without the rest of it."""
 
     _keys_to_ignore_on_load_unexpected: ClassVar = [r"^model\.language_model\.", r"^lm_head\."]
