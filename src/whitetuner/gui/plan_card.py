@@ -70,11 +70,11 @@ def _once(key: str, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return _KEPT[key]
 
 
-def _asked(what: list[str], vram_gb: float | None) -> dict[str, Any]:
+def _asked(subject: list[str], vram_gb: float | None) -> dict[str, Any]:
     vram = [] if vram_gb is None else ["--vram", f"{vram_gb:g}"]
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "whitetuner", "plan", *what, "--json", *vram],
+            [sys.executable, "-m", "whitetuner", "plan", *subject, "--json", *vram],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             encoding="utf-8",
@@ -95,7 +95,7 @@ def _asked(what: list[str], vram_gb: float | None) -> dict[str, Any]:
         document = None
     if isinstance(document, dict):
         return document
-    reason = done.stderr.strip().replace(what[0], Path(what[0]).name)
+    reason = done.stderr.strip().replace(subject[0], Path(subject[0]).name)
     raise UserError("{reason}", code=EXIT_FAILED, reason=reason[-1500:].removeprefix("error: "))
 
 
