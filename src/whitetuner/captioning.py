@@ -20,7 +20,7 @@ from PIL import Image
 from whitetuner.data.captions import tidy, with_trigger, write_keeping
 from whitetuner.data.folders import fold, list_folder, nothing_found
 from whitetuner.data.media import OTHER_PICTURES, PICTURES, read
-from whitetuner.errors import EXIT_ENVIRONMENT, UserError
+from whitetuner.errors import EXIT_ENVIRONMENT, UserError, require_text
 from whitetuner.memory.build import Build
 from whitetuner.memory.phases import PhaseBuild, device_budget
 from whitetuner.resolve import choose_device, choose_dtype
@@ -122,13 +122,8 @@ def _check_words(instruction: str, trigger: str, ending: str) -> None:
             mend="give letters and digits that are no picture's ending, e.g. .txt",
             ending=ending,
         )
-    for where, text in (("--instruction", instruction), ("--trigger", trigger)):
-        if any("\ud800" <= char <= "\udfff" for char in text):
-            raise UserError(
-                "there are characters in it that are no text",
-                where=where,
-                mend="type it again; the terminal has to be set to UTF-8",
-            )
+    require_text(instruction, "--instruction")
+    require_text(trigger, "--trigger")
     if "<|" in instruction:
         raise UserError(
             "'<|' begins a mark of the model's own",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,13 +11,14 @@ import torch
 
 from whitetuner.adapters.attach import attach_state
 from whitetuner.adapters.files import load_adapter
+from whitetuner.adapters.shapes import AdapterSettings
 from whitetuner.between import decoding_in_room
 from whitetuner.config.load import load_config
 from whitetuner.data.inputs import Inputs
-from whitetuner.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
+from whitetuner.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError, require_text
 from whitetuner.families import registry
 from whitetuner.family import BuildFn, Family, FamilySpec, ModelPaths, Part
-from whitetuner.memory.build import Build
+from whitetuner.memory.build import Build, rehearse_module
 from whitetuner.memory.phases import PhaseBuild, device_budget
 from whitetuner.models import check_model, check_size, family_of, model_folder
 from whitetuner.records import EncodeInput, Size
@@ -61,6 +63,8 @@ def sample(
     resolutions: tuple[int, int] | None = None
     check_numbers(steps, cfg, seed, strength)
     check_place(out)
+    for where, text in (("--prompt", prompt), ("--negative", negative)):
+        require_text(text, where)
     learned: list[Part] = []
     run = RunFolder(Path(model))
     if run.is_run():
@@ -102,6 +106,7 @@ def sample(
     files = {part.name: run.final_adapter(kind, part.file(kind)) for part in learned}
     files |= adapter_files(adapter, family)
     given = {part: load_adapter(file, family.keys) for part, file in files.items()}
+    check_fits(family, given, files)
     if size is None:
         size = size_beside(images, resolutions[0], family.stride()) or default_size(model, spec.default_size)
     if not all(0 < side <= LARGEST_PX for side in (size.width, size.height)):
@@ -231,6 +236,26 @@ def check_place(out: Path) -> None:
         )
     if out.is_dir():
         raise UserError("{path} is a folder", where="--out", mend="give the name of a file", path=out)
+    above = next(one for one in out.absolute().parents if one.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(
+            "no file can be written into {folder}",
+            where="--out",
+            mend="name a folder of yours",
+            code=EXIT_ENVIRONMENT,
+            folder=above,
+        )
+
+
+def check_fits(
+    family: Family,
+    given: Mapping[str, tuple[AdapterSettings, dict[str, torch.Tensor]]],
+    files: Mapping[str, Path],
+) -> None:
+    """Raises UserError for an adapter of another model or size, naming its file: tried on the model's skeleton."""
+    skeletons = family.load(rehearse_module) if given else {}
+    for part, state in given.items():
+        attach_state(skeletons[part], *state, where=str(files[part]))
 
 
 def check_finite(modules: Mapping[str, torch.nn.Module], prompt: Mapping[str, torch.Tensor]) -> None:

@@ -48,6 +48,17 @@ class UserError(Exception):
         return f"{text}\n  -> {mend.format(**self.values)}" if mend else text
 
 
+def require_text(text: str, where: str) -> str:
+    """The text. Raises UserError for what a terminal of another encoding leaves in arguments: no file could hold it."""
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise UserError(
+            "there are characters in it that are no text",
+            where=where,
+            mend="type it again; the terminal has to be set to UTF-8",
+        )
+    return text
+
+
 class UserErrors(UserError):
     """Several mistakes found in one look, told together so that they are mended together."""
 

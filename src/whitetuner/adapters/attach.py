@@ -260,10 +260,13 @@ def attach_state(
     settings: AdapterSettings,
     state: Mapping[str, Tensor],
     device: torch.device | str | None = None,
+    *,
+    where: str = "",
 ) -> Adapter:
     """Puts an adapter as `load_adapter` gives it on a model, in whatever shapes it has: for drawing and
     merging.
 
+    where: the adapter's file, for messages
     Raises UserError when the model lacks a layer of it or has it in another size.
     """
     layers = dict(module.named_modules())
@@ -272,6 +275,7 @@ def attach_state(
         if path not in layers or not is_linear(layers[path]):
             raise UserError(
                 "the adapter changes {path}, which this model does not have",
+                where=where,
                 mend="use it with the model (and size) it was made for",
                 path=path,
             )
@@ -279,6 +283,7 @@ def attach_state(
         if given.size != (layer.out_features, layer.in_features):
             raise UserError(
                 "the adapter is for a layer {path} of {theirs}, this model's is {ours}: another model size",
+                where=where,
                 mend="use it with the model (and size) it was made for",
                 path=path,
                 theirs="{}x{}".format(*given.size),

@@ -29,7 +29,7 @@ from whitetuner.config.told import (
     where,
 )
 from whitetuner.config.write import dump_config
-from whitetuner.errors import UserError, UserErrors
+from whitetuner.errors import UserError, UserErrors, require_text
 from whitetuner.family import FamilySpec, Setting
 from whitetuner.version import __version__
 
@@ -118,7 +118,7 @@ def load_config(
         layer(given)
         origins.update(dict.fromkeys(_keys(given), "form"))
     for override in overrides:
-        key, sign, text = override.partition("=")
+        key, sign, text = require_text(override, "--set").partition("=")
         key = key.strip()
         if not sign or not key:
             raise UserError(
