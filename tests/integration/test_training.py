@@ -156,7 +156,8 @@ def test_nan_stops_before_it_is_applied_and_names_the_module(
     monkeypatch.setattr(loop, "step_loss", poisoned)
     with pytest.raises(UserError) as caught:
         train(place, "nan", **{"run.steps": 9, "save.every": 0})
-    first = {"qwen-image": "img_in"}.get(place["model.family"], "x_embedder")  # what sees the picture first
+    sees = {"qwen-image": "img_in", "glm-image": "image_projector"}  # what sees the picture first
+    first = sees.get(place["model.family"], "x_embedder")
     assert caught.value.code == 1 and "step 4" in str(caught.value) and first in str(caught.value)
     folder = Path(place["run.output_dir"]) / "nan"
     saved = checkpoint(folder, 3)
