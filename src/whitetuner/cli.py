@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from whitetuner.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_STOPPED, EXIT_USE, UserError
+from whitetuner.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_STOPPED, EXIT_USE, UserError, out_of_memory
 from whitetuner.gui.settings import add_arguments
 from whitetuner.version import __version__
 
@@ -34,10 +34,10 @@ GROUPS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one word; returns the exit code: 0 ok, 1 the run failed, 2 wrong use, 3 environment, 130 stopped and saved."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(
-            stream, "reconfigure"
-        ):  # a Windows console in a legacy code page must not fail on a caption
-            stream.reconfigure(errors="replace")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(
+                errors="replace"
+            )  # a Windows console in a legacy code page must not fail on a caption
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Before torch loads: libgomp's threads spin long before they sleep. The demo's step on two cores, seconds: quiet 0.12 by
@@ -52,9 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USE
     try:
         return given.run(given)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
+    except (UserError, RuntimeError, MemoryError) as error:
+        told = error if isinstance(error, UserError) else out_of_memory(error, given.word)
+        if told is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        return told.code
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return EXIT_STOPPED

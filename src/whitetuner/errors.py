@@ -59,6 +59,32 @@ def require_text(text: str, where: str) -> str:
     return text
 
 
+def out_of_memory(error: BaseException, where: str) -> UserError | None:
+    """What to say when the memory of the card or of the machine ran out; None for every other fault.
+
+    Told by class and text alone: torch, whose errors these are, need not be loaded.
+    """
+    reason = (str(error).splitlines() or [""])[0][:160]
+    if type(error).__name__ == "OutOfMemoryError":
+        return UserError(
+            "the card ran out of memory ({reason})",
+            where=where,
+            mend="close what else uses the card, or ask for less: data.resolution, data.batch_size, memory.vram_gb, --size; "
+            "what is saved stays",
+            code=EXIT_FAILED,
+            reason=reason,
+        )
+    if isinstance(error, MemoryError) or "can't allocate memory" in reason:
+        return UserError(
+            "the machine ran out of memory ({reason})",
+            where=where,
+            mend="close other programs, or ask for less: data.resolution, data.batch_size, --size; what is saved stays",
+            code=EXIT_FAILED,
+            reason=reason or "MemoryError",
+        )
+    return None
+
+
 class UserErrors(UserError):
     """Several mistakes found in one look, told together so that they are mended together."""
 

@@ -22,7 +22,7 @@ from whitetuner.config.load import Loaded, dump_config
 from whitetuner.data.loader import Loader
 from whitetuner.data.scan import Scan
 from whitetuner.diffusion.sigmas import SigmaSettings
-from whitetuner.errors import EXIT_FAILED, UserError
+from whitetuner.errors import EXIT_FAILED, UserError, out_of_memory
 from whitetuner.final_files import write_final
 from whitetuner.planning import Shape, cap_memory, correct_plan, denoiser_build, fit_denoiser, way_of
 from whitetuner.prepared import data_hash, find_items, phase_build, prepare_data, shift_of
@@ -131,14 +131,10 @@ class Session:
         except UserError as error:
             self._failed(error)
             raise
-        except torch.OutOfMemoryError as error:
-            failure = UserError(
-                "the card ran out of memory ({reason})",
-                where=str(path),
-                mend="close what else uses the card, or lower data.resolution, batch_size or memory.vram_gb; what is saved stays",
-                code=EXIT_FAILED,
-                reason=str(error).splitlines()[0][:160],
-            )
+        except (RuntimeError, MemoryError) as error:
+            failure = out_of_memory(error, str(path))
+            if failure is None:
+                raise
             self._failed(failure)
             raise failure from error
         except OSError as error:  # previews, curves, run.json: whatever of the run's folder cannot be written
