@@ -27,7 +27,7 @@ from whitetuner.memory.blocks import blocks_of
 from whitetuner.memory.build import Build
 from whitetuner.memory.fit import Fitted, fit
 from whitetuner.memory.machine import CONTEXT_BYTES, GIB, Machine, this_machine, typical_machine
-from whitetuner.memory.measure import StepCost, measure_step
+from whitetuner.memory.measure import StepCost, measure_alike, measure_step
 from whitetuner.memory.plan import BASES, Plan, Wishes, make_plan, weigh
 from whitetuner.memory.quantize import Kind, require_bitsandbytes
 from whitetuner.memory.recompute import chunk_tokens
@@ -130,6 +130,8 @@ class Sketched:
             said = family.predict({self.part.name: module}, self.part.name, batch, latent.float(), sigma)
             return said.square().mean()
 
+        if self.part.token_wise:  # long videos: blocks of one shape, each with thousands of operators
+            return measure_alike(module, self.part.block_lists[0], step)
         return measure_step(module, self.part.block_lists, step)
 
 
