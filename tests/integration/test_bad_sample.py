@@ -54,6 +54,12 @@ def test_an_adapter_of_another_size_is_told_by_its_file(place: Path) -> None:
     assert said.where == str(place / "other.safetensors") and "another model size" in said.what
 
 
+def test_an_adapter_of_whole_numbers_is_none(place: Path) -> None:
+    tensors = load_file(place / "lokr.safetensors")
+    save_file({name: tensor.to(torch.int8) for name, tensor in tensors.items()}, place / "whole.safetensors")
+    assert "whole numbers" in refused(place, adapter=place / "whole.safetensors").what
+
+
 def test_a_place_that_cannot_be_is_told(place: Path) -> None:
     (place / "file").write_text("mine", encoding="utf-8")
     assert "no file can be written" in refused(place, out=place / "file" / "drawn.png").what

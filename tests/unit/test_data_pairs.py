@@ -105,6 +105,23 @@ def test_captions_stand_beside_the_targets_or_one_prompt_is_for_all(edit: EditSe
     assert edit.scan(prompt=None, trigger="sks").items[0].caption == "sks, make it red"
 
 
+def test_captions_that_a_prompt_hides_are_noted(edit: EditSet) -> None:
+    edit.put("target/a.png", "condition_1/a.png")
+    assert edit.problems() == {}
+    (edit.folder / "target" / "a.txt").write_text("make it red", encoding="utf-8")
+    assert edit.problems() == {"unused captions: target": "note"}
+
+
+def test_a_condition_that_is_too_small_tells_what_becomes_of_its_target(edit: EditSet) -> None:
+    edit.put("target/a.png", "target/b.png", "condition_1/b.png")
+    edit.put("condition_1/a.png", size=(3000, 16))
+    with pytest.raises(UserErrors, match='too_small = "skip"'):
+        edit.scan()
+    rest = edit.scan(too_small="skip")
+    assert [item.target.name for item in rest.items] == ["b.png"]
+    assert any("its target is left out" in note for note in rest.notes())
+
+
 def test_each_condition_keeps_its_own_shape(edit: EditSet) -> None:
     edit.put("target/a.png", size=(640, 640))
     edit.put("condition_1/a_1.png", size=(1200, 400))

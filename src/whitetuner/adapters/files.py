@@ -189,6 +189,8 @@ def _check(path: Path, prefix: str, module: ModuleState) -> None:
             raise wrong(
                 "{prefix}.{name} has the shape {shape}; only linear layers are read", name=name, shape=shape
             )
+        if not tensor.is_floating_point():
+            raise wrong("{prefix}.{name} holds whole numbers, no weights", name=name)
         if not bool(torch.isfinite(tensor).all()):
             raise wrong("{prefix}.{name} holds values that are not finite", name=name)
     for left, right in (("lora_B", "lora_A"), ("lokr_w1_a", "lokr_w1_b"), ("lokr_w2_a", "lokr_w2_b")):

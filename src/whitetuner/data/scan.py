@@ -226,7 +226,9 @@ def place_conditions(
         error = UserError(
             "{width} x {height} pixels are too few for a given picture: no side may come out under {stride}",
             where=str(path),
-            mend="take a larger one, or one of a less extreme shape",
+            mend="take a larger one, or one of a less extreme shape; its target is left out meanwhile"
+            if skip
+            else 'take a larger one, one of a less extreme shape, or set too_small = "skip" to leave its target out',
             width=probe.size.width,
             height=probe.size.height,
             stride=stride_px,

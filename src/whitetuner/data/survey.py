@@ -293,6 +293,14 @@ def _listing_problems(listing: Listing, options: SetOptions) -> list[Problem]:
             for path in listing.orphans
         ]
     shared = Counter(caption for caption in listing.captions if caption is not None)
+    if options.prompt is not None and shared:
+        unused = UserError(
+            "{count} caption files are not looked at: prompt is the text of the whole set",
+            where=str(listing.folder),
+            mend="leave prompt out to learn from the captions",
+            count=len(shared),
+        )
+        problems.append(Problem("unused captions", "note", listing.folder, unused))
     for path, caption in zip(listing.pictures, listing.captions, strict=True):
         if options.prompt is not None:
             continue
