@@ -178,11 +178,7 @@ def _page(report: CheckReport, path: Path, errors: list[UserError]) -> Path | No
 
 def _batch(config: Config, report: CheckReport) -> list[UserError]:
     """The same words as the run's own, see data/order.py."""
-    samples = sum(
-        report.sets[one.set_index].repeats
-        for one in report.pictures
-        if one.size is not None and one.caption is not None
-    )
+    samples = sum(report.sets[one.set_index].repeats * report.items(one) for one in report.pictures)
     if not samples or config.data.batch_size <= samples:
         return []
     return [
@@ -200,5 +196,7 @@ def _enough(config: Config, report: CheckReport) -> list[str]:
     steps = config.run.steps
     if steps is None or not report.usable:
         return []
-    visits = steps * config.data.batch_size * config.optimizer.gradient_accumulation / report.usable
-    return [f"{steps} steps visit each picture about {visits:.0f} times"]
+    items = sum(map(report.items, report.pictures))
+    visits = steps * config.data.batch_size * config.optimizer.gradient_accumulation / items
+    what = "clip" if any(one.film is not None for one in report.pictures) else "picture"
+    return [f"{steps} steps visit each {what} about {visits:.0f} times"]

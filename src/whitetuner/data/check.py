@@ -78,6 +78,15 @@ class CheckReport:
     def usable(self) -> int:
         return sum(one.size is not None and one.caption is not None for one in self.pictures)
 
+    def items(self, placed: Placed) -> int:
+        """Things to learn from in an epoch: one picture, or a video's clips (at random: one of them); none where it cannot be
+        used.
+        """
+        if placed.size is None or placed.caption is None:
+            return 0
+        at_random = self.sets[placed.set_index].options.clips == "random"
+        return 1 if placed.film is None or at_random else len(placed.film.clips)
+
     @property
     def given(self) -> list[tuple[int, int]]:
         """(given pictures, targets that have so many), fewest first; empty where there are none at all."""
@@ -252,7 +261,7 @@ def check_sets(
 
 
 def _items(placed: Placed, looked: Survey) -> int:
-    """Things to learn from in an epoch: one picture, or a video's clips (at random: one of them)."""
+    """See CheckReport.items; of those that can be used."""
     at_random = looked.sets[placed.set_index].options.clips == "random"
     return 1 if placed.film is None or at_random else len(placed.film.clips)
 
