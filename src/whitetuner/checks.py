@@ -19,7 +19,7 @@ from whitetuner.data.scan import Films, SetOptions
 from whitetuner.data.video_folders import holds_videos
 from whitetuner.errors import UserError, UserErrors
 from whitetuner.families import registry
-from whitetuner.family import ModelPaths
+from whitetuner.family import Family, ModelPaths
 from whitetuner.models import films_of, model_paths
 
 #: Resolution that a bare folder is looked at with: what most models want.
@@ -128,6 +128,8 @@ def check_config(
         max_tokens=getattr(config.model_options(), "max_sequence_length", 512),
     )
     errors += _batch(config, report)
+    if paths is not None and not errors:
+        notes += _cached(config, registry.load(spec.name, config.model_options(), paths), report)
     page = _page(report, Path(config.run.output_dir) / "check" / config.run.name / "report.html", errors)
     return Findings(report, errors, advice, page, notes + _enough(config, report))
 
@@ -189,6 +191,30 @@ def _batch(config: Config, report: CheckReport) -> list[UserError]:
             batch=config.data.batch_size,
             samples=samples,
         )
+    ]
+
+
+def _cached(config: Config, family: Family, report: CheckReport) -> list[str]:
+    """What the cache will take of the disk."""
+    from whitetuner.rehearsal import cache_bytes
+    from whitetuner.resolve import choose_device, choose_dtype
+
+    placed = [
+        (
+            one.size,
+            (one.size._replace(frames=1),) if config.model.task == "i2v" else tuple(one.condition_sizes),
+            1 if one.film is None else len(one.film.clips),
+        )
+        for one in report.pictures
+        if one.size is not None and one.caption is not None
+    ]
+    if not placed:
+        return []
+    dtype = choose_dtype(config.memory.dtype, choose_device(config.memory.device))
+    each = cache_bytes(family, dtype, [(size, given) for size, given, _ in placed])
+    whole = sum(size * clips for size, (_, _, clips) in zip(each, placed))
+    return [
+        f"in the cache: at most {max(each) / 1e6:.3g} MB of a picture or clip, {whole / 1e6:.3g} MB in all"
     ]
 
 

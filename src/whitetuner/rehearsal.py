@@ -17,10 +17,12 @@ from whitetuner.adapters.shapes import AdapterSettings, reading_limits
 from whitetuner.checkpoint.export import check_names
 from whitetuner.config.schema import Config
 from whitetuner.errors import UserError
+from whitetuner.families import registry
 from whitetuner.family import Family, Part
 from whitetuner.memory.build import rehearse_module
 from whitetuner.memory.kernels import backend_named, set_attention
 from whitetuner.memory.weights import read_header, weight_files
+from whitetuner.records import Size
 from whitetuner.scenes import check_previews
 from whitetuner.train.optim import make_optimizer
 
@@ -39,6 +41,26 @@ def rehearse(config: Config, family: Family, *, here: bool = True) -> None:
         if here:
             set_attention(modules[part.name], config.memory.attention)
         optimizer_for(config, list(adapter.parameters()))
+
+
+def cache_bytes(
+    family: Family, dtype: torch.dtype, shapes: Sequence[tuple[Size, tuple[Size, ...]]]
+) -> list[int]:
+    """What the cache holds of a sample of each (size, sizes of given pictures), on disk, its text at its longest.
+
+    dtype: that encoders are made in, and so what they say is kept in. Reads headers and config files only.
+    """
+    module = family.load(rehearse_module)[family.spec.parts(family.options)[0].name]
+    sketch, stride, wide = registry.sketch(family.spec.name), family.stride(), dtype.itemsize
+    found: dict[tuple[Size, tuple[Size, ...]], int] = {}
+    for size, given in shapes:
+        if (size, given) not in found:
+            fields = sketch.blank(module, family.options, size, stride, given)
+            found[size, given] = sum(
+                one.numel() * (wide if one.is_floating_point() else one.element_size())
+                for one in fields.values()
+            )
+    return [found[shape] for shape in shapes]
 
 
 def check_weights(family: Family) -> None:

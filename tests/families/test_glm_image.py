@@ -51,6 +51,7 @@ from whitetuner.memory.swap.backend import CpuBackend
 from whitetuner.memory.swap.engine import SwapEngine
 from whitetuner.models import check_model, check_size
 from whitetuner.records import Batch, EncodeInput, Item, Size
+from whitetuner.rehearsal import cache_bytes
 from whitetuner.train.step import StepSettings, loss_at
 
 QUOTING = (
@@ -460,6 +461,8 @@ def test_a_cached_edit_item_is_less_than_thrice_its_latents_and_tokens(edit: Sub
     )
     written = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.safetensors"))
     assert needed < written < 3 * needed
+    (told,) = cache_bytes(edit.family, torch.float32, [(size, (size,))])
+    assert written - 500 * len(encoders) < told < 3 * needed  # as `check` says it; each entry has a header
 
 
 def test_plans_are_made_for_prompts_alone_unless_a_share_is_learned(t2i: Subject) -> None:

@@ -139,7 +139,9 @@ def test_what_is_drawn_has_the_first_given_pictures_shape_at_the_targets_resolut
     drawn = drawing.sample(
         str(run.folder), images=[Path(one) for one in given(place)], out=tmp_path / "a.png", steps=1
     )
-    wanted = {16: (64, 48), 32: (96, 64)}[stride]  # of 96 x 64 at the area of 64 x 64; of 128 x 128: not enlarged
+    wanted = {16: (64, 48), 32: (96, 64)}[
+        stride
+    ]  # of 96 x 64 at the area of 64 x 64; of 128 x 128: not enlarged
     assert preview.size == Image.open(drawn).size == wanted
 
 
@@ -279,9 +281,9 @@ def test_the_command_line_checks_an_edit_config_and_a_bare_folder(
     config = tmp_path / "edit.toml"
     config.write_text(dump_config(load_config(None, base=place).config), encoding="utf-8")
     assert main(["check", str(config)]) == 0
-    assert (
-        "6 with 1" if len(place["data.conditions"]) == 1 else "4 with 2, 2 with 3"
-    ) in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert ("6 with 1" if len(place["data.conditions"]) == 1 else "4 with 2, 2 with 3") in out
+    assert "in the cache: at most" in out
     data = Path(place["data.target"]).parent
     assert main(["check", str(data)]) == 2  # no captions: the prompt stood in the config
     assert 'set prompt = "..."' in capsys.readouterr().out
