@@ -141,6 +141,7 @@ def test_ten_thousand_timesteps_of_each_expert_lie_in_its_range(timesteps: str) 
         assert gap < 1.95 / 100  # 0.1 % of honest samples are further off
 
 
+@pytest.mark.slow
 def test_conventions_of_one_kind_are_told(subjects: dict[str, Subject]) -> None:
     for variant, own, steps in (
         ("i2v-2.1", mutants.OF_2_1, 1),

@@ -805,7 +805,12 @@ def test_another_users_output_folder(place: Place) -> None:
         file.chmod(0o644)  # safetensors writes them for their owner alone
     told = place.folder / "foreign.txt"
 
+    state = place.folder / "state of nobody"
+    state.mkdir(mode=0o777)
+    state.chmod(0o777)
+
     def as_nobody() -> int:
+        os.environ["WHITETUNER_STATE"] = str(state)
         os.setgid(65534)
         os.setuid(65534)
         return cli.main(["train", str(config)])

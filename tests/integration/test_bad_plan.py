@@ -46,6 +46,7 @@ def test_a_family_that_is_not_there_is_told_with_those_that_are(capsys: pytest.C
     assert all(name in said for name in registry.FAMILIES)
 
 
+@pytest.mark.slow
 def test_a_size_between_two_is_planned_as_it_is_trained() -> None:
     """Buckets are multiples of the model's stride, and the page asks with whatever resolution was typed."""
     found = plan_view.of_family("flux2-klein", Size(79, 65), None, [typical_machine(12, 32)])

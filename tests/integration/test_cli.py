@@ -126,7 +126,7 @@ def test_families_lists_the_registry(capsys: pytest.CaptureFixture[str]) -> None
     assert [one["name"] for one in json.loads(capsys.readouterr().out)] == list(registry.FAMILIES)
 
 
-@pytest.mark.parametrize("method", ["lokr", "lora"])
+@pytest.mark.parametrize("method", ["lokr", pytest.param("lora", marks=pytest.mark.slow)])
 def test_the_demo_of_a_family_learns(tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "flux2-klein", "--method", method, "--out", str(tmp_path / "demo")]) == 0
     assert "random weights" in capsys.readouterr().out

@@ -89,6 +89,7 @@ def plan(vram: float, host: float = 64, **wishes: object) -> Plan:
     return make_plan(weights, cost, typical_machine(vram, host), Wishes(**wishes))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_weights_are_those_of_the_released_model() -> None:
     weights, _ = real()
     millions = [size / 2 / 1e6 for size in weights["bf16"].blocks]
@@ -126,6 +127,7 @@ def test_a_slow_link_asks_for_smaller_weights() -> None:
     assert slow.seconds > slow.computing_s * 0.99
 
 
+@pytest.mark.slow
 def test_planned_device_bytes_are_those_of_the_placement() -> None:
     for base in ("bf16", "int8"):
         model = klein(base, TINY, "cpu")

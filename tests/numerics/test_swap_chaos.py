@@ -111,7 +111,7 @@ ACTIONS = [
 ]
 
 
-@pytest.mark.parametrize("part", range(8))
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, 8))])
 def test_random_interleavings_give_the_bits_of_the_plain_model(part: int) -> None:
     for seed in range(part * 25, part * 25 + 25):
         rng = random.Random(seed)
