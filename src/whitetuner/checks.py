@@ -19,7 +19,7 @@ from whitetuner.data.scan import Films, SetOptions
 from whitetuner.data.video_folders import holds_videos
 from whitetuner.errors import UserError, UserErrors
 from whitetuner.families import registry
-from whitetuner.family import Family, ModelPaths
+from whitetuner.family import Family, FamilySpec, ModelPaths
 from whitetuner.models import films_of, model_paths
 
 #: Resolution that a bare folder is looked at with: what most models want.
@@ -127,7 +127,7 @@ def check_config(
         tokens=None if paths is None else _counter(paths, spec.template_tokens),
         max_tokens=getattr(config.model_options(), "max_sequence_length", 512),
     )
-    errors += _batch(config, report)
+    errors += _batch(config, report) + _faults(spec, report)
     if paths is not None and not errors:
         notes += _cached(config, registry.load(spec.name, config.model_options(), paths), report)
     page = _page(report, Path(config.run.output_dir) / "check" / config.run.name / "report.html", errors)
@@ -192,6 +192,12 @@ def _batch(config: Config, report: CheckReport) -> list[UserError]:
             samples=samples,
         )
     ]
+
+
+def _faults(spec: FamilySpec, report: CheckReport) -> list[UserError]:
+    """Captions that this model cannot take, each once: a prompt for all pictures is one."""
+    captions = dict.fromkeys(one.caption for one in report.pictures if one.caption)
+    return [fault for fault in map(spec.caption_fault, captions) if fault is not None]
 
 
 def _cached(config: Config, family: Family, report: CheckReport) -> list[str]:

@@ -105,6 +105,7 @@ class FamilySpec:
                 reads names and config files only
     tokens:     (size, stride in pixels) -> tokens of the target that the denoiser sees
     auto_shift: tokens of the target -> the shift s of the model's own sampling schedule; None: it has none
+    caption_fault: what is wrong with a caption for this model, or None; reads the text only
     template_tokens: tokens that the prompt template adds to a caption, of options.max_sequence_length
     sample_steps, sample_cfg: what pictures are drawn with when nothing is said; cfg 1 is no guidance
     sampling_of: (steps, cfg) for the model at hand where that is drawn otherwise (a distilled one); `sampling` asks it
@@ -139,6 +140,7 @@ class FamilySpec:
     auto_shift: Callable[[int], float] | None = None
     stride_of: Callable[[ModelPaths], int] | None = None
     advice: Callable[[Any, ModelPaths], tuple[UserError, ...]] = lambda options, paths: ()
+    caption_fault: Callable[[str], UserError | None] = lambda caption: None
     tiny_options: Mapping[str, Any] = field(default_factory=dict)
     template_tokens: int = 0
     sample_steps: int = 28

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,8 +22,11 @@ from whitetuner.adapters.attach import Adapter, attach
 from whitetuner.adapters.choose import choose
 from whitetuner.adapters.shapes import AdapterSettings, Kind
 from whitetuner.checkpoint.export import export_adapter
+from whitetuner.cli import main
+from whitetuner.config.load import dump_config, load_config
 from whitetuner.data.cache import build_cache
 from whitetuner.data.inputs import Facts, Inputs
+from whitetuner.data.samples import make_testdata
 from whitetuner.errors import UserError
 from whitetuner.families import registry
 from whitetuner.families.contract import (
@@ -37,7 +39,6 @@ from whitetuner.families.contract import (
     told,
 )
 from whitetuner.families.glm_image.drawing import Guided
-from whitetuner.families.glm_image.glyphs import check_quotes
 from whitetuner.families.glm_image.keys import KEYS
 from whitetuner.families.glm_image.memory import Kept, Recalled
 from whitetuner.families.glm_image.mutants import LATER
@@ -52,6 +53,7 @@ from whitetuner.memory.swap.engine import SwapEngine
 from whitetuner.models import check_model, check_size
 from whitetuner.records import Batch, EncodeInput, Item, Size
 from whitetuner.rehearsal import cache_bytes
+from whitetuner.tiny import tiny_values
 from whitetuner.train.step import StepSettings, loss_at
 
 QUOTING = (
@@ -510,8 +512,8 @@ def test_what_stands_in_quotes_is_found_as_the_pipeline_finds_it(
 def test_unbalanced_quotes_are_told(t2i: Subject, caption: str) -> None:
     with pytest.raises(UserError, match="no counterpart") as error:
         t2i.bench.encoders[0].encode(EncodeInput(caption))
-    assert re.escape(caption[:4].strip('"')) and caption in str(error.value).replace("\\'", "'")
-    check_quotes(caption.replace('"', "").strip("\u201c\u201d\u300c"))
+    assert caption in str(error.value) and SPEC.caption_fault(caption) is not None
+    assert SPEC.caption_fault(caption.replace('"', "").strip("\u201c\u201d\u300c")) is None
 
 
 def test_a_quoted_text_is_cut_as_the_pipeline_cuts(folder: Path) -> None:
@@ -524,6 +526,20 @@ def test_a_quoted_text_is_cut_as_the_pipeline_cuts(folder: Path) -> None:
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_check_names_captions_with_unbalanced_quotes(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    make_testdata("t2i", data, 2, 0)
+    values = tiny_values("glm-image", folder, data, tmp_path)
+    config = tmp_path / "config.toml"
+    config.write_text(dump_config(load_config(None, base=values).config), encoding="utf-8")
+    assert main(["check", str(config)]) == 0
+    next(iter(sorted(data.glob("*.txt")))).write_text('it says "HELLO', encoding="utf-8")
+    assert main(["check", str(config)]) != 0
+    assert 'it says "HELLO' in capsys.readouterr().out
 
 
 def test_an_edit_without_given_pictures_is_told(edit: Subject) -> None:
@@ -543,7 +559,9 @@ def test_a_folder_without_the_language_model_says_what_to_get(folder: Path, tmp_
     without = tmp_path / "model"
     shutil.copytree(folder, without)
     shutil.rmtree(without / "vision_language_encoder")
-    with pytest.raises(UserError, match="vision_language_encoder"):
+    with pytest.raises(
+        UserError, match=r"download the folders vision_language_encoder and processor of .*zai-org"
+    ):
         check_model(SPEC, ModelPaths(without))
     family = registry.load("glm-image", GlmImageOptions(), ModelPaths(without))
     with pytest.raises(UserError, match="zai-org/GLM-Image"):

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from transformers import ByT5Tokenizer, T5EncoderModel
 
-from whitetuner.errors import UserError
-from whitetuner.families.glm_image.spec import GlmImageOptions
+from whitetuner.families.glm_image.spec import GlmImageOptions, quote_fault
 from whitetuner.family import BuildFn, Layout, ModelPaths, Reads, fingerprint_files
 from whitetuner.records import EncodeInput
 
@@ -49,7 +48,9 @@ class GlyphEncoder:
 
     def texts(self, caption: str) -> list[str]:
         """What stands in quotes, quotes of one kind after the other; [""] when nothing does. Raises UserError."""
-        check_quotes(caption)
+        fault = quote_fault(caption)
+        if fault is not None:
+            raise fault
         return [text for quoted in _QUOTED for text in re.findall(quoted, caption)] or [""]
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
@@ -85,23 +86,6 @@ class GlyphEncoder:
             folder = self.paths.component("tokenizer")
             self._tokenizer = ByT5Tokenizer.from_pretrained(folder, local_files_only=True)
         return self._tokenizer
-
-
-def check_quotes(caption: str) -> None:
-    """Raises UserError for a quote that is opened and not closed: what follows would not be drawn as text.
-
-    Straight single ones are apostrophes too often to be counted.
-    """
-    for first, last in (('"', '"'), ("\u201c", "\u201d"), ("\u300c", "\u300d")):
-        opened, closed = caption.count(first), caption.count(last)
-        if opened % 2 if first == last else opened != closed:
-            raise UserError(
-                "a {first} in this caption has no counterpart: GLM-Image draws what stands in quotes as text",
-                where=repr(caption[:200]),
-                mend="write {first}...{last} around the words that the picture shows, or take the single {first} out",
-                first=first,
-                last=last,
-            )
 
 
 def files_of(component: Path) -> list[Path]:

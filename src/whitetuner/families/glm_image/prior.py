@@ -24,7 +24,7 @@ from transformers.models.glm_image.modeling_glm_image import (
 
 from whitetuner.errors import UserError
 from whitetuner.families.glm_image.glyphs import files_of
-from whitetuner.families.glm_image.spec import GlmImageOptions
+from whitetuner.families.glm_image.spec import GlmImageOptions, language_model
 from whitetuner.family import BuildFn, Layout, ModelPaths, Reads, fingerprint_files
 from whitetuner.records import EncodeInput, Size
 
@@ -80,7 +80,7 @@ class TargetTokens:
         return fingerprint_files(_files(self.paths), extra=f"glm-image {self.name} 1: {sorted(self.fields)}")
 
     def load(self, build: BuildFn) -> None:
-        self._model = build(PictureTokenizer, _language_model(self.paths), keep_precise=("*",))
+        self._model = build(PictureTokenizer, language_model(self.paths), keep_precise=("*",))
 
     @torch.no_grad()
     def encode(self, given: EncodeInput) -> dict[str, Tensor]:
@@ -151,7 +151,7 @@ class PlanGenerator:
         return fingerprint_files(_files(self.paths), extra=f"glm-image plan 1: {self.edit}, {SEED}")
 
     def load(self, build: BuildFn) -> None:
-        folder = _language_model(self.paths)
+        folder = language_model(self.paths)
         self._model = build(GlmImageForConditionalGeneration, folder, keep_precise=_PRECISE)
 
     @torch.no_grad()
@@ -216,18 +216,5 @@ def references_of(given: EncodeInput) -> Sequence[Image.Image]:
     return given.conditions
 
 
-def _language_model(paths: ModelPaths) -> Any:
-    """Its folder. Raises UserError, saying what to get, when the model folder is without it."""
-    folder = paths.folder
-    if folder is not None and not (folder / "vision_language_encoder").is_dir():
-        raise UserError(
-            "the folder lacks GLM-Image's language model (vision_language_encoder), which plans every picture",
-            where=str(folder),
-            mend="download the folders vision_language_encoder and processor of huggingface.co/zai-org/GLM-Image too "
-            "(about 20 GB); it is used while caching alone and need not fit on the card",
-        )
-    return paths.component("vision_language_encoder")
-
-
 def _files(paths: ModelPaths) -> list[Any]:
-    return files_of(_language_model(paths)) + files_of(paths.component("processor"))
+    return files_of(language_model(paths)) + files_of(paths.component("processor"))

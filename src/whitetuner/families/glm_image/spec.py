@@ -66,6 +66,44 @@ def _read(file: Path) -> dict[str, Any]:
     return document if isinstance(document, dict) else {}
 
 
+def language_model(paths: ModelPaths) -> Path:
+    """Its folder. Raises UserError, saying what to get, when the model folder is without it."""
+    folder = paths.folder
+    if folder is not None and not (folder / "vision_language_encoder").is_dir():
+        raise UserError(
+            "the folder lacks GLM-Image's language model (vision_language_encoder), which plans every picture",
+            where=str(folder),
+            mend="download the folders vision_language_encoder and processor of huggingface.co/zai-org/GLM-Image too "
+            "(about 20 GB); it is used while caching alone and need not fit on the card",
+        )
+    return paths.component("vision_language_encoder")
+
+
+def _needed(options: GlmImageOptions, paths: ModelPaths) -> tuple[str, ...]:
+    """All components; that the language model is missing is told first, and what to get."""
+    if paths.folder is not None:
+        language_model(paths)
+    return tuple(SPEC.components)
+
+
+def quote_fault(caption: str) -> UserError | None:
+    """A quote that is opened and not closed: what follows would not be drawn as text. None: there is none.
+
+    Straight single ones are apostrophes too often to be counted.
+    """
+    for first, last in (('"', '"'), ("\u201c", "\u201d"), ("\u300c", "\u300d")):
+        opened, closed = caption.count(first), caption.count(last)
+        if opened % 2 if first == last else opened != closed:
+            return UserError(
+                "a {first} in this caption has no counterpart: GLM-Image draws what stands in quotes as text",
+                where=repr(caption[:200]),
+                mend="write {first}...{last} around the words that the picture shows, or take the single {first} out",
+                first=first,
+                last=last,
+            )
+    return None
+
+
 def auto_shift(tokens: int) -> float:
     """mu of the released scheduler, s of sigma = s u / (1 + (s - 1) u): by the root of the target's tokens (16 px each).
 
@@ -101,6 +139,7 @@ SPEC = FamilySpec(
         ),
         _HUB,
     ),
+    needed=_needed,
     transformer_class="GlmImageTransformer2DModel",
     # Outside the blocks every layer is used at every token or by every block: 2 % of the bytes, an error everywhere.
     keep_precise=(
@@ -139,6 +178,7 @@ SPEC = FamilySpec(
     },
     default_size=Size(1024, 1024),
     auto_shift=auto_shift,
+    caption_fault=quote_fault,
     tiny_options={"max_sequence_length": 64},
     sample_steps=50,  # GlmImagePipeline.__call__ defaults
     sample_cfg=1.5,
