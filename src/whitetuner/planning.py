@@ -6,8 +6,6 @@ was asked for: there is no second memory to save (memory.vram_gb then stands for
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,11 +16,10 @@ import torch
 
 from whitetuner.adapters.attach import attach
 from whitetuner.adapters.choose import choose
-from whitetuner.config.load import load_config
 from whitetuner.config.schema import Config
 from whitetuner.errors import UserError
 from whitetuner.families import registry
-from whitetuner.family import Family, ModelPaths, Part
+from whitetuner.family import Family, Part
 from whitetuner.memory.blocks import blocks_of
 from whitetuner.memory.build import Build
 from whitetuner.memory.fit import Fitted, fit
@@ -42,8 +39,8 @@ _QUANTISED: dict[str, Kind] = {"int8": "int8", "fp8": "fp8", "nf4": "nf4"}
 #: Bytes that an optimizer keeps for each trained number (docs of each; adafactor's factored moments are next to nothing).
 _STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 1, "prodigy": 16}
 _OTHER_STATE_BYTES = 8
-#: Clips of more tokens go through what treats tokens alike in pieces of so many (Part.token_wise): a feed-forward that saves five
-#: times its input saves it of one piece. Sums over tokens are rounded in another order.
+#: Clips of more tokens go through Part.token_wise in pieces of so many, and what those save is saved of one piece.
+#: Sums over tokens are rounded in another order.
 LONG_TOKENS, PIECE_TOKENS = 16384, 4096
 #: Of the memory that the first steps left free: later ones may need a little more.
 _USED_OF_FREE = 0.9
@@ -66,8 +63,7 @@ class Shape:
 @dataclass(frozen=True)
 class Way:
     """What a run does. quantize: of the frozen base;  residents: None: all;  plain: blocks not computed again;
-    plan: where it comes from, None when nothing had to be planned;  pieces: tokens that go through Part.token_wise at a time,
-    0: all."""
+    plan: where it comes from, None when nothing had to be planned;  pieces: tokens of one in Part.token_wise, 0: whole."""
 
     base: str
     quantize: Kind | None
@@ -79,8 +75,8 @@ class Way:
 
     def facts(self) -> dict[str, Any]:
         """For run.json."""
-        pieces = {"pieces": self.pieces} if self.pieces else {}
-        return {"base": self.base, **pieces, "plan": None if self.plan is None else self.plan.to_json()}
+        more = {"pieces": self.pieces} if self.pieces else {}
+        return {"base": self.base, **more, "plan": self.plan and self.plan.to_json()}
 
     def words(self) -> list[str]:
         return [] if self.plan is None else self.plan.words()
@@ -130,7 +126,7 @@ class Sketched:
             said = family.predict({self.part.name: module}, self.part.name, batch, latent.float(), sigma)
             return said.square().mean()
 
-        if self.part.token_wise:  # long videos: blocks of one shape, each with thousands of operators
+        if self.part.token_wise:  # a video's blocks are of one shape, and of thousands of operators each
             return measure_alike(module, self.part.block_lists[0], step)
         return measure_step(module, self.part.block_lists, step)
 
@@ -176,9 +172,9 @@ def way_of(
 
 
 def pieces_of(family: Family, shapes: Sequence[Shape], stride_px: int) -> int:
-    """Tokens of a piece, where the largest clip is long; else 0."""
-    longest = max(family.spec.tokens(shape.size, stride_px) for shape in shapes)
-    return PIECE_TOKENS if longest > LONG_TOKENS else 0
+    """Tokens of a piece, where a clip is long; else 0."""
+    long = any(family.spec.tokens(shape.size, stride_px) > LONG_TOKENS for shape in shapes)
+    return PIECE_TOKENS if long else 0
 
 
 def in_pieces(module: torch.nn.Module, part: Part, pieces: int) -> None:
@@ -273,9 +269,11 @@ def cap_memory(config: Config, device: torch.device) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.01, share)), device)
 
 
-def denoiser_build(way: Way, device: torch.device, dtype: torch.dtype, lists: Sequence[str]) -> Build:
-    """Blocks that will wait on the host are never all on the card, not even while loading."""
-    host = () if way.residents is None else tuple(f"{name}.*" for name in lists)
+def denoiser_build(
+    way: Way, device: torch.device, dtype: torch.dtype, lists: Sequence[str], turns: bool = False
+) -> Build:
+    """Blocks that will wait on the host are never all on the card, nor, where several models take turns, all models."""
+    host = () if way.residents is None and not turns else tuple(f"{name}.*" for name in lists)
     return Build(dtype=dtype, device=device, quantize=way.quantize, host=host)
 
 
@@ -286,8 +284,12 @@ def fit_denoiser(
     part: Part,
     device: torch.device,
     tell: Callable[[str], None],
+    turns: bool = False,
 ) -> Fitted:
-    """Puts the way on a denoiser with its adapter. tell: hears what waits on the host, now and later."""
+    """Puts the way on a denoiser with its adapter.
+
+    turns: another one has the device in between; tell: hears what waits on the host, now and later
+    """
     memory = config.memory
     in_pieces(module, part, way.pieces)
     fitted = fit(
@@ -300,6 +302,7 @@ def fit_denoiser(
         compiled=memory.compile,
         attention=memory.attention,
         slots=way.slots,
+        movable=turns and device.type != "cpu",
         tell=tell,
     )
     if fitted.engine is not None:
@@ -319,66 +322,6 @@ def correct_plan(way: Way, fitted: Fitted | None, device: torch.device) -> dict[
     free = way.plan.machine.vram_bytes - seen
     fitted.correct(int(free * _USED_OF_FREE) if free > 0 else free)
     return {"peak_bytes": seen, "planned_bytes": way.plan.best.peak_bytes}
-
-
-def released(name: str, variant: str | None, folder: Path) -> tuple[Family, str]:
-    """(family, variant) over the released configs alone, written into `folder`. Raises UserError for an unknown variant."""
-    spec, known = registry.spec(name), registry.sketch(name).RELEASED
-    variant = variant or next(iter(known))
-    if variant not in known:
-        raise UserError(
-            "no released {title} is called '{variant}'",
-            where=f"{name}:{variant}",
-            mend="use one of: {known}",
-            title=spec.title,
-            variant=variant,
-            known=", ".join(f"{name}:{one}" for one in known),
-        )
-    single = {}
-    for part, config in known[variant].items():
-        single[part] = folder / part
-        single[part].mkdir(parents=True)
-        (single[part] / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    options = {"variant": variant} if "variant" in spec.options.model_fields else {}
-    return registry.load(name, spec.options(**options), ModelPaths(None, single)), variant
-
-
-@dataclass(frozen=True)
-class Released:
-    """Plans of a released model at its usual settings, one a machine: a plan, or why there is none."""
-
-    title: str
-    shape: Shape
-    plans: tuple[tuple[Machine, Plan | UserError], ...]
-
-
-def plan_released(
-    name: str,
-    variant: str | None,
-    machines: Sequence[Machine],
-    size: Size | None = None,
-    task: str | None = None,
-) -> Released:
-    """From the family's released configs alone: no files, no weights. size: None: the family's own."""
-    spec = registry.spec(name)
-    with tempfile.TemporaryDirectory(prefix="whitetuner-plan-") as folder:
-        family, variant = released(name, variant, Path(folder))
-        task = task or spec.tasks_of(variant)[0]
-        values = {"run.name": "plan", "model.family": name, "model.task": task, "model.path": folder}
-        config = load_config(None, base=values).config
-        stride = spec.variant_strides.get(variant, spec.stride_px)
-        sketched = Sketched(family, spec.parts(family.options)[0], stride, torch.bfloat16)
-        size = size or spec.default_size
-        given = (size._replace(frames=1),) if task in ("edit", "i2v") else ()
-        shape = Shape(size, config.data.batch_size, given)
-        reckoning = Reckoning(config, sketched, shape)
-    found: list[tuple[Machine, Plan | UserError]] = []
-    for machine in machines:
-        try:
-            found.append((machine, reckoning.plan(machine)))
-        except UserError as error:
-            found.append((machine, error))
-    return Released(f"{spec.title} {variant} ({task})", shape, tuple(found))
 
 
 def _blocks(family: Family, part: Part, dtype: torch.dtype) -> int:

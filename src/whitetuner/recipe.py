@@ -231,7 +231,8 @@ class Session:
         parts = family.spec.parts(family.options)
         # Parts of a family are of one architecture: what fits one fits each while the others are away.
         lists = parts[0].block_lists
-        modules = family.load(denoiser_build(self.way, self.device, self.resolved.dtype, lists))
+        turns = len(parts) > 1
+        modules = family.load(denoiser_build(self.way, self.device, self.resolved.dtype, lists, turns))
         learners = []
         for part in parts:
             module = modules[part.name]
@@ -239,7 +240,7 @@ class Session:
             for limit in limits:
                 self._message("warning", str(limit))
             fitted = fit_denoiser(
-                config, self.way, module, part, self.device, tell=lambda text: self._message("info", text)
+                config, self.way, module, part, self.device, lambda text: self._message("info", text), turns
             )
             parameters = list(adapter.parameters())
             optimizer = optimizer_for(config, parameters)

@@ -53,6 +53,17 @@ def test_everything_together_changes_no_bit(
     assert all(torch.equal(a, b) for a, b in zip(gradients(net), wanted, strict=True))
 
 
+def test_a_model_that_takes_turns_can_leave_though_all_of_it_stays_while_it_runs() -> None:
+    wanted = gradients(build(Setup()))
+    net = build(Setup())
+    fitted = fit(net, LISTS, "cpu", plain=range(6), movable=True, backend=CpuBackend(3))
+    assert fitted.engine is not None and len(fitted.engine.residents) == 6
+    fitted.make_room()
+    assert all(torch.equal(a, b) for a, b in zip(gradients(net, fitted), wanted, strict=True))
+    fitted.make_room()
+    fitted.remove()
+
+
 @pytest.mark.parametrize("free_blocks", [-9, -2, 0, 2, 9])
 def test_correcting_the_plan_between_steps_changes_no_bit(free_blocks: int) -> None:
     wanted = gradients(build(Setup()))

@@ -116,6 +116,7 @@ def fit(
     compiled: bool = False,
     attention: str = "auto",
     slots: int = 2,
+    movable: bool = False,
     backend: Backend | None = None,
     tell: Callable[[str], None] = log.warning,
 ) -> Fitted:
@@ -123,6 +124,8 @@ def fit(
 
     residents: blocks that stay on the device (plan.Choice.residents); None: all, without a swap engine
     plain:     blocks that are not computed again (plan.Choice.plain)
+    movable:   another model takes turns with this one on the device: its blocks can leave as a whole (make_room), even
+               where all of them stay while it runs
     backend:   of the swap; None: the device's own
     tell:      hears of blocks that leave the device later, for want of memory
     The module may lie on the host; what has to be on the device is brought there.
@@ -137,7 +140,9 @@ def fit(
     recompute = checkpoint_blocks(module, block_lists, again, keep_inputs=saving)
     engine = None
     stays = None if residents is None else frozenset(residents)
-    streams = stays is not None and len(stays) < len(recompute.runs)
+    if movable and stays is None and (backend is not None or device.type != "cpu"):
+        stays = frozenset(range(len(recompute.runs)))
+    streams = stays is not None and (movable or len(stays) < len(recompute.runs))
     # On a CPU nothing is streamed unless asked for: running out of memory there is no OutOfMemoryError.
     swap = backend or (backend_for(device) if streams or device.type != "cpu" else None)
     if streams and stays is not None and swap is not None:
