@@ -23,8 +23,8 @@ from whitetuner.adapters.choose import choose
 from whitetuner.config.load import load_config
 from whitetuner.families import registry
 from whitetuner.memory.skeleton import sketch_module
-from whitetuner.planning import released
 from whitetuner.rehearsal import adapter_settings
+from whitetuner.released import released
 
 RESULT = Path(__file__).parents[1] / "results" / "adapter_sizes.json"
 

@@ -19,8 +19,8 @@ from benchmarks.paired import environment
 from whitetuner.errors import UserError
 from whitetuner.families import registry
 from whitetuner.memory.machine import GIB, typical_machine
-from whitetuner.planning import plan_released
 from whitetuner.records import Size
+from whitetuner.released import plan_released
 
 RESULT = Path(__file__).parents[1] / "results" / "swap_plans.json"
 CARDS_GB = (8, 12, 16, 24, 32)

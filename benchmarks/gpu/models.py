@@ -30,9 +30,10 @@ from whitetuner.memory.measure import StepCost
 from whitetuner.memory.plan import Weights, weigh
 from whitetuner.memory.quantize import Kind, quantize_linears
 from whitetuner.memory.skeleton import sketch_module
-from whitetuner.planning import Shape, Sketched, released
+from whitetuner.planning import Shape, Sketched
 from whitetuner.records import Batch, Item, Size
 from whitetuner.rehearsal import adapter_settings
+from whitetuner.released import released
 
 #: Names on the command line -> family and variant. "tiny": a model of a few kilobytes, for trying the script.
 MODELS: dict[str, tuple[str, str | None]] = {

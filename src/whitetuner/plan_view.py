@@ -15,10 +15,11 @@ from whitetuner.errors import EXIT_ENVIRONMENT, UserError
 from whitetuner.families import registry
 from whitetuner.memory.machine import GIB, Machine, this_machine, typical_machine
 from whitetuner.memory.plan import Choice, Plan
-from whitetuner.planning import Reckoning, Shape, Sketched, asked_base, largest, plan_released
+from whitetuner.planning import Reckoning, Shape, Sketched, asked_base, largest
 from whitetuner.prepared import find_items
 from whitetuner.records import Size
 from whitetuner.rehearsal import rehearse
+from whitetuner.released import plan_released
 from whitetuner.resolve import choose_dtype, open_family
 
 #: Cards that are told of when none was named and none is here.
@@ -63,7 +64,9 @@ def of_config(path: Path, overrides: Sequence[str], on: Sequence[Machine]) -> di
     if config.memory.vram_gb != "auto":
         on = [typical_machine(float(config.memory.vram_gb))] if len(on) > 1 else on
     memory = config.memory
-    dtype = choose_dtype("bf16" if memory.base == "bf16" else memory.dtype, torch.device("cuda"))
+    # As on a card, unless the run itself will be on the CPU (memory.vram_gb then tries a plan out).
+    device = torch.device("cpu" if memory.device == "cpu" else "cuda")
+    dtype = choose_dtype("bf16" if memory.base == "bf16" else memory.dtype, device)
     part = family.spec.parts(family.options)[0]
     sketched = Sketched(family, part, family.stride(), dtype)
     items = find_items(config, family).items

@@ -26,6 +26,7 @@ FLOORS = [
         "recipe",
         "rehearsal",
         "planning",
+        "released",
         "plan_view",
         "captioning",
         "companions",
