@@ -67,17 +67,22 @@ class SetFields(Section):
     )
     num_frames: Annotated[int | list[int] | None, AfterValidator(_lengths)] = Field(
         None,
-        description="videos: frames of a clip, 4 n + 1; several: each video gives clips of the longest it fills; unset: the model's",
+        description="videos: frames of a clip, 4 n + 1; several: a video gives clips of the longest it fills; unset: the model's",
     )
     fps: float | None = Field(
-        None, gt=0, le=1000, description="videos: frames a second that clips are read at; unset: the model's own"
+        None,
+        gt=0,
+        le=1000,
+        description="videos: frames a second that clips are read at; unset: the model's own",
     )
     clips: Literal["head", "uniform", "chunks", "random"] = Field(
         "head",
         description="videos: what is learned of each: its beginning; clips_per_video clips at equal distances; all of it in "
         "clips one after the other; clips_per_video clips anywhere, another one at each visit",
     )
-    clips_per_video: int = Field(4, ge=1, le=1000, description="videos: clips of each, for uniform and random")
+    clips_per_video: int = Field(
+        4, ge=1, le=1000, description="videos: clips of each, for uniform and random"
+    )
     too_short: Literal["skip", "pad"] = Field(
         "skip", description="videos shorter than num_frames: left out with a warning, or the last frame held"
     )

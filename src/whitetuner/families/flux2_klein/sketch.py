@@ -33,6 +33,7 @@ _9B = {
 RELEASED: dict[str, dict[str, dict[str, Any]]] = {
     "base-4b": {"transformer": _4B},
     "base-9b": {"transformer": _9B},
+    "distilled": {"transformer": _4B},
 }
 
 
