@@ -19,6 +19,7 @@ from benchmarks.paired import environment
 from whitetuner.errors import UserError
 from whitetuner.families import registry
 from whitetuner.memory.machine import GIB, typical_machine
+from whitetuner.memory.plan import in_seconds
 from whitetuner.records import Size
 from whitetuner.released import plan_released
 
@@ -57,7 +58,7 @@ def _cell(row: dict[str, Any]) -> str:
     best = row["best"]
     streamed = best["blocks"] - len(best["residents"])
     where = f"{streamed}/{best['blocks']} streamed" if streamed else "all on the card"
-    return f"{best['base']}, {where}, {best['peak_bytes'] / GIB:.1f} GB, {best['seconds']:.2g} s"
+    return f"{best['base']}, {where}, {best['peak_bytes'] / GIB:.1f} GB, {in_seconds(best['seconds'])}"
 
 
 def table(found: list[dict[str, Any]]) -> str:

@@ -60,6 +60,11 @@ def weigh(module: nn.Module, block_lists: Sequence[str], smallest_bytes: int | N
     return Weights(tuple(layout.num_bytes for layout in layouts), rest, trained)
 
 
+def in_seconds(seconds: float) -> str:
+    """ "0.52 s", "280 s": two digits, whole seconds from 100 on."""
+    return f"{seconds:.0f} s" if seconds >= 100 else f"{seconds:.2g} s"
+
+
 @dataclass(frozen=True)
 class Choice:
     """One way to fit. residents: blocks that stay;  plain: blocks that are not computed again;  bytes and
@@ -94,7 +99,7 @@ class Choice:
         speed = "full speed" if lost < 0.01 else f"{lost:.0%} of it added by waiting for weights"
         return (
             f"{self.base} weights, {blocks}, {kept}: {self.peak_bytes / GIB:.1f} GB on the card, "
-            f"{self.host_bytes / GIB:.0f} GB on the host, about {self.seconds:.2g} s a step ({speed})"
+            f"{self.host_bytes / GIB:.0f} GB on the host, about {in_seconds(self.seconds)} a step ({speed})"
         )
 
 
