@@ -43,7 +43,7 @@ class Reference:
             "glyph_embeds": glyphs[0],
             "dropped": torch.tensor(given.unconditional),
             "latent": self._latent(given.target[0]),
-            "prior_tokens": self._codes(given.target[0]),
+            "prior_tokens": self._codes(given.target[0]).int(),
         }
         if given.conditions:
             ids, grids = self._looked(given)
@@ -53,7 +53,7 @@ class Reference:
                 codes.append(one.view(high, wide)[::2, ::2].flatten())
             found["reference_latents"] = torch.cat([one.permute(1, 2, 0).flatten(0, 1) for one in latents])
             found["reference_sizes"] = torch.tensor([one.shape[1:] for one in latents])
-            found["reference_tokens"] = torch.cat(codes)
+            found["reference_tokens"] = torch.cat(codes).int()
         return found
 
     @torch.no_grad()
