@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from whitetuner.config.kinds import refuse_wrong_data
+from whitetuner.config.kinds import refuse_quantised_full, refuse_wrong_data
 from whitetuner.config.landed import refuse_not_landed
 from whitetuner.config.load import load_config
 from whitetuner.config.schema import Config
@@ -92,7 +92,11 @@ def check_config(
     paths: ModelPaths | None = None
     spec = registry.spec(config.model.family)
     advice: list[UserError] = []
-    looks = (lambda: refuse_not_landed(config), lambda: refuse_wrong_data(config))
+    looks = (
+        lambda: refuse_quantised_full(config),
+        lambda: refuse_not_landed(config),
+        lambda: refuse_wrong_data(config),
+    )
     for look in (*looks, *([lambda: model_paths(config)] if model else [])):
         try:
             paths = look() or paths

@@ -16,6 +16,7 @@ import torch
 
 from whitetuner.adapters.attach import attach
 from whitetuner.adapters.choose import choose
+from whitetuner.config.kinds import refuse_quantised_full
 from whitetuner.config.schema import Config
 from whitetuner.errors import UserError
 from whitetuner.families import registry
@@ -239,17 +240,11 @@ def asked_base(config: Config) -> str | None:
 
     Raises UserError for a quantised base under full training, whose weights must stay precise.
     """
+    refuse_quantised_full(config)
     given = config.memory.base
     if given == "auto":
         return None
     base = _OTHER_NAMES.get(given, given)
-    if config.method.kind == "full" and base in _QUANTISED:
-        raise UserError(
-            "full training changes the weights themselves, and {base} cannot hold such small changes",
-            where="memory.base",
-            mend='set memory.base = "bf16" (or "auto"), or train an adapter (method.kind = "lokr")',
-            base=base,
-        )
     if base == "bf16" and config.memory.dtype == "fp32":
         return "fp32"
     return base

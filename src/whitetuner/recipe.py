@@ -17,6 +17,7 @@ import torch
 from whitetuner.between import previews_of, validation_of
 from whitetuner.checkpoint.store import Store
 from whitetuner.companions import companion_of
+from whitetuner.config.kinds import refuse_quantised_full
 from whitetuner.config.landed import refuse_not_landed
 from whitetuner.config.load import Loaded, dump_config
 from whitetuner.data.loader import Loader
@@ -100,6 +101,7 @@ class Session:
     ) -> Iterator[Session]:
         """Checks config and model, then takes the run's folder. Raises UserError before anything is written."""
         config = loaded.config
+        refuse_quantised_full(config)
         refuse_not_landed(config)
         resolved = resolve(config)
         rehearse(config, resolved.family)

@@ -167,6 +167,8 @@ def test_what_cannot_fit_or_train_is_refused_before_anything_is_encoded(place: d
             place, "tiny-card", **{"memory.vram_gb": 0.3, "data.cache_dir": f"{place['run.output_dir']}/none"}
         )
     assert not list(Path(place["run.output_dir"], "none").rglob("*.safetensors"))
+    with pytest.raises(UserError, match="full training changes the weights themselves"):
+        train(place, "full-int8", **{"memory.base": "int8", "method.kind": "full"})
     with pytest.raises(UserError, match="cannot be trained with"):
         train(place, "sage", **{"memory.attention": "sage"})
 
