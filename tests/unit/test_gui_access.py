@@ -97,11 +97,25 @@ def test_the_password_lets_in_and_the_cookie_is_out_of_scripts_reach() -> None:
 
 
 @pytest.mark.parametrize(
-    "target", ["//evil.example", "https://evil.example", "/\\evil.example", "javascript:alert(1)"]
+    "target",
+    [
+        "//evil.example",
+        "https://evil.example",
+        "/\\evil.example",
+        "javascript:alert(1)",
+        "/\t/evil.example",
+        "/\n/evil.example",
+        "/\t\\evil.example",
+    ],
 )
 def test_the_login_leads_to_no_other_site(target: str) -> None:
     answer = client().post("/login", data={"password": PASSWORD, "target": target}, headers=BROWSER)
     assert "url=/" in answer.text and "evil" not in answer.text and "alert" not in answer.text
+
+
+def test_an_origin_that_is_no_address_is_another_site() -> None:
+    answer = client().post("/login", data={"password": PASSWORD}, headers={"origin": "http://["})
+    assert answer.status_code == 403
 
 
 def test_the_login_page_escapes_where_it_came_from() -> None:

@@ -125,9 +125,13 @@ class Access:
         site, origin = headers.get("sec-fetch-site"), headers.get("origin")
         if site is not None:
             return None if site in ("same-origin", "none") else _json(403, "asked by another site")
-        if origin is not None and urlsplit(origin).netloc not in (host, headers.get("x-forwarded-host")):
-            return _json(403, "asked by another site")
-        return None
+        if origin is None:
+            return None
+        try:
+            ours = urlsplit(origin).netloc in (host, headers.get("x-forwarded-host"))
+        except ValueError:
+            ours = False
+        return None if ours else _json(403, "asked by another site")
 
     # -- sessions --------------------------------------------------------------------------------------------------
 
@@ -218,11 +222,10 @@ def cookies(headers: dict[str, str]) -> dict[str, str]:
 
 def _own_path(target: str) -> str:
     """Where to go after the login: a path of this page, never another site."""
-    return (
-        target
-        if target.startswith("/") and not target.startswith(("//", "/\\", "/login", "/logout"))
-        else "/"
-    )
+    # Browsers drop tabs and newlines of an address, so that "/<tab>/evil.example" would be another site.
+    plain = "\\" not in target and not any(ord(char) <= 32 or ord(char) == 127 for char in target)
+    ours = target.startswith("/") and not target.startswith(("//", "/login", "/logout"))
+    return target if plain and ours else "/"
 
 
 def _json(status: int, text: str) -> Answer:
