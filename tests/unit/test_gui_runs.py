@@ -397,3 +397,17 @@ def test_a_busy_port_gives_way_to_the_next() -> None:
         assert free_port(port) > port
     with pytest.raises(UserError, match="cannot be opened"):
         bound(Settings(host="203.0.113.7", port=port))
+
+
+@pytest.mark.parametrize("glue", [b"\n", b"", b"\0\0\0\n"])
+def test_a_line_torn_anywhere_costs_the_page_that_line_alone(tmp_path: Path, glue: bytes) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.events.parent.mkdir(parents=True, exist_ok=True)
+    step = events.StepDone(step=1, loss=0.5, lr=1e-4, grad_norm=0.1, seconds=0.2, samples=4)
+    line = events.as_line(step).rstrip("\n").encode() + b"\n"
+    for end in range(len(line) - 1):
+        run.events.write_bytes(line + line[:end] + glue + line + line)
+        reader = Reader(run)
+        reader.look()
+        assert len(reader.rows) >= 2 and set(reader.rows[:, 1]) == {0.5}, end
+        assert reader.numbers(10)["loss"] == 0.5

@@ -27,9 +27,11 @@ POINTS, LINES = 1200, 400
 PACE_STEPS = 50
 
 _NAMES = ("step", "loss", "lr", "grad_norm", "seconds", "samples")
+#: Values are numbers or null and have an end: a torn line takes in nothing of what follows.
 _STEP = re.compile(
-    rb'^\{"kind": "step", "time": [^,]+, '
-    + rb", ".join(b'"' + name.encode() + rb'": ([^,]+)' for name in _NAMES),
+    rb'^\{"kind": "step", "time": [-+.\w]+, '
+    + rb", ".join(b'"' + name.encode() + rb'": ([-+.\w]+)' for name in _NAMES)
+    + rb"(?=[,}])",
     re.MULTILINE,
 )
 _OTHER = re.compile(rb'^(?!\{"kind": "step")[^\n]+', re.MULTILINE)
