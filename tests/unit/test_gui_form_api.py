@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -337,3 +338,19 @@ def test_durations_are_said_as_people_do(seconds: float, text: str) -> None:
     from whitetuner.gui.words import texts
 
     assert plan_card.duration(seconds, texts("form", "en")) == text
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file names there are always Unicode")
+def test_names_that_are_no_utf8_go_to_the_page_and_come_back(tmp_path: Path, form: Form) -> None:
+    folder = tmp_path / os.fsdecode(b"\xc4\xe3")
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    (folder / os.fsdecode(b"\xba\xc3.png")).touch()
+    [name] = form.post("list", path=str(tmp_path))["folders"]
+    request = json.dumps({"path": str(tmp_path / name)})  # as a browser writes it: \udcc4
+    answer = form.client.post(
+        "/api/path/list", content=request, headers={"content-type": "application/json"}
+    ).json()
+    assert os.fsencode(name) == b"\xc4\xe3" and os.fsencode(answer["files"][0][0]) == b"\xba\xc3.png"

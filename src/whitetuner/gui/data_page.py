@@ -22,7 +22,7 @@ from whitetuner.gui import words
 from whitetuner.gui.caption_edits import CaptionEdits
 from whitetuner.gui.caption_run import CaptionRuns
 from whitetuner.gui.data_look import FOLDER_RESOLUTION, OF_CAPTIONS, Look, Looks, Row
-from whitetuner.gui.form_api import said, text_of, verb
+from whitetuner.gui.form_api import Told, said, text_of, verb
 from whitetuner.gui.pickers import Roots, cleaned
 from whitetuner.gui.thumbs import Thumbs
 
@@ -100,7 +100,7 @@ class DataApi:
         start, count = _whole(query.get("start"), 0), min(PAGE_ROWS, _whole(query.get("count"), PAGE_ROWS))
         numbers = look.numbers(query.get("kind", ""))
         rows = [self._row(look, number, language) for number in numbers[start : start + count]]
-        return JSONResponse({"total": len(numbers), "rows": rows})
+        return Told({"total": len(numbers), "rows": rows})
 
     def _row(self, look: Look, number: int, language: str) -> dict[str, Any]:
         file = look.rows[number].caption_file

@@ -48,6 +48,13 @@ def routes(roots: Roots, state: Path) -> list[BaseRoute]:
     ]
 
 
+class Told(JSONResponse):
+    """JSON in ASCII: a file name that is no UTF-8 (an old archive's) goes to the page and comes back as it is."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+
+
 def verb(path: str, run: Callable[..., dict[str, Any]]) -> Route:
     """A POST of JSON, answered in a thread so that a slow disk holds up nobody else."""
 
@@ -62,9 +69,9 @@ def verb(path: str, run: Callable[..., dict[str, Any]]) -> Route:
             return JSONResponse({"refused": [["", "JSON is expected", ""]]}, status_code=400)
         language = "zh" if body.get("language") == "zh" else "en"
         try:
-            return JSONResponse(await run_in_threadpool(run, body, language, **request.path_params))
+            return Told(await run_in_threadpool(run, body, language, **request.path_params))
         except UserError as error:
-            return JSONResponse({"refused": said(error, language)})
+            return Told({"refused": said(error, language)})
 
     return Route(path, answer, methods=["POST"])
 
