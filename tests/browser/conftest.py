@@ -20,7 +20,7 @@ FLAGS = [
 ]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # gone before the other tests, whose time they would take
 def browser() -> Iterator[Browser]:
     program = next(
         (
@@ -56,7 +56,7 @@ def watched(browser: Browser) -> Iterator[Any]:
     assert found == [([], []) for _ in found]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # gone before the other tests, whose time they would take
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     one = Server(tmp_path_factory.mktemp("page"))
     yield one

@@ -443,6 +443,9 @@ class Form {
   /** Another document in place of this one, with a way back. */
   async replace(text, word = null, body = {}) {
     await this.settled();
+    // A field that is being typed into is left alone by what comes from the server; here the whole document goes.
+    if (this.place.contains(document.activeElement)) document.activeElement.blur();
+    await this.settled(); // blurring may have sent a last change
     const before = this.state.text;
     if (word) {
       const answer = await this.ask(word, { language: this.language, ...body });
