@@ -280,9 +280,9 @@ GENERAL: dict[str, Mutant] = {
         method(
             "predict",
             lambda right: (
-                lambda modules, part, batch, x_t, sigma: right(
-                    modules, part, _exchanged(batch, x_t), x_t.mT, sigma
-                ).mT
+                lambda modules, part, batch, x_t, sigma: (
+                    right(modules, part, _exchanged(batch, x_t), x_t.mT, sigma).mT
+                )
             ),
         ),
     ),

@@ -25,9 +25,7 @@ class ZImageReference:
 
     def __init__(self, folder: Path, options: ZImageOptions) -> None:
         with quiet():
-            self.pipe = ZImagePipeline.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True
-            )
+            self.pipe = ZImagePipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         self.pipe.set_progress_bar_config(disable=True)
         self.text = {"max_sequence_length": options.max_sequence_length}
 
