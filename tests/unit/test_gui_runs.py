@@ -6,6 +6,7 @@ import json
 import os
 import re
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -411,3 +412,32 @@ def test_a_line_torn_anywhere_costs_the_page_that_line_alone(tmp_path: Path, glu
         reader.look()
         assert len(reader.rows) >= 2 and set(reader.rows[:, 1]) == {0.5}, end
         assert reader.numbers(10)["loss"] == 0.5
+
+
+def test_the_reason_of_a_failed_run_is_told_in_the_pages_language(place: Path) -> None:
+    reason = "--resume: there is no checkpoint here\n  -> give 'latest'; this run has saved none yet"
+    job = made(place / "output" / "a", step(1), events.Failed(reason=reason))
+    english, chinese = (
+        client().get(f"/api/runs/{job.id}", headers={"x-language": language}).json()["reason"]["text"]
+        for language in ("en", "zh")
+    )
+    assert english == reason
+    assert "这里没有" in chinese or "没有检查点" in chinese, chinese
+
+
+def test_two_starts_never_look_at_a_folder_at_once() -> None:
+    inside, seen = [], []
+
+    @starting._one_at_a_time
+    def start_one() -> None:
+        inside.append(1)
+        seen.append(len(inside))
+        time.sleep(0.02)
+        inside.pop()
+
+    threads = [threading.Thread(target=start_one) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [1, 1, 1, 1]

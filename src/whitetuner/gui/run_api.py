@@ -16,7 +16,7 @@ from whitetuner.errors import UserError
 from whitetuner.gui import results, starting, strengths
 from whitetuner.gui.run_state import Runs, ask, finals, job_of
 from whitetuner.gui.settings import Settings
-from whitetuner.gui.told import told
+from whitetuner.gui.told import told, translated
 from whitetuner.runs.folder import RunFolder
 from whitetuner.runs.jobs import Job
 from whitetuner.runs.report import write_report
@@ -47,8 +47,12 @@ def routes(settings: Settings, runs: Runs) -> list[Route]:
         return {"runs": there, "machine": runs.machine()}
 
     def shown(request: Request) -> Any:
+        found = runs.shown(asked_for(request))
+        reason = found.get("reason") or {}
+        if isinstance(reason.get("text"), str):
+            reason["text"] = translated(reason["text"], _language(request))
         return {
-            **runs.shown(asked_for(request)),
+            **found,
             "machine": runs.machine(),
             "comfyui": results.comfyui_folder(),
         }
@@ -173,12 +177,16 @@ def _post(answer: Callable[[Request], Awaitable[Any]]) -> Callable[[Request], Aw
     return asked
 
 
+def _language(request: Request) -> str:
+    return "zh" if request.headers.get("x-language") == "zh" else "en"
+
+
 async def _told(request: Request, answer: Awaitable[Any]) -> Response:
     """The answer; what the user can mend as {"refused": the message in the page's language}, what cannot be read as 500."""
     try:
         found = await answer
     except UserError as error:
-        language = "zh" if request.headers.get("x-language") == "zh" else "en"
+        language = _language(request)
         # An expected answer to a command is no failed request: the browser's console shall stay empty.
         return JSONResponse({"refused": told(error, language)}, 404 if request.method == "GET" else 200)
     except OSError as error:

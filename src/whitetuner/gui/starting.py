@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from PIL import Image
 
@@ -20,6 +22,9 @@ from whitetuner.runs.files import write_atomically
 from whitetuner.runs.folder import RunFolder
 from whitetuner.runs.jobs import Job
 
+P = ParamSpec("P")
+T = TypeVar("T")
+_STARTING = threading.Lock()
 #: The trial: pictures of the new word, of what the model knows, steps, steps between previews.
 _NEW, _OLD, _STEPS, _EVERY = 32, 256, 300, 25
 _PROMPTS = (
@@ -30,6 +35,18 @@ _PROMPTS = (
 )
 
 
+def _one_at_a_time(start_one: Callable[P, T]) -> Callable[P, T]:
+    """Between the look at a folder and the start into it nobody else may start: two clicks would share one folder."""
+
+    @wraps(start_one)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> T:
+        with _STARTING:
+            return start_one(*args, **kwargs)
+
+    return alone
+
+
+@_one_at_a_time
 def start_form(settings: Settings, tab: str, text: str, gpus: str, existing: str) -> dict[str, Any]:
     """Starts what a form shows: {id}, or {exists, name, other} when a run is in its folder and nothing was said about it.
 
@@ -112,6 +129,7 @@ def _own(run: Path) -> list[str]:
     return [f"run.name={json.dumps(run.name)}", f"run.output_dir={json.dumps(str(run.parent))}"]
 
 
+@_one_at_a_time
 def start_trial(settings: Settings) -> Job:
     """Teaches the embedded model a word: three minutes, no GPU, no model, a preview every 25 steps."""
     base = (settings.roots or (Path.cwd(),))[0] / "output"
