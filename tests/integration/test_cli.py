@@ -162,6 +162,8 @@ def test_selftest_holds(capsys: pytest.CaptureFixture[str]) -> None:
         "E1",
         "E2",
         "E3",
+        "E4",
+        "E5",
         "E6",
         "E8",
         "E9",
