@@ -40,6 +40,24 @@ FIRST = "flux2-klein"
 #: In tests/families the quick part proves each family's first variant; that every wrong convention is told takes seconds each.
 LONG = "test_every_wrong_convention_is_told"
 
+#: Seconds each, and what they prove is proved in part by quicker ones beside them: the slow part has them.
+LEFT_TO_SLOW = {
+    "test_every_option_is_reachable_on_every_tab_in_both_languages",
+    "test_a_killed_server_comes_back_to_the_same_view_and_the_login_holds",
+    "test_200_000_events_open_in_two_seconds",
+    "test_five_thousand_pictures_scroll",
+    "test_rows_of_prompts_and_sets_come_and_go",
+    "test_data_is_looked_at_from_the_form_and_captions_change",
+    "test_a_tab_with_two_tasks_shows_what_the_chosen_one_learns_from",
+    "test_on_a_phone_nothing_is_wider_than_the_screen",
+    "test_folders_are_chosen_in_the_pages_own_list",
+    "test_a_config_is_imported_where_it_belongs",
+    "test_ten_blocks_are_told_from_five",
+    "test_klein_4b_has_a_plan_at_1024_px",
+    "test_five_thousand_pictures_are_looked_at_in_seconds_and_paged",
+    "test_the_edges_need_a_finished_transformer",
+}
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="run the tests marked slow, too")
@@ -51,7 +69,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         case = getattr(item, "callspec", None)
         beyond_first = case is not None and any(name in case.id for name in others)
-        if beyond_first and (item.path.name in WALKS or item.name.startswith(LONG)):
+        name = item.name.partition("[")[0]
+        if name in LEFT_TO_SLOW or (beyond_first and (item.path.name in WALKS or name == LONG)):
             item.add_marker(pytest.mark.slow)
     if not config.getoption("--run-slow") and "slow" not in config.getoption("-m"):
         slow = [item for item in items if "slow" in item.keywords]
