@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -141,17 +142,19 @@ def _shared(picture: Path, caption: Path) -> UserError:
     )
 
 
-class Reader:
+class Reader(ABC):
     """A vision-language model: picture and instruction -> text, always the most likely words."""
 
     def __init__(self, model: Any, build: PhaseBuild) -> None:
         self.model, self._build = model, build
 
+    @abstractmethod
     def inputs(self, picture: Image.Image, instruction: str) -> dict[str, torch.Tensor]:
-        raise NotImplementedError
+        """What the model is given of one RGB picture, a batch of one."""
 
+    @abstractmethod
     def text(self, tokens: torch.Tensor) -> str:
-        raise NotImplementedError
+        """tokens: (L,) what was generated."""
 
     @torch.no_grad()
     def caption(self, picture: Image.Image, instruction: str, max_tokens: int) -> str:

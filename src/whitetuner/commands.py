@@ -15,15 +15,17 @@ from whitetuner.records import Size
 
 def init(preset: str | None, tiny: Path | None, out: Path | None) -> int:
     """Prints or writes a commented config."""
-    from whitetuner.config.load import init_text, presets, tiny_text
+    from whitetuner.config.preset import preset_text, presets
 
     if tiny is not None:
+        from whitetuner.tiny import tiny_text
+
         text = tiny_text(tiny)
     elif preset is None:
         print("presets:\n" + "\n".join(f"  {name:<28} {title}" for name, title in presets().items()))
         return 0
     else:
-        text = init_text(preset)
+        text = preset_text(preset)
     if out is None:
         print(text)
         return 0

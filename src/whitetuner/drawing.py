@@ -20,7 +20,7 @@ from whitetuner.families import registry
 from whitetuner.family import BuildFn, Family, FamilySpec, ModelPaths, Part
 from whitetuner.memory.build import Build, rehearse_module
 from whitetuner.memory.phases import PhaseBuild, device_budget
-from whitetuner.models import check_model, check_size, family_of, model_folder
+from whitetuner.models import check_model, check_size, family_of, model_folder, wishes_of
 from whitetuner.records import EncodeInput, Size
 from whitetuner.rehearsal import check_weights
 from whitetuner.resolve import choose_device, choose_dtype
@@ -93,13 +93,15 @@ def sample(
     folder = model_folder(model)
     family_name = family_name or family_of(folder)
     spec = registry.spec(family_name)
+    wants = wishes_of(folder)
     if not run.is_run():
-        options = default_options(model)
+        options = dict(wants.options)
+    usual = wants.size or spec.default_size
     family = registry.load(family_name, spec.options(**options), ModelPaths(folder))
     check_model(spec, family.paths, family.options)
     task = task_for(spec, spec.variant_of(family.options, family.paths), bool(images), trained)
     if resolutions is None:
-        resolutions = (math.isqrt(spec.default_size.width * spec.default_size.height),) * 2
+        resolutions = (math.isqrt(usual.width * usual.height),) * 2
     check_given(images, family, "--image")
     check_weights(family)
     kind = config.method.kind if run.is_run() else ""
@@ -108,7 +110,7 @@ def sample(
     given = {part: load_adapter(file, family.keys) for part, file in files.items()}
     check_fits(family, given, files)
     if size is None:
-        size = size_beside(images, resolutions[0], family.stride()) or default_size(model, spec.default_size)
+        size = size_beside(images, resolutions[0], family.stride()) or usual
     if not all(0 < side <= LARGEST_PX for side in (size.width, size.height)):
         raise UserError(
             "{width}x{height} is no size to draw",
@@ -120,7 +122,7 @@ def sample(
         )
     check_size(size, family.stride(), "--size")
     if spec.frames:
-        size = size._replace(frames=frames or spec.default_size.frames)
+        size = size._replace(frames=frames or usual.frames)
         check_frames(size.frames, spec, "--frames")
         first = images[0] if images else None
         asked = [Inputs.from_frame(text, first, size) for text in (prompt, negative)]
@@ -327,16 +329,3 @@ def encode_prompts(
                 fields.update(encoder.encode(one))
             encoder.free()
     return found
-
-
-def default_options(model: str) -> dict[str, object]:
-    """The embedded model was trained on short prompts and must be asked the same way."""
-    if model == "builtin:nano":
-        from whitetuner.nano.builtin import MAX_SEQUENCE_LENGTH
-
-        return {"max_sequence_length": MAX_SEQUENCE_LENGTH}
-    return {}
-
-
-def default_size(model: str, size: Size) -> Size:
-    return Size(64, 64) if model == "builtin:nano" else size

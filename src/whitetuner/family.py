@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+#: File in a model folder that says how the model wants to be asked: {"options": {..}, "size": [width, height, frames]}.
+WISHES = "whitetuner.json"
+
 Layout = Literal["stack", "ragged"]
 Naming = Literal["comfyui", "diffusers", "lycoris"]
 Reads = Literal["caption", "target", "conditions", "frames", "unconditional"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from whitetuner.config.schema import Config
 from whitetuner.data.scan import Films
 from whitetuner.errors import UserError
 from whitetuner.families import registry
-from whitetuner.family import FamilySpec, ModelPaths, Options
+from whitetuner.family import WISHES, FamilySpec, ModelPaths, Options
 from whitetuner.records import Size
 
 BUILTIN = "builtin:nano"
@@ -180,6 +181,27 @@ def read_settings(file: Path) -> Mapping[str, Any]:
 def is_random(paths: ModelPaths) -> bool:
     """True for a model made by `whitetuner tiny`: what it draws is noise, and every output says so."""
     return paths.folder is not None and (paths.folder / registry.RANDOM_MARK).is_file()
+
+
+@dataclass(frozen=True)
+class ModelWishes:
+    """How a model wants to be asked where nobody says otherwise: its own options and the size it draws at."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    size: Size | None = None
+
+
+def wishes_of(folder: Path) -> ModelWishes:
+    """What a model folder says of itself in whitetuner.json; small models (the embedded one, those of `tiny`) have one.
+
+    Raises UserError when the file cannot be read.
+    """
+    file = folder / WISHES
+    if not file.is_file():
+        return ModelWishes()
+    document = read_settings(file)
+    size = document.get("size")
+    return ModelWishes(dict(document.get("options", {})), Size(*size) if size else None)
 
 
 def family_of(folder: Path) -> str:

@@ -126,6 +126,13 @@ def test_families_lists_the_registry(capsys: pytest.CaptureFixture[str]) -> None
     assert [one["name"] for one in json.loads(capsys.readouterr().out)] == list(registry.FAMILIES)
 
 
+def test_a_tiny_model_is_drawn_with_as_it_wants_to_be_asked(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    assert main(["tiny", "flux2-klein", str(model)]) == 0
+    assert main(["sample", str(model), "--steps", "1", "--cfg", "1", "--out", str(tmp_path / "a.png")]) == 0
+    assert Image.open(tmp_path / "a.png").size == (64, 64)
+
+
 @pytest.mark.parametrize("method", ["lokr", pytest.param("lora", marks=pytest.mark.slow)])
 def test_the_demo_of_a_family_learns(tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "flux2-klein", "--method", method, "--out", str(tmp_path / "demo")]) == 0

@@ -11,13 +11,14 @@ from whitetuner.config import landed
 from whitetuner.config.kinds import refuse_wrong_data
 from whitetuner.config.landed import not_landed, refuse_not_landed
 from whitetuner.config.load import load_config
-from whitetuner.config.preset import preset_text, presets, tiny_text
+from whitetuner.config.preset import preset_text, presets
 from whitetuner.config.reference import text
 from whitetuner.config.schema import Config
 from whitetuner.config.told import FOREIGN, field_of, keys_of, section_of
 from whitetuner.errors import UserError
 from whitetuner.families import registry
 from whitetuner.nano.builtin import CFG, MAX_SEQUENCE_LENGTH, STEPS
+from whitetuner.tiny import tiny_text
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "src" / "whitetuner"

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from whitetuner.models import wishes_of
 from whitetuner.nano.builtin import MAX_SEQUENCE_LENGTH, builtin_path
-from whitetuner.nano.draw import COLOURS, NEW_SHAPE, NEW_WORD, SHAPES, all_captions
+from whitetuner.nano.draw import COLOURS, NEW_SHAPE, NEW_WORD, SHAPES, SIZE_PX, all_captions
 from whitetuner.nano.score import draw_with, evaluation_prompts, load_pipeline, score
+from whitetuner.records import Size
 
 MOST_BYTES = 8_000_000
 
@@ -111,3 +113,9 @@ def test_nine_of_ten_edges_are_clean(reached):
 def test_the_new_word_is_unknown_on_many_captions(pipeline):
     captions, labels = evaluation_prompts(200, 603, (NEW_SHAPE,), NEW_WORD)
     assert score(draw_with(pipeline, captions, 603), labels).all < 0.05
+
+
+def test_its_folder_says_how_it_wants_to_be_asked():
+    wishes = wishes_of(builtin_path())
+    assert wishes.options == {"max_sequence_length": MAX_SEQUENCE_LENGTH}
+    assert wishes.size == Size(SIZE_PX, SIZE_PX)

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from whitetuner.config.document import key_lines, parse, read_text, value_of
 from whitetuner.config.options import families, options_of, spec_of
-from whitetuner.config.preset import init_text, preset_text, presets, tiny_text
+from whitetuner.config.preset import preset_text, presets
 from whitetuner.config.schema import Config
 from whitetuner.config.told import (
     field_of,
@@ -37,11 +37,9 @@ __all__ = [
     "Loaded",
     "differences",
     "dump_config",
-    "init_text",
     "load_config",
     "presets",
     "setting_value",
-    "tiny_text",
 ]
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from whitetuner.errors import UserError
-from whitetuner.family import Family, FamilySpec, KeyMap, ModelPaths, Options
+from whitetuner.family import WISHES, Family, FamilySpec, KeyMap, ModelPaths, Options
+from whitetuner.records import Size
 
 if TYPE_CHECKING:
     from whitetuner.families.contract import Mutant, Reference
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
 #: File in a model folder whose weights are random; runs over it say so.
 RANDOM_MARK = "RANDOM_WEIGHTS.txt"
+#: Tiny models draw and train at this size; pictures have one frame.
+TINY_SIZE = Size(64, 64, 5)
 
 FAMILIES: dict[str, str] = {
     "flux2-klein": "whitetuner.families.flux2_klein",
@@ -62,6 +66,10 @@ def make_tiny(name: str, folder: str, variant: str | None = None, seed: int = 0)
     """Writes a random tiny model of the family as a diffusers folder. Imports torch."""
     spec(name)
     import_module(f"{FAMILIES[name]}.tiny").make(folder, variant, seed)
+    facts = spec(name)
+    size = TINY_SIZE if facts.frames else TINY_SIZE._replace(frames=1)
+    wishes = {"options": dict(facts.tiny_options), "size": list(size)}
+    (Path(folder) / WISHES).write_text(json.dumps(wishes, indent=1) + "\n", encoding="utf-8")
     (Path(folder) / RANDOM_MARK).write_text(
         "The weights of this model are random: it draws noise.\n", encoding="utf-8"
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -23,10 +24,12 @@ from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2
 from torch import Generator, Tensor
 
 from whitetuner.errors import UserError
+from whitetuner.family import WISHES
 from whitetuner.nano import dit, edges, text, vae
+from whitetuner.nano.builtin import MAX_SEQUENCE_LENGTH
 from whitetuner.nano.card import Reconstruction, Training, write_card
 from whitetuner.nano.check import judge
-from whitetuner.nano.draw import NEW_SHAPE, NEW_WORD, all_captions, draw_set
+from whitetuner.nano.draw import NEW_SHAPE, NEW_WORD, SIZE_PX, all_captions, draw_set
 from whitetuner.nano.fit import Fit, Plan
 from whitetuner.nano.score import draw_with, evaluation_prompts, load_pipeline, score
 
@@ -86,6 +89,8 @@ def pretrain(options: argparse.Namespace) -> None:
         is_distilled=False,
     )
     pipeline.to(torch.bfloat16).save_pretrained(folder)
+    wishes = {"options": {"max_sequence_length": MAX_SEQUENCE_LENGTH}, "size": [SIZE_PX, SIZE_PX, 1]}
+    (folder / WISHES).write_text(json.dumps(wishes, indent=1) + "\n", encoding="utf-8")
     pipeline = load_pipeline(folder)
     drawn_back = reconstruction(pipeline.vae, options.seed)
     print(drawn_back, flush=True)
