@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gui_page import client, made, place, preview, step
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -26,45 +27,7 @@ from whitetuner.gui.tensorboard import folders, free_port
 from whitetuner.runs import events, jobs, start
 from whitetuner.runs.folder import RunFolder
 
-
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("WHITETUNER_STATE", str(tmp_path / "state"))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def client(**settings: Any) -> TestClient:
-    return TestClient(make_app(Settings(**settings)), base_url="http://127.0.0.1:7860")  # type: ignore[arg-type]
-
-
-def made(run: Path, *more: events.Event, config: dict[str, Any] | None = None) -> jobs.Job:
-    """A run's folder and its line in the list, its process gone."""
-    folder = RunFolder(run)
-    folder.control.mkdir(parents=True)
-    document = {
-        "run": {"name": run.name, "steps": 10},
-        "model": {"family": "flux2-klein", "task": "t2i"},
-        "method": {"kind": "lokr"},
-    }
-    folder.begin("", config or document)
-    for event in (events.RunStarted(name=run.name, steps=10), *more):
-        folder.append(event)
-    job = jobs.Job(
-        run=str(run.resolve()), config="c.toml", cwd=str(run.parent), pid=2**22 + 1, born=0.0, asked_at=1.0
-    )
-    job.write()
-    return job
-
-
-def step(number: int, loss: float = 0.5) -> events.StepDone:
-    return events.StepDone(
-        step=number, loss=loss, lr=1e-4, grad_norm=1.0, seconds=0.5, samples=2, memory_mb=100
-    )
-
-
-def preview(run: Path, number: int, *places: str) -> events.Preview:
-    return events.Preview(step=number, files=list(places), prompts=["a"] * len(places), seconds=0.1)
+__all__ = ["place"]  # the fixture
 
 
 def test_a_run_is_told_with_its_curve_and_what_can_be_asked(place: Path) -> None:

@@ -17,6 +17,7 @@ from whitetuner.gui import results, starting, strengths
 from whitetuner.gui.run_state import Runs, ask, finals, job_of
 from whitetuner.gui.settings import Settings
 from whitetuner.gui.told import told, translated
+from whitetuner.runs.files import inside
 from whitetuner.runs.folder import RunFolder
 from whitetuner.runs.jobs import Job
 from whitetuner.runs.report import write_report
@@ -54,7 +55,7 @@ def routes(settings: Settings, runs: Runs) -> list[Route]:
         return {
             **found,
             "machine": runs.machine(),
-            "comfyui": results.comfyui_folder(),
+            "comfyui": results.comfyui_folder(roots),
         }
 
     def curve(request: Request) -> Any:
@@ -85,8 +86,10 @@ def routes(settings: Settings, runs: Runs) -> list[Route]:
         files = finals(RunFolder(Path(job.run)))
         if number >= len(files):
             return JSONResponse({"error": "no such file"}, 404)
-        path = Path(job.run) / files[number]["place"]
-        return FileResponse(path, media_type="application/octet-stream", filename=path.name)
+        path = inside(Path(job.run), files[number]["place"])
+        if path is None:
+            return JSONResponse({"error": "no such file"}, 404)
+        return FileResponse(path, media_type="application/octet-stream", filename=files[number]["name"])
 
     def report(request: Request) -> Response:
         path = write_report(Path(asked_for(request).run))
@@ -198,8 +201,8 @@ async def _told(request: Request, answer: Awaitable[Any]) -> Response:
 
 def _file(run: Path, place: str) -> Response:
     """A picture or clip of the run's own folder: links out of it and other kinds are refused."""
-    path = (run / place).resolve()
-    kind = _SHOWN.get(path.suffix.lower())
-    if kind is None or not path.is_relative_to(run.resolve()) or not path.is_file():
+    path = inside(run, place)
+    kind = None if path is None else _SHOWN.get(path.suffix.lower())
+    if path is None or kind is None:
         return JSONResponse({"error": "not shown"}, 404)
     return FileResponse(path, media_type=kind, headers={"cache-control": "private, max-age=60"})

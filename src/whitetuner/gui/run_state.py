@@ -13,9 +13,10 @@ import psutil
 from whitetuner.errors import UserError
 from whitetuner.gui import strengths
 from whitetuner.gui.pickers import Roots
-from whitetuner.gui.run_reader import Reader, log_lines
+from whitetuner.gui.run_reader import LINES, Reader, log_lines
 from whitetuner.runs import events, jobs
 from whitetuner.runs.devices import Device, devices
+from whitetuner.runs.files import inside
 from whitetuner.runs.folder import RunFolder
 from whitetuner.runs.jobs import Job
 from whitetuner.runs.listing import row_of, rows
@@ -109,8 +110,7 @@ class Runs:
 
     def log(self, job: Job) -> list[str]:
         """The process's own output where it was kept, else what happened, a line each."""
-        lines = log_lines(Path(job.log)) if job.log else []
-        return lines or list(self.reader(job).lines)
+        return own_log(job) or list(self.reader(job).lines)
 
     def _fresh(self, name: str, seconds: float, make: Callable[[], Any]) -> Any:
         """One answer for all that ask within a moment: ten open pages must not look ten times (and not meet in a lock file)."""
@@ -159,7 +159,7 @@ def reason_of(job: Job, state: str, reader: Reader) -> dict[str, Any]:
         return {"kind": "refused", "text": job.error}
     if state not in ("crashed", "refused"):
         return {}
-    told = "\n".join(log_lines(Path(job.log), most=6)) if job.log else ""
+    told = "\n".join(own_log(job, most=6))
     if job.exit is not None and job.exit != 0:
         kind = "killed" if job.exit in (-9, 137) else "exit"
         return {"kind": kind, "text": told, "code": job.exit}
@@ -168,12 +168,19 @@ def reason_of(job: Job, state: str, reader: Reader) -> dict[str, Any]:
     return {"kind": "gone", "text": told}
 
 
+def own_log(job: Job, most: int = LINES) -> list[str]:
+    """The last lines of the process's own output; none of a log that is no file of the run's folder."""
+    log = inside(Path(job.run), job.log) if job.log else None
+    return log_lines(log, most) if log is not None else []
+
+
 def finals(folder: RunFolder) -> list[dict[str, Any]]:
-    """The files to take: name, bytes and place inside the run."""
+    """The files to take: name, bytes and place inside the run. Links out of it are none of them."""
     paths = sorted(folder.final.rglob("*.safetensors")) if folder.final.is_dir() else []
     return [
-        {"name": path.name, "place": path.relative_to(folder.path).as_posix(), "bytes": path.stat().st_size}
+        {"name": path.name, "place": path.relative_to(folder.path).as_posix(), "bytes": real.stat().st_size}
         for path in paths
+        if (real := inside(folder.path, path)) is not None
     ]
 
 

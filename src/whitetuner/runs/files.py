@@ -23,6 +23,15 @@ def write_atomically(path: Path, data: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def inside(folder: Path, place: str | Path) -> Path | None:
+    """The file at a place within a folder, links followed; None when it lies elsewhere, is no file, or no path at all."""
+    try:
+        path = (folder / place).resolve()
+        return path if path.is_relative_to(folder.resolve()) and path.is_file() else None
+    except (OSError, RuntimeError, ValueError):  # may not be looked at, a circle of links, a zero byte
+        return None
+
+
 def replace(source: Path, target: Path) -> None:
     """os.replace; on Windows tried again for a second, since a virus scanner or an indexer may hold the target open."""
     for attempt in range(10):

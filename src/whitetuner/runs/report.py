@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from whitetuner.runs import events
 from whitetuner.runs.console import duration
 from whitetuner.runs.curves import Line, chart, smooth, thin
-from whitetuner.runs.files import write_atomically
+from whitetuner.runs.files import inside, write_atomically
 from whitetuner.runs.folder import RunFolder
 
 #: Preview columns, rows, and the side of a thumbnail: bounds the file to a few MB.
@@ -160,12 +160,15 @@ def _previews(
     for column, event in enumerate(found):
         for index, (file, prompt) in enumerate(list(zip(event.files, event.prompts))[:ROWS]):
             row = rows.setdefault(index, (prompt, [""] * len(found)))
-            row[1][column] = _thumbnail(folder.path / file)
+            row[1][column] = _thumbnail(folder, file)
     return [rows[index] for index in sorted(rows)], [event.step for event in found]
 
 
-def _thumbnail(path: Path) -> str:
-    """A data URI; "" for a picture that is gone, torn, or no picture (a clip)."""
+def _thumbnail(folder: RunFolder, place: str) -> str:
+    """A data URI; "" for a picture that is gone, torn, no picture (a clip), or none of this run's folder."""
+    path = inside(folder.path, place)
+    if path is None:
+        return ""
     try:
         with Image.open(path) as image:
             small = image.convert("RGB")
@@ -180,7 +183,9 @@ def _thumbnail(path: Path) -> str:
 def _files(folder: RunFolder) -> list[tuple[str, str]]:
     files = sorted(folder.final.rglob("*.safetensors")) if folder.final.is_dir() else []
     return [
-        (path.relative_to(folder.path).as_posix(), f"{path.stat().st_size / 2**20:.2f} MB") for path in files
+        (path.relative_to(folder.path).as_posix(), f"{real.stat().st_size / 2**20:.2f} MB")
+        for path in files
+        if (real := inside(folder.path, path)) is not None
     ]
 
 
