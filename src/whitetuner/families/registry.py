@@ -63,14 +63,32 @@ def sketch(name: str) -> Sketch:
 
 
 def make_tiny(name: str, folder: str, variant: str | None = None, seed: int = 0) -> None:
-    """Writes a random tiny model of the family as a diffusers folder. Imports torch."""
-    spec(name)
-    import_module(f"{FAMILIES[name]}.tiny").make(folder, variant, seed)
-    facts = spec(name)
+    """Writes a random tiny model of the family as a diffusers folder; equal seeds, equal numbers. Imports torch.
+
+    variant: None: the family's first. Raises UserError for an unknown variant or a folder in use.
+    """
+    facts, target = spec(name), Path(folder)
+    variant = next(iter(facts.variants)) if variant is None else variant
+    if variant not in facts.variants:
+        raise UserError(
+            "{title} has no variant '{variant}'",
+            where="--variant",
+            mend="use one of: {known}",
+            title=facts.title,
+            variant=variant,
+            known=", ".join(facts.variants),
+        )
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise UserError("{path} is not empty", where="DIR", mend="give a new or empty folder", path=target)
+    from whitetuner.families.tiny_parts import seeded
+
+    make = import_module(f"{FAMILIES[name]}.tiny").make
+    with seeded(seed):
+        make(target, variant)
     size = TINY_SIZE if facts.frames else TINY_SIZE._replace(frames=1)
     wishes = {"options": dict(facts.tiny_options), "size": list(size)}
-    (Path(folder) / WISHES).write_text(json.dumps(wishes, indent=1) + "\n", encoding="utf-8")
-    (Path(folder) / RANDOM_MARK).write_text(
+    (target / WISHES).write_text(json.dumps(wishes, indent=1) + "\n", encoding="utf-8")
+    (target / RANDOM_MARK).write_text(
         "The weights of this model are random: it draws noise.\n", encoding="utf-8"
     )
 

@@ -13,7 +13,7 @@ from diffusers import (
     GlmImagePipeline,
     GlmImageTransformer2DModel,
 )
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders
 from transformers import (
     ByT5Tokenizer,
     GlmImageConfig,
@@ -25,9 +25,8 @@ from transformers import (
 )
 from transformers.models.glm_image.image_processing_pil_glm_image import GlmImageImageProcessorPil
 
-from whitetuner.errors import UserError
-from whitetuner.families.contract import quiet
-from whitetuner.families.glm_image.spec import BASE_SHIFT, BASE_TOKENS, MAX_SHIFT, SPEC
+from whitetuner.families.glm_image.spec import BASE_SHIFT, BASE_TOKENS, MAX_SHIFT
+from whitetuner.families.tiny_parts import byte_level_bpe
 
 #: Codes (16384 in the released model), and with the marks where a picture starts and ends and room (16512).
 _CODES, _VISION = 32, 40
@@ -41,20 +40,8 @@ _CHAT = (
 )
 
 
-def make(folder: str | Path, variant: str | None = None, seed: int = 0) -> None:
-    """Writes the folder; equal seeds, equal numbers. Raises UserError for an unknown variant or a folder in use."""
-    if variant is not None and variant not in SPEC.variants:
-        raise UserError(
-            "{title} has no variant '{variant}'",
-            where="--variant",
-            mend="use one of: {known}",
-            title=SPEC.title,
-            variant=variant,
-            known=", ".join(SPEC.variants),
-        )
-    target = Path(folder)
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise UserError("{path} is not empty", where="DIR", mend="give a new or empty folder", path=target)
+def make(folder: Path, variant: str) -> None:
+    """Writes the folder, one for every variant. See registry.make_tiny, which has set the seed."""
     words = _tokenizer()
     looks = GlmImageImageProcessorPil(
         patch_size=16,
@@ -62,38 +49,28 @@ def make(folder: str | Path, variant: str | None = None, seed: int = 0) -> None:
         temporal_patch_size=1,
         size={"shortest_edge": 32 * 32, "longest_edge": 2048 * 2048},
     )
-    with torch.random.fork_rng(devices=[]), quiet():
-        torch.manual_seed(seed)
-        GlmImagePipeline(
-            tokenizer=ByT5Tokenizer(extra_ids=0),
-            processor=GlmImageProcessor(image_processor=looks, tokenizer=words, chat_template=_CHAT),
-            text_encoder=_text_encoder(),
-            vision_language_encoder=_language_model(words),
-            vae=_vae(),
-            transformer=_transformer(),
-            scheduler=FlowMatchEulerDiscreteScheduler(
-                use_dynamic_shifting=True,
-                time_shift_type="linear",
-                base_shift=BASE_SHIFT,
-                max_shift=MAX_SHIFT,
-                base_image_seq_len=BASE_TOKENS,
-            ),
-        ).save_pretrained(target)
+    GlmImagePipeline(
+        tokenizer=ByT5Tokenizer(extra_ids=0),
+        processor=GlmImageProcessor(image_processor=looks, tokenizer=words, chat_template=_CHAT),
+        text_encoder=_text_encoder(),
+        vision_language_encoder=_language_model(words),
+        vae=_vae(),
+        transformer=_transformer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True,
+            time_shift_type="linear",
+            base_shift=BASE_SHIFT,
+            max_shift=MAX_SHIFT,
+            base_image_seq_len=BASE_TOKENS,
+        ),
+    ).save_pretrained(folder)
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level. The codes are its first tokens, so that a token's number is its code, as in the released vocabulary."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
     codes = [f"<|dit_token_{number}|>" for number in range(_VISION)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=[*codes, *_SPECIAL],
-        show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )
-    bpe.train_from_iterator(_WORDS * 4, trainer)
+    bpe = byte_level_bpe(_WORDS, (*codes, *_SPECIAL))
+    bpe.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(json.loads(bpe.to_str()), sort_keys=True)),
         bos_token=codes[_CODES],

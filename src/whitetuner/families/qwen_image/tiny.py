@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import (
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
@@ -15,15 +14,12 @@ from diffusers import (
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2TokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from whitetuner.errors import UserError
-from whitetuner.families.contract import quiet
 from whitetuner.families.qwen_image.encoders import SYSTEM
 from whitetuner.families.qwen_image.reference import PictureProcessor
-from whitetuner.families.qwen_image.spec import SPEC
+from whitetuner.families.tiny_parts import byte_level_bpe, qwen2_tokenizer, uneven
 
 _SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -42,48 +38,32 @@ _WORDS = (
 )
 
 
-def make(folder: str | Path, variant: str | None = None, seed: int = 0) -> None:
-    """Writes the folder; equal seeds, equal numbers. Raises UserError for an unknown variant or a folder in use."""
-    variant = next(iter(SPEC.variants)) if variant is None else variant
-    if variant not in SPEC.variants:
-        raise UserError(
-            "{title} has no variant '{variant}'",
-            where="--variant",
-            mend="use one of: {known}",
-            title=SPEC.title,
-            variant=variant,
-            known=", ".join(SPEC.variants),
-        )
-    target = Path(folder)
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise UserError("{path} is not empty", where="DIR", mend="give a new or empty folder", path=target)
+def make(folder: Path, variant: str) -> None:
+    """Writes the folder. See registry.make_tiny, which has set the seed."""
     tokenizer = _tokenizer()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        parts: dict[str, Any] = {
-            # Not shift_terminal = 0.02, as released: one step, which tests take, would be no number there.
-            "scheduler": FlowMatchEulerDiscreteScheduler(
-                use_dynamic_shifting=True,
-                base_shift=0.5,
-                max_shift=0.9,
-                base_image_seq_len=256,
-                max_image_seq_len=8192,
-            ),
-            "vae": _vae(),
-            "text_encoder": _text_encoder(tokenizer),
-            "tokenizer": tokenizer,
-            "transformer": _transformer(zero_cond_t=variant == "edit-2511"),
-        }
+    parts: dict[str, Any] = {
+        # Not shift_terminal = 0.02, as released: one step, which tests take, would be no number there.
+        "scheduler": FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True,
+            base_shift=0.5,
+            max_shift=0.9,
+            base_image_seq_len=256,
+            max_image_seq_len=8192,
+        ),
+        "vae": _vae(),
+        "text_encoder": _text_encoder(tokenizer),
+        "tokenizer": tokenizer,
+        "transformer": _transformer(zero_cond_t=variant == "edit-2511"),
+    }
     if variant == "t2i":
         pipeline: Any = QwenImagePipeline(**parts)
     else:
         looks = Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=84 * 84)
         parts["processor"] = PictureProcessor(looks, tokenizer)
         pipeline = (QwenImageEditPipeline if variant == "edit" else QwenImageEditPlusPipeline)(**parts)
-    with quiet():
-        pipeline.save_pretrained(target)
+    pipeline.save_pretrained(folder)
     if variant != "t2i":
-        index = target / "model_index.json"
+        index = folder / "model_index.json"
         document = json.loads(index.read_text(encoding="utf-8"))
         document["processor"] = ["transformers", "Qwen2VLProcessor"]  # what released folders say
         index.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -95,21 +75,12 @@ def _tokenizer() -> Qwen2TokenizerFast:
     It has learned the official templates by heart: each of their words is one token, as for Qwen's own tokenizer, so that
     the system's part is as long (34 and 64 tokens) and what is dropped of the text ends where the user's words begin.
     """
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = Qwen2TokenizerFast(vocab={"a": 0}, merges=[]).backend_tokenizer.pre_tokenizer
-    trainer = trainers.BpeTrainer(
-        vocab_size=900,  # more than there is to learn
-        special_tokens=list(_SPECIAL_TOKENS),
-        show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )
-    bpe.train_from_iterator((*(system for system, _ in SYSTEM.values()), *_WORDS) * 4, trainer)
-    learned = json.loads(bpe.to_str())["model"]
-    return Qwen2TokenizerFast(
-        vocab=learned["vocab"],
-        merges=[tuple(pair) for pair in learned["merges"]],
-        extra_special_tokens=list(_SPECIAL_TOKENS[1:]),
-    )
+    splitting = Qwen2TokenizerFast(vocab={"a": 0}, merges=[]).backend_tokenizer.pre_tokenizer
+    words = (*(system for system, _ in SYSTEM.values()), *_WORDS)
+    bpe = byte_level_bpe(
+        words, _SPECIAL_TOKENS, size=900, pre_tokenizer=splitting
+    )  # more than there is to learn
+    return qwen2_tokenizer(bpe, _SPECIAL_TOKENS)
 
 
 def _text_encoder(tokenizer: Qwen2TokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
@@ -147,11 +118,11 @@ def _text_encoder(tokenizer: Qwen2TokenizerFast) -> Qwen2_5_VLForConditionalGene
         },
         **ids,
     )
-    return _uneven(Qwen2_5_VLForConditionalGeneration(config))
+    return uneven(Qwen2_5_VLForConditionalGeneration(config))
 
 
 def _transformer(zero_cond_t: bool) -> QwenImageTransformer2DModel:
-    return _uneven(
+    return uneven(
         QwenImageTransformer2DModel(
             in_channels=16,
             out_channels=4,
@@ -176,11 +147,3 @@ def _vae() -> AutoencoderKLQwenImage:
         latents_mean=[-0.3, 0.1, 0.4, -0.1],
         latents_std=[0.6, 1.5, 0.9, 1.2],
     ).eval()
-
-
-def _uneven(model: Any) -> Any:
-    """Norms of all ones would hide norms that were exchanged."""
-    for name, weight in model.named_parameters():
-        if "norm" in name and weight.dim() == 1 and name.endswith("weight"):
-            torch.nn.init.uniform_(weight, 0.5, 1.5)
-    return model.eval()

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import (
     AutoencoderKLWan,
     UniPCMultistepScheduler,
@@ -17,59 +16,42 @@ from diffusers import (
 from transformers import CLIPVisionConfig, CLIPVisionModel, T5TokenizerFast, UMT5Config, UMT5EncoderModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from whitetuner.errors import UserError
-from whitetuner.families.contract import quiet
-from whitetuner.families.wan.spec import BOUNDARIES, SPEC
+from whitetuner.families.tiny_parts import uneven
+from whitetuner.families.wan.spec import BOUNDARIES
 
 _WIDTH, _TEXT, _CLIP = 24, 16, 16
 _WORDS = "a an the photo of cat red ball moves to right left on green hills at sunset wall walk through town long very"
 
 
-def make(folder: str | Path, variant: str | None = None, seed: int = 0) -> None:
-    """Writes the folder; equal seeds, equal numbers. Raises UserError for an unknown variant or a folder in use."""
-    variant = next(iter(SPEC.variants)) if variant is None else variant
-    if variant not in SPEC.variants:
-        raise UserError(
-            "{title} has no variant '{variant}'",
-            where="--variant",
-            mend="use one of: {known}",
-            title=SPEC.title,
-            variant=variant,
-            known=", ".join(SPEC.variants),
-        )
-    target = Path(folder)
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise UserError("{path} is not empty", where="DIR", mend="give a new or empty folder", path=target)
+def make(folder: Path, variant: str) -> None:
+    """Writes the folder. See registry.make_tiny, which has set the seed."""
     tokenizer = _tokenizer()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        parts: dict[str, Any] = {
-            "scheduler": UniPCMultistepScheduler(
-                prediction_type="flow_prediction",
-                use_flow_sigmas=True,
-                num_train_timesteps=1000,
-                flow_shift=5.0,
-            ),
-            "vae": _vae(variant),
-            "tokenizer": tokenizer,
-            "text_encoder": _text_encoder(len(tokenizer)),
-            "transformer": _transformer(variant),
-        }
-        if variant in BOUNDARIES:
-            parts["transformer_2"] = _transformer(variant)
-            parts["boundary_ratio"] = BOUNDARIES[variant]
-        if variant == "i2v-2.1":
-            parts["image_encoder"] = _image_encoder()
-            parts["image_processor"] = CLIPImageProcessorPil(
-                size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
-            )
-        if variant == "ti2v-5b":
-            parts["expand_timesteps"] = True
-    kind = WanImageToVideoPipeline if variant.startswith("i2v") else WanPipeline
-    with quiet():
-        kind(**parts).save_pretrained(target)
+    parts: dict[str, Any] = {
+        "scheduler": UniPCMultistepScheduler(
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            num_train_timesteps=1000,
+            flow_shift=5.0,
+        ),
+        "vae": _vae(variant),
+        "tokenizer": tokenizer,
+        "text_encoder": _text_encoder(len(tokenizer)),
+        "transformer": _transformer(variant),
+    }
+    if variant in BOUNDARIES:
+        parts["transformer_2"] = _transformer(variant)
+        parts["boundary_ratio"] = BOUNDARIES[variant]
     if variant == "i2v-2.1":
-        index = target / "model_index.json"
+        parts["image_encoder"] = _image_encoder()
+        parts["image_processor"] = CLIPImageProcessorPil(
+            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+        )
+    if variant == "ti2v-5b":
+        parts["expand_timesteps"] = True
+    kind = WanImageToVideoPipeline if variant.startswith("i2v") else WanPipeline
+    kind(**parts).save_pretrained(folder)
+    if variant == "i2v-2.1":
+        index = folder / "model_index.json"
         document = json.loads(index.read_text(encoding="utf-8"))
         document["image_processor"] = ["transformers", "CLIPImageProcessor"]  # what released folders say
         index.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
@@ -94,7 +76,7 @@ def _text_encoder(vocabulary: int) -> UMT5EncoderModel:
         num_heads=2,
         dropout_rate=0.0,
     )
-    return _uneven(UMT5EncoderModel(config))
+    return uneven(UMT5EncoderModel(config))
 
 
 def _image_encoder() -> CLIPVisionModel:
@@ -108,7 +90,7 @@ def _image_encoder() -> CLIPVisionModel:
         patch_size=16,
         initializer_range=0.2,
     )
-    return _uneven(CLIPVisionModel(config))
+    return uneven(CLIPVisionModel(config))
 
 
 def _transformer(variant: str) -> WanTransformer3DModel:
@@ -116,7 +98,7 @@ def _transformer(variant: str) -> WanTransformer3DModel:
     if variant == "i2v-2.1":
         more = {"image_dim": _CLIP, "added_kv_proj_dim": _WIDTH}
     channels = 48 if variant == "ti2v-5b" else 16
-    return _uneven(
+    return uneven(
         WanTransformer3DModel(
             patch_size=(1, 2, 2),
             num_attention_heads=2,
@@ -157,11 +139,3 @@ def _vae(variant: str) -> AutoencoderKLWan:
         scale_factor_spatial=16,
         **common,
     ).eval()
-
-
-def _uneven(model: Any) -> Any:
-    """Norms of all ones would hide norms that were exchanged."""
-    for name, weight in model.named_parameters():
-        if "norm" in name and weight.dim() == 1 and name.endswith("weight"):
-            torch.nn.init.uniform_(weight, 0.5, 1.5)
-    return model.eval()
