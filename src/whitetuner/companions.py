@@ -71,9 +71,8 @@ def companion_of(
     rest = family.spec.unlearned(family.options)
     if rest is None or not config.preview.every or not config.preview.prompts:
         return None
-    limit = None if config.memory.vram_gb == "auto" else float(config.memory.vram_gb)
     other = registry.load(family.spec.name, rest, family.paths)
-    found = Companion(other, resolved, limit, lambda text: tell("info", text))
+    found = Companion(other, resolved, config.memory.limit_gb, lambda text: tell("info", text))
     need, free = found.num_bytes(), psutil.virtual_memory().available
     if need > _SHARE * free:
         tell(

@@ -61,8 +61,8 @@ def of_config(path: Path, overrides: Sequence[str], on: Sequence[Machine]) -> di
     refuse_not_landed(config)
     family = open_family(config)
     rehearse(config, family, here=False)
-    if config.memory.vram_gb != "auto":
-        on = [typical_machine(float(config.memory.vram_gb))] if len(on) > 1 else on
+    if config.memory.limit_gb is not None and len(on) > 1:
+        on = [typical_machine(config.memory.limit_gb)]
     memory = config.memory
     # As on a card, unless the run itself will be on the CPU (memory.vram_gb then tries a plan out).
     device = torch.device("cpu" if memory.device == "cpu" else "cuda")

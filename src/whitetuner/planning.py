@@ -152,7 +152,7 @@ def way_of(
         asked = str(earlier["base"])  # a smaller card may swap more, but not learn other numbers unasked
     if asked == "nf4":
         require_bitsandbytes()
-    if device.type == "cpu" and memory.vram_gb == "auto":
+    if device.type == "cpu" and memory.limit_gb is None:
         base = asked or name_of(dtype)
         count = _blocks(family, part, dtype)
         waiting = 0 if memory.blocks_to_swap == "auto" else memory.blocks_to_swap
@@ -164,8 +164,11 @@ def way_of(
             frozenset() if memory.gradient_checkpointing is True else frozenset(range(count)),
             pieces=pieces,
         )
-    limit = None if memory.vram_gb == "auto" else float(memory.vram_gb)
-    machine = typical_machine(limit or 0) if device.type == "cpu" else this_machine(device, limit)
+    if device.type == "cpu":
+        assert memory.limit_gb is not None
+        machine = typical_machine(memory.limit_gb)
+    else:
+        machine = this_machine(device, memory.limit_gb)
     sketched = Sketched(family, part, family.stride(), dtype)
     return replace(
         _way(Reckoning(config, sketched, largest(shapes, sketched), asked).plan(machine)), pieces=pieces
@@ -256,11 +259,11 @@ def name_of(dtype: torch.dtype) -> str:
 
 def cap_memory(config: Config, device: torch.device) -> None:
     """Holds this process to memory.vram_gb on a card: what it promises to leave to others is left."""
-    limit = config.memory.vram_gb
-    if device.type == "cuda" and limit != "auto":
+    limit = config.memory.limit_gb
+    if device.type == "cuda" and limit is not None:
         total = torch.cuda.get_device_properties(device).total_memory
         # The driver's context is outside of what the allocator counts.
-        share = (float(limit) * GIB - CONTEXT_BYTES) / total
+        share = (limit * GIB - CONTEXT_BYTES) / total
         torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.01, share)), device)
 
 

@@ -146,8 +146,7 @@ def cache_only(config: Config) -> tuple[int, float]:
 
 def phase_build(config: Config, resolved: Resolved, tell: Callable[[str], None]) -> PhaseBuild:
     """Makes encoders and decoders within the memory that the config allows."""
-    limit = None if config.memory.vram_gb == "auto" else float(config.memory.vram_gb)
-    budget = device_budget(resolved.device, limit)
+    budget = device_budget(resolved.device, config.memory.limit_gb)
     return PhaseBuild(Build(resolved.dtype, resolved.device), budget, tell=tell)
 
 

@@ -105,6 +105,11 @@ class Memory(Section):
     compile: bool = Field(False, description="torch.compile, block by block")
     attention: str = Field("auto", description="attention kernel")
 
+    @property
+    def limit_gb(self) -> float | None:
+        """vram_gb as a number; None for "auto"."""
+        return None if self.vram_gb == "auto" else float(self.vram_gb)
+
 
 class Save(Section):
     """[save]: checkpoints and final files."""
