@@ -145,6 +145,8 @@ def hand_over(environment: env.Environment, root: Path, words: Sequence[str]) ->
     if words[0] == "test":
         rest = [word for word in words[1:] if word != "--all"]
         chosen = ["--run-slow"] if "--all" in words else [] if "-m" in rest else ["-m", "not slow"]
+        if not rest or (len(rest) == 2 and rest[0] == "-m"):  # the whole suite, not a chosen test
+            chosen += ["-n", "logical", "--maxprocesses", "4", "--dist", "loadfile"]
         command = [str(environment.python), "-m", "pytest", *chosen, *rest]
         os.chdir(root)
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONHOME"}
