@@ -53,7 +53,7 @@ def parse(text: str, where: str) -> dict[str, Any]:
     """The values. Raises UserError with the line; a backslash in a "..." string is explained."""
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (RecursionError, ValueError) as error:  # besides what is no TOML: thousands of brackets or digits
         found = re.search(r"line (\d+)", str(error))
         number = int(found[1]) if found else 0
         lines = text.split("\n")

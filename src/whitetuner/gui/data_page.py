@@ -19,10 +19,11 @@ from whitetuner.data.problems import Problem
 from whitetuner.data.video import VIDEOS
 from whitetuner.errors import EXIT_ENVIRONMENT, UserError
 from whitetuner.gui import words
+from whitetuner.gui.asked import Told, plain, whole
 from whitetuner.gui.caption_edits import CaptionEdits
 from whitetuner.gui.caption_run import CaptionRuns
 from whitetuner.gui.data_look import FOLDER_RESOLUTION, OF_CAPTIONS, Look, Looks, Row
-from whitetuner.gui.form_api import Told, said, text_of, verb
+from whitetuner.gui.form_api import said, text_of, verb
 from whitetuner.gui.pickers import Roots, cleaned
 from whitetuner.gui.thumbs import Thumbs
 
@@ -80,12 +81,11 @@ class DataApi:
             found = self.looks.of_form(body["tab"], text_of(body), deep)
         else:
             sides = cleaned(str(body.get("resolution") or ""))
-            if sides and not sides.isdigit():
+            side = whole(sides, None if sides else FOLDER_RESOLUTION)
+            if side is None:
                 raise UserError("{value} is not a whole number", where="data.resolution", value=sides)
             lines = str(body.get("conditions") or "").split("\n")
-            found = self.looks.of_folder(
-                str(body.get("folder") or ""), lines, int(sides or FOLDER_RESOLUTION), deep
-            )
+            found = self.looks.of_folder(str(body.get("folder") or ""), lines, side, deep)
         self.thumbs.tidy()
         return found.summary(language)
 
@@ -96,8 +96,8 @@ class DataApi:
         try:
             look = self.looks.get(query.get("look"))
         except UserError as error:
-            return JSONResponse({"refused": said(error, language)})
-        start, count = _whole(query.get("start"), 0), min(PAGE_ROWS, _whole(query.get("count"), PAGE_ROWS))
+            return Told({"refused": said(error, language)})
+        start, count = whole(query.get("start"), 0), min(PAGE_ROWS, whole(query.get("count"), PAGE_ROWS))
         numbers = look.numbers(query.get("kind", ""))
         rows = [self._row(look, number, language) for number in numbers[start : start + count]]
         return Told({"total": len(numbers), "rows": rows})
@@ -111,13 +111,13 @@ class DataApi:
         query = request.query_params
         try:
             look = self.looks.get(query.get("look"))
-            number, which = _whole(query.get("n"), 0), _whole(query.get("c"), 0)
+            number, which = whole(query.get("n"), 0), whole(query.get("c"), 0)
             placed = look.rows[number].placed
             path = (placed.path, *placed.conditions)[which]
             if not self.roots.allows(path):
                 return Response(status_code=403)
             clips = placed.film.clips if placed.film is not None else ()
-            data = self.thumbs.get(path, _whole(query.get("side"), 256), clips[0] if clips else ())
+            data = self.thumbs.get(path, whole(query.get("side"), 256), clips[0] if clips else ())
         except (UserError, IndexError):
             return Response(
                 status_code=204
@@ -149,8 +149,8 @@ class DataApi:
             self.roots.path(str(look.folders[0])),
             self.roots.path(str(body.get("model") or "")),
             options.caption_ext,
-            instruction=str(body.get("instruction") or ""),
-            trigger=str(body.get("trigger") or ""),
+            instruction=plain(str(body.get("instruction") or "")),
+            trigger=plain(str(body.get("trigger") or "")),
             recursive=options.recursive,
             most=most if isinstance(most, int) and most > 0 else None,
         )
@@ -177,7 +177,7 @@ class DataApi:
         language = _language(query)
         try:
             look = self.looks.get(query.get("look"))
-            target = self._target(look, query.get("name", ""), _whole(query.get("into"), 0))
+            target = self._target(look, query.get("name", ""), whole(query.get("into"), 0))
             body = bytearray()
             async for part in request.stream():
                 body += part
@@ -190,8 +190,8 @@ class DataApi:
                     )
             await run_in_threadpool(_add, target, bytes(body))
         except UserError as error:
-            return JSONResponse({"refused": said(error, language)})
-        return JSONResponse({"name": target.name})
+            return Told({"refused": said(error, language)})
+        return Told({"name": target.name})
 
     def _target(self, look: Look, name: str, into: int) -> Path:
         """Where a file of this name goes. Raises UserError for names that are none, and for what is there already."""
@@ -226,7 +226,12 @@ def _add(target: Path, data: bytes) -> None:
         raise UserError("{name} is no picture", mend="choose another file", name=target.name)
     try:
         with target.open("xb") as file:
-            file.write(data)
+            try:
+                file.write(data)
+                file.flush()
+            except OSError:
+                target.unlink()  # half a picture on a full disk
+                raise
     except FileExistsError as error:
         raise UserError(
             "{name} is there already", mend="rename it; files are never replaced here", name=target.name
@@ -263,7 +268,3 @@ def _settle(look: Look, row: Row, text: str | None) -> None:
 
 def _language(query: Mapping[str, str]) -> str:
     return "zh" if query.get("language") == "zh" else "en"
-
-
-def _whole(text: str | None, otherwise: int) -> int:
-    return int(text) if text and text.isdigit() and len(text) < 10 else otherwise

@@ -20,6 +20,7 @@ from whitetuner.config.document import parse
 from whitetuner.config.load import flat
 from whitetuner.config.write import toml_value
 from whitetuner.errors import UserError
+from whitetuner.gui.asked import plain
 from whitetuner.gui.fields import FormField
 from whitetuner.gui.pickers import cleaned
 
@@ -71,7 +72,7 @@ def typed(field: FormField, given: Any) -> Any:
     """
     if given is None or isinstance(given, bool):
         return given
-    text = str(given).replace("\r\n", "\n").replace("\r", "\n")
+    text = plain(str(given)).replace("\r\n", "\n").replace("\r", "\n")
     if field.kind in ("text", "long"):
         if text.strip() == '""' or (field.needed and not text.strip()):
             return ""
@@ -87,25 +88,37 @@ def typed(field: FormField, given: Any) -> Any:
         return [line.strip() for line in lines]
     if field.kind == "table":
         return parse(text, field.key)
-    plain = unicodedata.normalize(
+    word = unicodedata.normalize(
         "NFKC", text
     ).strip()  # digits of a Chinese keyboard are as wide as its characters
     if field.kind == "numbers":
-        parts = [_number(part) for part in re.split(r"[\s,;、]+", plain.strip("[]() ")) if part]
+        parts = [_number(part) for part in re.split(r"[\s,;、]+", word.strip("[]() ")) if part]
         several = len(parts) != 1 or not _takes_one(field)
         return parts if several else parts[0]
-    for word in field.choices:
-        if number_text(word) == plain:
-            return word
-    return plain if field.kind == "choice" else _number(plain)
+    for choice in field.choices:
+        if number_text(choice) == word:
+            return choice
+    return word if field.kind == "choice" else _number(word)
 
 
 def changed(text: str, fields: Mapping[str, FormField], changes: Mapping[str, Any]) -> str:
     """The document with some values set (None: taken out). keys: dotted, with row numbers. Raises UserError."""
     for key, given in changes.items():
-        value = typed(fields[without_rows(key)], given)
+        value = typed(_field_of(fields, key), given)
         text = _edited(text, key, value)
     return text
+
+
+def _field_of(fields: Mapping[str, FormField], key: str) -> FormField:
+    """Raises KeyError for what is no option, and for an option of a list without the row's number (or too large a one)."""
+    found = fields[without_rows(key)]
+    around = fields.get(found.section)
+    pattern = re.escape(found.key)
+    if around is not None and around.kind == "rows":
+        pattern = rf"{re.escape(around.key)}\[\d{{1,4}}\]\.\w+"
+    if found.kind == "rows" or re.fullmatch(pattern, key) is None:
+        raise KeyError(key)
+    return found
 
 
 def with_row(text: str, key: str, row: Mapping[str, Any]) -> str:
@@ -121,7 +134,7 @@ def without_row(text: str, key: str, number: int) -> str:
     """The document without one entry of [[key]]. Raises UserError."""
     values = parse(text, NAME)
     rows = _inner(values, key.split("."))
-    if not isinstance(rows, list) or number >= len(rows):
+    if not isinstance(rows, list) or not 0 <= number < len(rows):
         return text
     kept = [*rows[:number], *rows[number + 1 :]]
     wanted = _placed(values, list(key.split(".")), kept or None)
@@ -240,16 +253,28 @@ def _placed(values: Any, steps: Sequence[str | int], value: Any) -> Any:
         return value
     step, rest = steps[0], steps[1:]
     if isinstance(step, int):
-        rows = list(values or [])
+        rows = list(_kind_of(list, values, "[[...]]"))
         rows[step : step + 1] = [_placed(rows[step] if step < len(rows) else {}, rest, value)]
         return rows
-    table = dict(values or {})
+    table = dict(_kind_of(Mapping, values, "[...]"))
     inner = _placed(table.get(step), rest, value)
     if inner is None or (inner == {} and value is None):
         table.pop(step, None)
     else:
         table[step] = inner
     return table
+
+
+def _kind_of(kind: type, value: Any, written: str) -> Any:
+    """A table or a list of tables, empty where nothing stands. Raises UserError when the text says something else there."""
+    if value is not None and not isinstance(value, kind):
+        raise UserError(
+            "the text holds {value} where a table belongs",
+            mend="mend the text first: write {written}",
+            value=inline(value)[:80],
+            written=written,
+        )
+    return value if value is not None else ([] if kind is list else {})
 
 
 def _put(document: TOMLDocument, steps: Sequence[str | int], value: Any) -> None:

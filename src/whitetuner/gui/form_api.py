@@ -6,7 +6,6 @@ Every answer is JSON. What the user can mend comes back as {"refused": [[where, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from whitetuner.config.document import parse
 from whitetuner.config.preset import preset_text, presets
 from whitetuner.errors import UserError
 from whitetuner.gui import forms, made, plan_card
+from whitetuner.gui.asked import Told, body_of, is_json, plain
 from whitetuner.gui.commands_shown import commands
 from whitetuner.gui.document import NAME, changed, inner_value, with_row, without_row
 from whitetuner.gui.drafts import LARGEST_BYTES, Drafts
@@ -30,6 +30,8 @@ from whitetuner.gui.pickers import Roots, ask, can_ask, listing
 from whitetuner.gui.told import each, parts, where
 from whitetuner.gui.training_tabs import Tab, tab_for, tab_of
 
+#: No card has more memory.
+_LARGEST_GB = 10_000
 Body = Mapping[str, Any]
 Verb = Callable[[Body, str], dict[str, Any]]
 
@@ -48,30 +50,23 @@ def routes(roots: Roots, state: Path) -> list[BaseRoute]:
     ]
 
 
-class Told(JSONResponse):
-    """JSON in ASCII: a file name that is no UTF-8 (an old archive's) goes to the page and comes back as it is."""
-
-    def render(self, content: Any) -> bytes:
-        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
-
-
 def verb(path: str, run: Callable[..., dict[str, Any]]) -> Route:
     """A POST of JSON, answered in a thread so that a slow disk holds up nobody else."""
 
     async def answer(request: Request) -> Response:
-        if request.headers.get("content-type", "").partition(";")[0] != "application/json":
-            return JSONResponse({"refused": [["", "JSON is expected", ""]]}, status_code=415)
-        try:
-            body = json.loads(await request.body())
-        except ValueError:
-            body = None
-        if not isinstance(body, dict):
-            return JSONResponse({"refused": [["", "JSON is expected", ""]]}, status_code=400)
+        body = await body_of(request)
+        if not is_json(request) or body is None:
+            status = 400 if is_json(request) else 415
+            return JSONResponse({"refused": [["", "JSON is expected", ""]]}, status_code=status)
         language = "zh" if body.get("language") == "zh" else "en"
         try:
             return Told(await run_in_threadpool(run, body, language, **request.path_params))
         except UserError as error:
             return Told({"refused": said(error, language)})
+        except OSError as error:  # the page's own folder or a disk, full or gone
+            return Told(
+                {"refused": [[error.filename or "", error.strerror or str(error), ""]]}, status_code=500
+            )
 
     return Route(path, answer, methods=["POST"])
 
@@ -86,7 +81,7 @@ def text_of(body: Body, name: str = "text") -> str:
     text = body.get(name)
     if not isinstance(text, str) or len(text) > LARGEST_BYTES:
         raise UserError("the text is too long for a config", mend="shorten it")
-    return text
+    return plain(text)
 
 
 @dataclass(frozen=True)
@@ -106,7 +101,7 @@ class FormApi:
         if tab is None:
             return JSONResponse({"refused": [["", "there is no such form", ""]]}, status_code=404)
         text = self.drafts.draft(tab.key)
-        return JSONResponse(self._whole(tab, forms.fresh(tab) if text is None else text, language))
+        return Told(self._whole(tab, forms.fresh(tab) if text is None else text, language))
 
     def _whole(self, tab: Tab, text: str, language: str) -> dict[str, Any]:
         return {
@@ -134,6 +129,8 @@ class FormApi:
         fields = _by_key(forms.fields_of(of, text))
         wrong: dict[str, list[list[str]]] = {}
         changes = body.get("changes") or {}
+        if not isinstance(changes, dict):
+            raise UserError("the request is not understood", mend="load the page again")
         if isinstance(body.get("goal"), str):
             changes = {**next((one.changes for one in goals() if one.key == body["goal"]), {}), **changes}
         for key, given in changes.items():
@@ -146,10 +143,12 @@ class FormApi:
                 wrong[key] = [list(parts(one, language)) for one in each(error)]
             except KeyError:
                 wrong[""] = [[f"{key}?", ""]]
-        if body.get("add") in fields:
+        lists = [key for key, field in fields.items() if field.kind == "rows"]
+        if body.get("add") in lists:
             text = with_row(text, body["add"], {"text": ""} if body["add"] == "preview.prompts" else {})
-        if isinstance(body.get("remove"), list) and body["remove"][0] in fields:
-            text = without_row(text, body["remove"][0], int(body["remove"][1]))
+        match body.get("remove"):
+            case [str(key), int(number)] if key in lists and number >= 0:
+                text = without_row(text, key, number)
         self.drafts.keep(of.key, text)
         found = self._state(of, text, language)
         for key, messages in wrong.items():
@@ -206,7 +205,9 @@ class FormApi:
         of, text = _tab(tab), text_of(body)
         config = forms.loaded(text, of, self.roots).config
         vram = body.get("vram")
-        vram_gb = float(vram) if isinstance(vram, (int, float)) and not isinstance(vram, bool) else None
+        vram_gb = None
+        if isinstance(vram, (int, float)) and not isinstance(vram, bool) and 0 < vram < _LARGEST_GB:
+            vram_gb = float(vram)
         if forms.needed(config):
             return plan_card.plan_released(config, vram_gb, language)
         return plan_card.plan(text, vram_gb, language, self.state / "plans")

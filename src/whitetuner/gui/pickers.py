@@ -44,7 +44,7 @@ class Roots:
             raise UserError("no path is given", mend="choose a folder")
         try:
             path = Path(given).expanduser().resolve()
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:  # ValueError: half a character
             raise UserError(
                 "{path} is no path ({reason})", mend="choose a folder", path=given, reason=error
             ) from error
@@ -145,7 +145,11 @@ def ask(wants: Wants, start: str) -> str:
 
     Raises UserError when no dialog can be shown.
     """
-    begin = str(Path(start).expanduser()) if start and Path(start).expanduser().exists() else str(Path.cwd())
+    try:
+        begin = str(Roots().path(start))
+    except UserError:
+        begin = ""
+    begin = begin if begin and Path(begin).exists() else str(Path.cwd())
     command = _dialog(wants, begin)
     try:
         done = subprocess.run(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from starlette.routing import Route
 
 from whitetuner.errors import UserError
 from whitetuner.gui import results, starting, strengths
+from whitetuner.gui.asked import Told, body_of, is_json, whole, word_of
 from whitetuner.gui.run_state import Runs, ask, finals, job_of
 from whitetuner.gui.settings import Settings
 from whitetuner.gui.told import told, translated
@@ -69,20 +69,20 @@ def routes(settings: Settings, runs: Runs) -> list[Route]:
 
     def preview(request: Request) -> Response:
         job = asked_for(request)
-        event = runs.reader(job).previews.get(int(request.path_params["step"]))
-        number = int(request.path_params["number"])
+        event = runs.reader(job).previews.get(_number(request, "step"))
+        number = _number(request, "number")
         if event is None or number >= len(event.files):
             return JSONResponse({"error": "no such preview"}, 404)
         return _file(Path(job.run), event.files[number])
 
     def strength(request: Request) -> Response:
         run = Path(asked_for(request).run)
-        place = strengths.picture(RunFolder(run), int(request.path_params["percent"]))
+        place = strengths.picture(RunFolder(run), _number(request, "percent"))
         return _file(run, place.relative_to(run).as_posix())
 
     def final(request: Request) -> Response:
         job = asked_for(request)
-        number = int(request.path_params["number"])
+        number = _number(request, "number")
         files = finals(RunFolder(Path(job.run)))
         if number >= len(files):
             return JSONResponse({"error": "no such file"}, 404)
@@ -114,7 +114,7 @@ def routes(settings: Settings, runs: Runs) -> list[Route]:
 
     async def started(request: Request) -> Any:
         body = await _body(request)
-        given = [str(body.get(name) or "") for name in ("tab", "text", "gpus", "existing")]
+        given = [word_of(body, name) for name in ("tab", "text", "gpus", "existing")]
         found = await asyncio.to_thread(starting.start_form, settings, *given)
         runs.changed()
         return found
@@ -132,7 +132,7 @@ def routes(settings: Settings, runs: Runs) -> list[Route]:
     async def copied(request: Request) -> Any:
         body = await _body(request)
         path = await asyncio.to_thread(
-            results.copy_to_comfyui, settings, asked_for(request), str(body.get("folder") or "")
+            results.copy_to_comfyui, settings, asked_for(request), word_of(body, "folder")
         )
         return {"path": str(path)}
 
@@ -145,9 +145,9 @@ def routes(settings: Settings, runs: Runs) -> list[Route]:
         Route(f"{one}/curve", _get(curve)),
         Route(f"{one}/log", _get(log)),
         Route(f"{one}/report", _get(report)),
-        Route(f"{one}/preview/{{step:int}}/{{number:int}}", _get(preview)),
-        Route(f"{one}/final/{{number:int}}", _get(final)),
-        Route(f"{one}/strength/{{percent:int}}", _get(strength)),
+        Route(f"{one}/preview/{{step}}/{{number}}", _get(preview)),
+        Route(f"{one}/final/{{number}}", _get(final)),
+        Route(f"{one}/strength/{{percent}}", _get(strength)),
         Route(f"{one}/strengths", _post(strengthened), methods=["POST"]),
         Route(f"{one}/ask", _post(wished), methods=["POST"]),
         Route(f"{one}/resume", _post(resumed), methods=["POST"]),
@@ -156,14 +156,11 @@ def routes(settings: Settings, runs: Runs) -> list[Route]:
 
 
 async def _body(request: Request) -> dict[str, Any]:
-    """The command's JSON. Raises UserError for anything else: a form of a foreign page cannot send this type."""
-    if request.headers.get("content-type", "").partition(";")[0] != "application/json":
+    """The command's JSON. Raises UserError for anything else."""
+    body = await body_of(request) if is_json(request) else None
+    if body is None:
         raise UserError("the request is no JSON")
-    try:
-        found = json.loads(await request.body())
-    except ValueError as error:
-        raise UserError("the request is no JSON") from error
-    return found if isinstance(found, dict) else {}
+    return body
 
 
 def _get(answer: Answer) -> Callable[[Request], Awaitable[Response]]:
@@ -191,12 +188,20 @@ async def _told(request: Request, answer: Awaitable[Any]) -> Response:
     except UserError as error:
         language = _language(request)
         # An expected answer to a command is no failed request: the browser's console shall stay empty.
-        return JSONResponse({"refused": told(error, language)}, 404 if request.method == "GET" else 200)
+        return Told({"refused": told(error, language)}, 404 if request.method == "GET" else 200)
     except OSError as error:
-        return JSONResponse({"refused": f"{error.filename or ''}: {error.strerror or error}"}, 500)
+        return Told({"refused": f"{error.filename or ''}: {error.strerror or error}"}, 500)
     if isinstance(found, Response):
         return found
-    return JSONResponse(found, headers={"cache-control": "no-store"})
+    return Told(found, headers={"cache-control": "no-store"})
+
+
+def _number(request: Request, name: str) -> int:
+    """A number of the address. Raises UserError when it is none (or one that no run counts to)."""
+    found = whole(request.path_params[name])
+    if found is None:
+        raise UserError("there is nothing of that name to ask for")
+    return found
 
 
 def _file(run: Path, place: str) -> Response:

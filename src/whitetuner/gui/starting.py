@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -56,6 +57,10 @@ def start_form(settings: Settings, tab: str, text: str, gpus: str, existing: str
     of = tab_of(tab)
     if of is None:
         raise UserError("there is no form '{name}'", mend="load the page again", name=tab)
+    if not re.fullmatch(r"[a-z0-9:, ]{0,64}", gpus):
+        raise UserError(
+            "there is no such device: {name}", mend='use "any", "cpu" or numbers, e.g. 0,1', name=gpus[:64]
+        )
     config = to_train(text, of, roots).config
     name = config.run.name
     run = (Path.cwd() / config.run.output_dir / name).resolve()
@@ -78,10 +83,10 @@ def start_form(settings: Settings, tab: str, text: str, gpus: str, existing: str
             run, overrides = run.with_name(other), [f"run.name={json.dumps(other)}"]
         else:
             return {"exists": folder.status(), "name": name, "other": other}
-    kept = run / "logs" / f"{time.strftime('%Y%m%d_%H%M%S')}.toml"
-    write_atomically(kept, text)
     asked = config.memory.device
     gpus = gpus or ("any" if asked == "auto" else asked)
+    kept = run / "logs" / f"{time.strftime('%Y%m%d_%H%M%S')}.toml"
+    write_atomically(kept, text)
     model = {"family": config.model.family, "task": config.model.task}
     job = start.start(kept, run, cwd=Path.cwd(), gpus=gpus, resume=resume, overrides=overrides, **model)
     return {"id": job.id}
@@ -132,7 +137,7 @@ def _own(run: Path) -> list[str]:
 @_one_at_a_time
 def start_trial(settings: Settings) -> Job:
     """Teaches the embedded model a word: three minutes, no GPU, no model, a preview every 25 steps."""
-    base = (settings.roots or (Path.cwd(),))[0] / "output"
+    base = settings.paths().path(str((settings.roots or (Path.cwd(),))[0] / "output"))
     name = next(f"try-{n}" for n in range(1, 10_000) if not (base / f"try-{n}").exists())
     data = base / f"{name}-data"
     for part, count, seed in (("new", _NEW, 21), ("old", _OLD, 22)):

@@ -23,6 +23,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from whitetuner.errors import EXIT_ENVIRONMENT, UserError
+from whitetuner.gui.asked import whole
 from whitetuner.gui.pickers import Roots
 from whitetuner.gui.settings import Settings
 from whitetuner.runs import jobs
@@ -78,8 +79,8 @@ class Board:
     async def asked(self, request: Request) -> Response:
         """Starts it over the chosen folder (its place in `folders`); {ready, port, folders, chosen}."""
         there = await asyncio.to_thread(folders, self.settings.paths())
-        given = request.query_params.get("folder", "")
-        chosen = int(given) if given.isdigit() and int(given) < len(there) else 0
+        given = whole(request.query_params.get("folder"), 0)
+        chosen = given if given < len(there) else 0
         if not there:
             return JSONResponse({"ready": False, "folders": [], "chosen": 0, "port": None})
         try:
@@ -101,15 +102,14 @@ class Board:
             self._client = httpx.AsyncClient(
                 base_url=f"http://127.0.0.1:{self.port}", trust_env=False, timeout=60
             )
-        path = "/" + request.path_params.get("path", "")
-        if not request.url.path.startswith(PREFIX):
-            path = request.url.path
-        headers = [(name, value) for name, value in request.headers.items() if name not in _KEPT_BACK]
+        path = request.scope["path"].removeprefix(PREFIX) or "/"
+        headers = [one for one in request.headers.raw if one[0].decode("latin-1").lower() not in _KEPT_BACK]
+        try:
+            address = httpx.URL(path=path, query=request.scope["query_string"])
+        except httpx.InvalidURL:  # two slashes in front, control characters: nothing that TensorBoard has
+            return JSONResponse({"error": "no such page"}, 404)
         outgoing = self._client.build_request(
-            request.method,
-            httpx.URL(path=path, query=request.url.query.encode()),
-            headers=headers,
-            content=await request.body(),
+            request.method, address, headers=headers, content=await request.body()
         )
         try:
             answer = await self._client.send(outgoing, stream=True)

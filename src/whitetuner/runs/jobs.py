@@ -80,9 +80,8 @@ class Job:
 
     def write(self) -> None:
         """Raises OSError when the state folder cannot be written."""
-        write_atomically(
-            _folder() / f"{self.id}.json", json.dumps(dataclasses.asdict(self), ensure_ascii=False)
-        )
+        # ASCII: a folder's name need not be UTF-8, and is read back as it is.
+        write_atomically(_folder() / f"{self.id}.json", json.dumps(dataclasses.asdict(self)))
 
     def with_(self, **changes: object) -> Job:
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]

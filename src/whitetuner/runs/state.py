@@ -7,8 +7,6 @@ import secrets
 import sys
 from pathlib import Path
 
-from whitetuner.runs.files import write_atomically
-
 #: Environment variable that puts the folder elsewhere (a shared home without file locks, tests).
 STATE_VARIABLE = "WHITETUNER_STATE"
 
@@ -36,6 +34,10 @@ def machine_secret() -> bytes:
     except (OSError, ValueError):
         pass  # not there yet, or torn: a new one only ends old logins
     made = secrets.token_bytes(32)
-    write_atomically(path, made.hex())
-    path.chmod(0o600)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".secret.{os.getpid()}")
+    beside.unlink(missing_ok=True)
+    beside.touch(mode=0o600, exist_ok=False)  # not to be read by others, not even for a moment
+    beside.write_text(made.hex(), encoding="utf-8")
+    beside.replace(path)
     return made
