@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from whitetuner.cli import GROUPS, NOT_LANDED, main, make_parser
+from whitetuner.cli import WORDS, main
 from whitetuner.families import registry
+from whitetuner.parser import GROUPS, NOT_LANDED, make_parser
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_word_is_in_a_group_and_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     words = make_parser().word_help  # type: ignore[attr-defined]
-    assert set(words) == {word for group in GROUPS.values() for word in group}
+    assert set(words) == {word for group in GROUPS.values() for word in group} == set(WORDS)
     for word in words:
         with pytest.raises(SystemExit) as caught:
             main([word, "--help"])

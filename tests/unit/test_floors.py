@@ -43,7 +43,18 @@ FLOORS = [
         "drawing",
         "gui",
     },
-    {"api", "cli", "commands", "demo", "evidence", "memory_proofs", "selftest", "__main__", "__init__"},
+    {
+        "api",
+        "cli",
+        "parser",
+        "commands",
+        "demo",
+        "evidence",
+        "memory_proofs",
+        "selftest",
+        "__main__",
+        "__init__",
+    },
 ]
 #: Words explain words; rooms on the two upper floors are steps of one thing. The page knows none of its neighbours.
 NEIGHBOURS_MAY = {0: FLOORS[0], 3: FLOORS[3] - {"gui"}, 4: FLOORS[4]}
@@ -57,6 +68,7 @@ LIGHT = [
     "records",
     "family",
     "cli",
+    "parser",
     "config",
     "runs",
     "install",

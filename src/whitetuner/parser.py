@@ -1,0 +1,213 @@
+"""The words of the command line and their arguments. Nothing heavy is imported: `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from whitetuner.gui.settings import add_arguments
+from whitetuner.version import __version__
+
+#: Words of the contract whose feature is not there yet: they say so and exit with 2.
+NOT_LANDED = {
+    "merge": "merging an adapter into a model",
+    "fork": "forking a run",
+    "doctor": "the check of this machine",
+}
+
+GROUPS = {
+    "Try": ("demo", "selftest", "tiny", "testdata"),
+    "Train": ("init", "check", "plan", "cache", "train", "stop", "fork", "gui"),
+    "Look": ("sample", "watch", "jobs", "families", "doctor"),
+    "Files": ("export", "merge", "inspect", "caption"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def format_help(self) -> str:
+        """The top help lists the words in four groups; each word's own help is argparse's."""
+        words = getattr(self, "word_help", None)
+        if words is None:
+            return super().format_help()
+        lines = ["usage: whitetuner WORD ...      (whitetuner WORD --help tells more)", ""]
+        for group, names in GROUPS.items():
+            lines.append(f"{group}:")
+            lines += [f"  {name:<10} {words[name]}" for name in names if name in words]
+            lines.append("")
+        return "\n".join([*lines, f"White Tuner {__version__}", ""])
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All words with their arguments; also read by the tests that hold the docs against it."""
+    parser = _Parser(prog="whitetuner", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"White Tuner {__version__}")
+    parser.word_help = {}  # type: ignore[attr-defined]
+    words = parser.add_subparsers(dest="word", parser_class=argparse.ArgumentParser, metavar="WORD")
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        parser.word_help[name] = text  # type: ignore[attr-defined]
+        one = words.add_parser(name, help=text, description=text, allow_abbrev=False)
+        return one
+
+    demo = add("demo", "teach the embedded model a new word and prove it (3 minutes, no GPU)")
+    demo.add_argument(
+        "family", nargs="?", metavar="FAMILY[:VARIANT]", help="a random tiny model of that family instead"
+    )
+    demo.add_argument("--task", help="t2i, edit, ... (default: the family's first)")
+    demo.add_argument("--method", default="lokr", choices=("lokr", "lora"))
+    demo.add_argument(
+        "--out", type=Path, default=Path("output/demo"), help="folder of the results (default: %(default)s)"
+    )
+
+    selftest = add("selftest", "prove the equalities on this machine (3 minutes)")
+    selftest.add_argument("family", nargs="?", help="only this family")
+    selftest.add_argument("--json", action="store_true", help="print the table as JSON")
+
+    tiny = add("tiny", "write a random tiny model of a family as a diffusers folder")
+    tiny.add_argument("family")
+    tiny.add_argument("dir", type=Path)
+    tiny.add_argument("--variant")
+    tiny.add_argument("--seed", type=int, default=0)
+
+    testdata = add("testdata", "write a small data set to try things with")
+    testdata.add_argument("kind", choices=("t2i", "edit", "video"))
+    testdata.add_argument("dir", type=Path)
+    testdata.add_argument("--count", type=int, default=8)
+    testdata.add_argument("--seed", type=int, default=0)
+
+    init = add("init", "write a commented config from a preset")
+    init.add_argument("preset", nargs="?", help="preset name (none: list them)")
+    init.add_argument(
+        "--tiny",
+        type=Path,
+        metavar="DIR",
+        help="a config that trains the tiny or embedded model on this folder",
+    )
+    init.add_argument("-o", "--out", type=Path, help="file to write (none: to the screen)")
+
+    check = add("check", "look a config or a picture folder over: every problem at once")
+    check.add_argument("what", type=Path, metavar="CONFIG|DATA_DIR")
+    check.add_argument("--json", action="store_true", help="print the findings as JSON")
+    check.add_argument("--deep", action="store_true", help="decode every picture")
+    check.add_argument("--no-model", action="store_true", help="do not look at the model folder")
+    check.add_argument(
+        "--convert-captions",
+        action="store_true",
+        help="rewrite captions that are not UTF-8 (keeps NAME.txt.bak)",
+    )
+    check.add_argument(
+        "--encoding", metavar="NAME", help="of the captions to convert (gb18030, ...); else guessed"
+    )
+    _settings(check)
+
+    train = add("train", "train")
+    train.add_argument("config", type=Path)
+    train.add_argument(
+        "--resume", metavar="latest|DIR", help="go on from the newest checkpoint, or from this one"
+    )
+    train.add_argument(
+        "--gpus", help="which devices, e.g. 0 or cpu, or `any`: one that is free (several: not yet)"
+    )
+    train.add_argument("--wait", action="store_true", help="wait for the GPU while another run is on it")
+    _settings(train)
+
+    plan = add("plan", "how a model fits a card: before anything is downloaded or loaded")
+    plan.add_argument("what", metavar="CONFIG|FAMILY[:VARIANT]")
+    plan.add_argument(
+        "--vram", type=float, metavar="GB", help="memory of the card (else: this machine's, or 8 to 32)"
+    )
+    plan.add_argument("--size", metavar="WIDTHxHEIGHT[xFRAMES]", help="of what is trained (FAMILY only)")
+    plan.add_argument("--task", help="t2i, edit, ... (FAMILY only)")
+    plan.add_argument(
+        "--host", type=float, metavar="GB", help="memory of the machine itself (else: this one's)"
+    )
+    plan.add_argument("--measure", action="store_true", help="take the speeds of the GPU that is here")
+    plan.add_argument("-v", "--verbose", action="store_true", help="the bytes of every part too")
+    plan.add_argument("--json", action="store_true")
+    _settings(plan)
+
+    cache = add("cache", "encode pictures and captions only")
+    cache.add_argument("config", type=Path)
+    _settings(cache)
+
+    stop = add("stop", "ask a run to save and stop")
+    stop.add_argument("run_folder", type=Path, metavar="RUN")
+    stop.add_argument("--now", action="store_true", help="leave without saving")
+
+    watch = add("watch", "follow a run")
+    watch.add_argument("run_folder", type=Path, metavar="RUN")
+    watch.add_argument("--once", action="store_true", help="print where it is and return")
+
+    sample = add("sample", "draw with a model, a model and an adapter file, or a run")
+    sample.add_argument("model", metavar="RUN_OR_MODEL", help="run folder, model folder or builtin:nano")
+    sample.add_argument("--adapter", type=Path)
+    sample.add_argument("--strength", type=float, default=1.0)
+    sample.add_argument("--prompt", default="")
+    sample.add_argument("--negative", default="")
+    sample.add_argument(
+        "--image",
+        type=Path,
+        action="append",
+        default=[],
+        help="reference picture (edit tasks; may be repeated)",
+    )
+    sample.add_argument("--out", type=Path, default=Path("sample.png"))
+    sample.add_argument("--family", help="needed only when the model folder does not tell")
+    sample.add_argument("--size", help="WIDTHxHEIGHT")
+    sample.add_argument("--frames", type=int, help="of a clip (video models): 4 n + 1")
+    sample.add_argument("--steps", type=int)
+    sample.add_argument("--cfg", type=float)
+    sample.add_argument("--seed", type=int, default=0)
+
+    families = add("families", "list the model families")
+    families.add_argument("--json", action="store_true")
+
+    export = add("export", "rename an adapter file for another program")
+    export.add_argument("source", type=Path, metavar="IN")
+    export.add_argument("target", type=Path, metavar="OUT")
+    export.add_argument("--to", required=True, choices=("comfyui", "diffusers", "lycoris"))
+    export.add_argument("--family", help="needed only when the file does not tell")
+
+    inspect = add("inspect", "say what a safetensors file is")
+    inspect.add_argument("file", type=Path)
+    inspect.add_argument("--json", action="store_true")
+
+    jobs = add("jobs", "list the runs on this machine")
+    jobs.add_argument("--json", action="store_true")
+
+    gui = add("gui", "open the page in the browser")
+    add_arguments(gui)
+
+    caption = add("caption", "write missing captions with a vision-language model of yours")
+    caption.add_argument("dir", type=Path, metavar="DIR")
+    caption.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        help="folder of Qwen2.5-VL, of another such model, or of Qwen-Image",
+    )
+    caption.add_argument("--instruction", help="what to ask of each picture")
+    caption.add_argument("--trigger", default="", help="word that begins every caption")
+    caption.add_argument("--ext", default=".txt", help="ending of caption files (default: %(default)s)")
+    caption.add_argument(
+        "--overwrite", action="store_true", help="also where there is one (kept as NAME.txt.bak)"
+    )
+    caption.add_argument("--recursive", action="store_true", help="sub-folders too")
+    caption.add_argument("--most", type=int, metavar="N", help="at most N, to try the instruction")
+    caption.add_argument("--max-tokens", type=int, default=160, help="length at most (default: %(default)s)")
+
+    for name, feature in NOT_LANDED.items():
+        one = add(name, f"{feature} (not yet)")
+        one.add_argument("rest", nargs=argparse.REMAINDER)
+    return parser
+
+
+def _settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="a.b=value",
+        help="change a setting (may be repeated)",
+    )
