@@ -53,6 +53,9 @@ class ZImageKeys:
     original: whether there is an original layout; else full states keep their names
     """
 
+    #: In the released file, of no use: the last norm has no weight (diffusers leaves it out too).
+    unused = ("norm_final.weight",)
+
     def __init__(self, title: str, lists: Mapping[str, tuple[str, ...]], *, original: bool = True) -> None:
         self.title, self.lists, self.original = title, lists, original
         self._flat = {

@@ -21,12 +21,7 @@ from torch import nn
 from whitetuner.errors import UserError
 from whitetuner.memory.quantize import Kind, QuantLinear, quantize_linears, quantize_weight
 from whitetuner.memory.skeleton import empty_module, float32_names, recast_of
-from whitetuner.memory.weights import TensorFiles, first_five, weight_files
-
-#: How the scale of a ready-made fp8 weight is named beside `X.weight` (ComfyUI scaled files, fp8 exporters).
-_SCALE_NAMES = ("scale_weight", "weight_scale")
-#: Companions of such files that a weight-only layer does not need.
-_FP8_EXTRAS = ("scaled_fp8", "*.scale_input", "*.input_scale", "*.comfy_quant")
+from whitetuner.memory.weights import FP8_EXTRAS, SCALE_NAMES, TensorFiles, first_five, weight_files
 
 
 @dataclass(frozen=True)
@@ -93,7 +88,7 @@ def build_module(
     with TensorFiles(weight_files(folder)) as source:
         scales = _scales(source)
         pairs = _target_names(
-            module, [n for n in source if not _matches(n, _FP8_EXTRAS) and n not in scales.values()]
+            module, [n for n in source if not _matches(n, FP8_EXTRAS) and n not in scales.values()]
         )
         pairs = _checked(module, source, pairs, ignore, folder)
         additions = recast_of(cls).additions
@@ -140,7 +135,7 @@ def rehearse_module(cls: type, folder: Path, *, keep_precise: Sequence[str] = ()
     """A BuildFn that reads no weight: the skeleton, held against the headers of its files."""
     module = empty_module(cls, folder)
     with TensorFiles(weight_files(folder)) as source:
-        beside = {*_scales(source).values(), *(name for name in source if _matches(name, _FP8_EXTRAS))}
+        beside = {*_scales(source).values(), *(name for name in source if _matches(name, FP8_EXTRAS))}
         _checked(module, source, _target_names(module, [n for n in source if n not in beside]), (), folder)
     return module
 
@@ -321,7 +316,7 @@ def _scales(source: TensorFiles) -> dict[str, str]:
     for name, entry in source.entries.items():
         if entry.dtype == torch.float8_e4m3fn and name.endswith(".weight"):
             stem = name.removesuffix("weight")
-            for scale in _SCALE_NAMES:
+            for scale in SCALE_NAMES:
                 if stem + scale in source:
                     found[name] = stem + scale
     return found

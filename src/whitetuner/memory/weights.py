@@ -14,6 +14,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +26,10 @@ from whitetuner.errors import UserError
 
 #: Stems under which diffusers and transformers store the weights of a component folder.
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+#: How the scale of a ready-made fp8 weight is named beside `X.weight` (ComfyUI scaled files, fp8 exporters).
+SCALE_NAMES = ("scale_weight", "weight_scale")
+#: Companions of such files that a weight-only layer does not need.
+FP8_EXTRAS = ("scaled_fp8", "*.scaled_fp8", "*.scale_input", "*.input_scale", "*.comfy_quant")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _DTYPES = {
     "F64": torch.float64,
@@ -50,6 +55,13 @@ class TensorEntry:
     shape: torch.Size
     dtype: torch.dtype
     num_bytes: int
+
+
+def is_fp8_extra(name: str) -> bool:
+    """Whether a tensor stands beside fp8 weights: their scales, and what other programs note of them."""
+    return name.endswith(tuple(f".{one}" for one in SCALE_NAMES)) or any(
+        fnmatchcase(name, pattern) for pattern in FP8_EXTRAS
+    )
 
 
 def weight_files(folder: Path) -> list[Path]:

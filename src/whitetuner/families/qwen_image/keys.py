@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from whitetuner.errors import UserError
@@ -66,6 +68,10 @@ class QwenImageKeys:
                 if general in _LINEARS:
                     return prefix.removeprefix(lead)
         return None
+
+    def marks(self, config: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What a full file has besides: Edit-2511's mark, by its transformer's config.json (`zero_cond_t`)."""
+        return {REFERENCES_AT_ZERO: torch.empty(0)} if config.get("zero_cond_t") else {}
 
     def to_original(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same names. Raises UserError for one that is not Qwen-Image's."""
