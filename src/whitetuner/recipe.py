@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from whitetuner.assemble import assemble
 from whitetuner.between import previews_of, validation_of
 from whitetuner.checkpoint.store import Store
-from whitetuner.companions import companion_of
 from whitetuner.config.kinds import refuse_quantised_full
 from whitetuner.config.landed import refuse_not_landed
 from whitetuner.config.load import Loaded, dump_config
@@ -25,9 +25,9 @@ from whitetuner.data.scan import Scan
 from whitetuner.diffusion.sigmas import SigmaSettings
 from whitetuner.errors import EXIT_FAILED, UserError, out_of_memory
 from whitetuner.final_files import write_final
-from whitetuner.planning import Shape, cap_memory, correct_plan, denoiser_build, fit_denoiser, way_of
+from whitetuner.planning import Shape, cap_memory, correct_plan, way_of
 from whitetuner.prepared import data_hash, find_items, phase_build, prepare_data, shift_of
-from whitetuner.rehearsal import adapter_for, optimizer_for, rehearse
+from whitetuner.rehearsal import rehearse
 from whitetuner.resolve import Resolved, resolve
 from whitetuner.resuming import find_checkpoint, same_data, same_resolved
 from whitetuner.runs import events
@@ -35,12 +35,10 @@ from whitetuner.runs.board import Board
 from whitetuner.runs.folder import RunFolder
 from whitetuner.runs.report import write_report
 from whitetuner.signals import Signals, Stopped
-from whitetuner.train.ema import Ema
 from whitetuner.train.learner import Learner
 from whitetuner.train.loop import Hooks, LoopSettings, train
 from whitetuner.train.optim import lr_factor
 from whitetuner.train.step import StepSettings
-from whitetuner.train.team import Team
 
 #: Seconds between progress events: ten thousand pictures must not make ten thousand lines.
 PROGRESS_EVERY_S = 0.25
@@ -213,7 +211,7 @@ class Session:
         for note in self.data.notes:
             self._message("info", note)
         self.tell(events.Phase(name="load"))
-        self.team = self._team()
+        self.team = assemble(config, self.family, self.resolved, self.way, self._message)
         if checkpoint is not None:
             self.team.load(checkpoint.tensors, checkpoint.documents)
             for path in self.store.set_aside_after(checkpoint.step):
@@ -227,28 +225,6 @@ class Session:
         self.way = way_of(
             self.config, self.family, self.device, self.resolved.dtype, sorted(shapes, key=str), before
         )
-
-    def _team(self) -> Team:
-        config, family = self.config, self.family
-        parts = family.spec.parts(family.options)
-        # Parts of a family are of one architecture: what fits one fits each while the others are away.
-        lists = parts[0].block_lists
-        turns = len(parts) > 1
-        modules = family.load(denoiser_build(self.way, self.device, self.resolved.dtype, lists, turns))
-        learners = []
-        for part in parts:
-            module = modules[part.name]
-            adapter, limits = adapter_for(config, family, part, module, self.device)
-            for limit in limits:
-                self._message("warning", str(limit))
-            fitted = fit_denoiser(
-                config, self.way, module, part, self.device, lambda text: self._message("info", text), turns
-            )
-            parameters = list(adapter.parameters())
-            optimizer = optimizer_for(config, parameters)
-            ema = Ema(parameters, config.optimizer.ema) if config.optimizer.ema else None
-            learners.append(Learner(part, module, adapter, config.method.kind, optimizer, ema, fitted))
-        return Team(learners, companion_of(config, family, self.resolved, self._message))
 
     def _step_settings(self, learner: Learner) -> StepSettings:
         noise = self.config.noise

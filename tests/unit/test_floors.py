@@ -24,6 +24,7 @@ FLOORS = [
     {"families", "data", "train", "checkpoint", "nano"},
     {
         "recipe",
+        "assemble",
         "rehearsal",
         "planning",
         "released",

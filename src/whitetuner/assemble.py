@@ -1,0 +1,38 @@
+"""From a config to what learns: each denoiser loaded, made ready for its device, with what is trained on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from whitetuner.companions import companion_of
+from whitetuner.config.schema import Config
+from whitetuner.family import Family
+from whitetuner.planning import Way, denoiser_build, fit_denoiser
+from whitetuner.rehearsal import adapter_for, optimizer_for
+from whitetuner.resolve import Resolved
+from whitetuner.train.ema import Ema
+from whitetuner.train.learner import Learner
+from whitetuner.train.team import Team
+
+
+def assemble(
+    config: Config, family: Family, resolved: Resolved, way: Way, tell: Callable[[str, str], None]
+) -> Team:
+    """The team of a run, as new. tell: (level, text). Raises UserError for what does not go together."""
+    device, parts = resolved.device, family.spec.parts(family.options)
+    # Parts of a family are of one architecture: what fits one fits each while the others are away.
+    lists = parts[0].block_lists
+    turns = len(parts) > 1
+    modules = family.load(denoiser_build(way, device, resolved.dtype, lists, turns))
+    learners = []
+    for part in parts:
+        module = modules[part.name]
+        adapter, limits = adapter_for(config, family, part, module, device)
+        for limit in limits:
+            tell("warning", str(limit))
+        fitted = fit_denoiser(config, way, module, part, device, lambda text: tell("info", text), turns)
+        parameters = list(adapter.parameters())
+        optimizer = optimizer_for(config, parameters)
+        ema = Ema(parameters, config.optimizer.ema) if config.optimizer.ema else None
+        learners.append(Learner(part, module, adapter, config.method.kind, optimizer, ema, fitted))
+    return Team(learners, companion_of(config, family, resolved, tell))
