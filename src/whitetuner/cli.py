@@ -122,6 +122,12 @@ def _train(given: argparse.Namespace) -> int:
     return commands.train(given.config, given.overrides, given.resume, given.gpus, wait=given.wait)
 
 
+def _fork(given: argparse.Namespace) -> int:
+    from whitetuner import commands
+
+    return commands.fork(given.run_folder, given.at, given.overrides, given.gpus, start=not given.no_start)
+
+
 def _plan(given: argparse.Namespace) -> int:
     from whitetuner import commands
 
@@ -164,6 +170,12 @@ def _export(given: argparse.Namespace) -> int:
     return commands.export(given.source, given.target, given.to, given.family)
 
 
+def _doctor(given: argparse.Namespace) -> int:
+    from whitetuner import commands
+
+    return commands.doctor(given.out, as_json=given.json, bundle=given.bundle, run=given.run)
+
+
 def _caption(given: argparse.Namespace) -> int:
     from whitetuner import commands
 
@@ -197,6 +209,7 @@ WORDS: dict[str, Word] = {
     "init": _init,
     "check": _check,
     "train": _train,
+    "fork": _fork,
     "plan": _plan,
     "cache": _cache,
     "stop": _stop,
@@ -205,6 +218,7 @@ WORDS: dict[str, Word] = {
     "families": _families,
     "export": _export,
     "caption": _caption,
+    "doctor": _doctor,
     "inspect": _inspect,
     "jobs": _jobs,
     "gui": _gui,

@@ -94,6 +94,19 @@ def train(
     return 0
 
 
+def fork(run: Path, at: int | None, overrides: Sequence[str], gpus: str | None, *, start: bool) -> int:
+    """Makes a run that begins at a checkpoint of another, and trains it (unless start is False)."""
+    from whitetuner.forking import fork as make
+
+    loaded, changed = make(run, at, overrides)
+    assert loaded.path is not None
+    print(f"{loaded.path.parent} begins at {run}", *(f"  {line}" for line in changed), sep="\n")
+    if not start:
+        print(f"to train it: whitetuner train {loaded.path} --resume latest")
+        return 0
+    return train(loaded.path, [], "latest", gpus)
+
+
 def plan(given: argparse.Namespace) -> int:
     """How a config or a released model fits; the exit code is the refusal's when no plan does."""
     from whitetuner import plan_view
@@ -315,6 +328,21 @@ def inspect(file: Path, *, as_json: bool) -> int:
     else:
         print("\n".join(f"{key:<12} {value}" for key, value in found.items()))
     return 0
+
+
+def doctor(folder: Path, *, as_json: bool, bundle: Path | None, run: Path | None) -> int:
+    """Looks the machine over; exit code 3 when something stands in the way of training."""
+    from whitetuner import doctor as looks
+    from whitetuner.bug_report import write_bundle
+
+    if run is not None and bundle is None:
+        raise UserError("--run is for --bundle", where="--run", mend="add --bundle FILE.zip, or leave it out")
+    found = looks.examine(folder)
+    print(json.dumps(looks.as_json(found), indent=1) if as_json else looks.as_text(found))
+    if bundle is not None:
+        names = write_bundle(bundle, found, run)
+        print(f"wrote {bundle} ({', '.join(names)}); look into it before you send it", file=sys.stderr)
+    return looks.exit_code(found)
 
 
 def jobs(*, as_json: bool) -> int:

@@ -11,8 +11,6 @@ from whitetuner.version import __version__
 #: Words of the contract whose feature is not there yet: they say so and exit with 2.
 NOT_LANDED = {
     "merge": "merging an adapter into a model",
-    "fork": "forking a run",
-    "doctor": "the check of this machine",
 }
 
 GROUPS = {
@@ -111,6 +109,15 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument("--wait", action="store_true", help="wait for the GPU while another run is on it")
     _settings(train)
 
+    fork = add("fork", "begin another run at a checkpoint of a run, with changed settings")
+    fork.add_argument("run_folder", type=Path, metavar="RUN")
+    fork.add_argument(
+        "--at", type=int, metavar="STEP", help="of one of its checkpoints (default: the newest)"
+    )
+    fork.add_argument("--gpus", help="as for train")
+    fork.add_argument("--no-start", action="store_true", help="make the folder, do not train yet")
+    _settings(fork)
+
     plan = add("plan", "how a model fits a card: before anything is downloaded or loaded")
     plan.add_argument("what", metavar="CONFIG|FAMILY[:VARIANT]")
     plan.add_argument(
@@ -195,6 +202,19 @@ def make_parser() -> argparse.ArgumentParser:
     caption.add_argument("--recursive", action="store_true", help="sub-folders too")
     caption.add_argument("--most", type=int, metavar="N", help="at most N, to try the instruction")
     caption.add_argument("--max-tokens", type=int, default=160, help="length at most (default: %(default)s)")
+
+    doctor = add("doctor", "check this machine: what stands in the way, and what to do")
+    doctor.add_argument("--json", action="store_true")
+    doctor.add_argument(
+        "--out", type=Path, default=Path("output"), help="where runs will be (default: %(default)s)"
+    )
+    doctor.add_argument(
+        "--bundle",
+        type=Path,
+        metavar="FILE.zip",
+        help="write a file for bug reports, without captions or pictures",
+    )
+    doctor.add_argument("--run", type=Path, metavar="RUN", help="for --bundle: the run it is about")
 
     for name, feature in NOT_LANDED.items():
         one = add(name, f"{feature} (not yet)")

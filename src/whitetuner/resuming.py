@@ -69,8 +69,11 @@ def _named(resume: str, folder: RunFolder) -> Path:
 
 
 def same_data(before: Mapping[str, Any], now: str) -> None:
-    """Raises UserError when the data set is not the one the run began with (`prepared.data_hash`)."""
-    if before.get("data_hash") != now:
+    """Raises UserError when the data set is not the one the run began with (`prepared.data_hash`).
+
+    before: without it where a fork goes on for the first time, whose data may be other than the first run's
+    """
+    if before.get("data_hash", now) != now:
         raise UserError(
             "the pictures or captions are not those this run began with",
             where="[data]",
@@ -79,9 +82,12 @@ def same_data(before: Mapping[str, Any], now: str) -> None:
 
 
 def same_resolved(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """What `auto` came to must be what the run began with: otherwise other numbers would come out. Raises UserError."""
+    """What `auto` came to must be what the run began with: otherwise other numbers would come out. Raises UserError.
+
+    before: without the shift where a fork goes on for the first time
+    """
     for key in ("dtype", "shift", "device_type"):
-        if before.get(key) != now[key]:
+        if before.get(key, now[key]) != now[key]:
             raise UserError(
                 "{key} was {old} when the run began and comes to {new} here",
                 where="--resume",

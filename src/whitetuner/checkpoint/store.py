@@ -125,6 +125,20 @@ class Store:
         self._rotate(final)
         return final
 
+    def adopt(self, checkpoint: Checkpoint, state: Mapping[str, Any], metadata: Mapping[str, str]) -> Path:
+        """A copy of another run's checkpoint, from now on this run's; state: what of its state document is another now.
+
+        Raises UserError as `save`.
+        """
+        kept = {
+            key: value
+            for key, value in checkpoint.state.items()
+            if key not in ("files", "run_id", "format", "step")
+        }
+        return self.save(
+            checkpoint.step, checkpoint.tensors, checkpoint.documents, {**kept, **state}, metadata
+        )
+
     def found(self) -> list[Path]:
         """Checkpoint folders, oldest step first, whole or not."""
         numbered = []

@@ -38,6 +38,17 @@ FREE = (
     "data.sets.conditions",
     "data.sets.videos",
 )
+#: May change as well when another run begins there: order, noise and measure are its own.
+FREE_IN_FORK = (
+    *FREE,
+    "run.seed",
+    "data.",
+    "noise.",
+    "validation.",
+    "optimizer.weight_decay",
+    "optimizer.max_grad_norm",
+    "optimizer.gradient_accumulation",
+)
 #: May not: why.
 _WHY = {
     "model.": "the adapter was trained on that model",
@@ -55,12 +66,21 @@ def check_resume(before: Mapping[str, Any], now: Config) -> list[str]:
 
     before: the config that the run began with, as `Loaded.document` gave it
     """
+    return _allowed(before, now, FREE)
+
+
+def check_fork(before: Mapping[str, Any], now: Config) -> list[str]:
+    """As `check_resume`, for a new run that begins at a checkpoint of another: data, noise and seed may be others."""
+    return _allowed(before, now, FREE_IN_FORK)
+
+
+def _allowed(before: Mapping[str, Any], now: Config, free: tuple[str, ...]) -> list[str]:
     told, errors = [], []
     for key, old, new in differences(before, now.model_dump(mode="json")):
         if key == "run.name":
             continue
         plain = re.sub(r"\[\d+\]", "", key)
-        if any(plain == one or (one.endswith(".") and plain.startswith(one)) for one in FREE):
+        if any(plain == one or (one.endswith(".") and plain.startswith(one)) for one in free):
             told.append(f"{key}: {old} -> {new}")
             continue
         why = next(

@@ -59,10 +59,11 @@ def routes(settings: Settings, runs: Runs) -> list[Route]:
         }
 
     def curve(request: Request) -> Any:
-        reader = runs.reader(asked_for(request))
+        job = asked_for(request)
+        reader = runs.reader(job)
         if request.query_params.get("version") == str(reader.version):
             return {"version": reader.version}
-        return reader.curve()
+        return {**reader.curve(), "origin": runs.origin(job, roots)}
 
     def log(request: Request) -> Any:
         return {"lines": runs.log(asked_for(request))}

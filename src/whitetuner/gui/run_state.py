@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,15 @@ class Runs:
                 del self._readers[old]
         found.look()
         return found
+
+    def origin(self, job: Job, roots: Roots) -> dict[str, Any] | None:
+        """The running mean of the run that this one began from: {name, at, step, smooth}; None for others."""
+        found = RunFolder(Path(job.run)).origin()
+        if found is None or not roots.allows(found[0].path):
+            return None
+        reader = self.reader(replace(job, run=str(found[0].path)))
+        curve = reader.curve()
+        return {"name": found[0].path.name, "at": found[1], "step": curve["step"], "smooth": curve["smooth"]}
 
     def shown(self, job: Job) -> dict[str, Any]:
         """Everything of a run but its curve and its log."""

@@ -250,6 +250,15 @@ class RunFolder:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM if os.name == "nt" else signal.SIGKILL)
 
+    def origin(self) -> tuple[RunFolder, int] | None:
+        """(the run that this one began at a checkpoint of, its step); None for others, and where that run is gone."""
+        try:
+            told = self.document()["forked_from"]
+            other, step = RunFolder((self.path / told["run"]).resolve()), int(told["step"])
+            return (other, step) if other.document()["run_id"] == told["run_id"] else None
+        except (UserError, OSError, TypeError, KeyError, ValueError):
+            return None
+
     def final_adapter(self, kind: str, file: str | None = None) -> Path:
         """The finished run's adapter file; file: its name, where several parts learned. Raises UserError when it is not there."""
         path = self.final / kind / (file or f"{kind}.safetensors")

@@ -60,7 +60,12 @@ def write_report(path: Path, status: str | None = None) -> Path:
         random=document.get("resolved", {}).get("random_weights", False),
         facts=_facts(steps, validation),
         failure=happened[-1].reason if happened and isinstance(happened[-1], events.Failed) else "",
-        loss=_loss(steps, validation, [event.step for event in happened if isinstance(event, events.Saved)]),
+        loss=_loss(
+            steps,
+            validation,
+            [event.step for event in happened if isinstance(event, events.Saved)],
+            _of_origin(folder),
+        ),
         by_sigma=_by_sigma(steps),
         small=_small(steps),
         validation=[*validation[:1], *validation[1:][-11:]],
@@ -104,12 +109,27 @@ def _facts(
     return facts
 
 
+def _of_origin(folder: RunFolder) -> list[Line]:
+    """The running mean of the run that this one began from, whole: how it would have gone on."""
+    origin = folder.origin()
+    if origin is None:
+        return []
+    happened, _ = events.read(origin[0].events)
+    points = [(event.step, event.loss) for event in happened if isinstance(event, events.StepDone)]
+    name = origin[0].path.name
+    return [Line(smooth(points), "var(--soft)", f"{name}, until step {origin[1]} 分支前 {origin[1]} 步", 1.5)]
+
+
 def _loss(
-    steps: Sequence[events.StepDone], validation: Sequence[events.Validation], saved: Sequence[int]
+    steps: Sequence[events.StepDone],
+    validation: Sequence[events.Validation],
+    saved: Sequence[int],
+    origin: Sequence[Line],
 ) -> Markup:
     points = [(event.step, event.loss) for event in steps]
     measured = [(event.step, event.loss) for event in validation]
     lines = [
+        *origin,
         Line(points, "var(--blue)", "each step 每步", 1.0, 0.3),
         Line(smooth(points), "var(--blue)", "running mean 滑动平均", 2.5),
         Line(measured, "var(--orange)", "validation 验证", 1.5, dots=True),

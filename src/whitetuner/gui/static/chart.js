@@ -42,6 +42,9 @@ class Chart extends HTMLElement {
     this.hint.textContent = this.w("chart_hint");
     this.replaceChildren(this.canvas, this.tip, this.legend);
     for (const name of ["raw", "smooth", "validation"]) this.legend.append(this.key(name));
+    this.origin = this.key("origin");
+    this.origin.hidden = true;
+    this.legend.append(this.origin);
     this.legend.append(this.log.parentElement, this.lr.parentElement, this.hint);
     this.canvas.addEventListener("mousemove", (event) => this.hover(event));
     this.canvas.addEventListener("mouseleave", () => { this.tip.hidden = true; });
@@ -69,19 +72,22 @@ class Chart extends HTMLElement {
 
   show(data) {
     this.data = data;
+    this.origin.hidden = !data.origin;
+    if (data.origin) this.origin.lastChild.textContent = this.w("origin").replace("{name}", data.origin.name).replace("{step}", data.origin.at);
     this.draw();
   }
 
   scale(width) {
-    const { step, low, high, smooth, validation } = this.data;
+    const { step, low, high, validation, origin } = this.data;
+    const smooth = [...this.data.smooth, ...(origin?.smooth ?? [])].filter((one) => one !== null);
     const measured = validation.map(([, loss]) => loss).filter((one) => one !== null);
     let bottom = Math.min(cut(low, 0.005), ...measured, ...smooth);
     let top = Math.max(cut(high, 0.995), ...measured, ...smooth);
     const log = this.log.checked && bottom > 0;
     if (!log && bottom > 0 && bottom < top / 2) bottom = 0;
     if (top <= bottom) top = bottom + (Math.abs(bottom) || 1) * 0.1;
-    const first = Math.min(step[0], ...validation.map(([at]) => at));
-    const last = Math.max(step.at(-1), first + 1);
+    const first = Math.min(step[0], ...validation.map(([at]) => at), ...(origin?.step.slice(0, 1) ?? []));
+    const last = Math.max(step.at(-1), first + 1, ...(origin?.step.slice(-1) ?? []));
     const f = log ? Math.log : (value) => value;
     const [a, b] = [f(bottom), f(top)];
     return {
@@ -126,6 +132,16 @@ class Chart extends HTMLElement {
     pen.fill();
     pen.stroke();
     if (this.lr.checked) this.rate(pen, at, lr, color);
+    const { origin } = this.data;
+    if (origin) {
+      pen.strokeStyle = color("soft");
+      pen.lineWidth = 1.5;
+      pen.setLineDash([5, 4]);
+      pen.beginPath();
+      origin.smooth.forEach((value, i) => { if (value !== null) pen.lineTo(at.x(origin.step[i]), at.y(value)); });
+      pen.stroke();
+      pen.setLineDash([]);
+    }
     pen.strokeStyle = color("smooth");
     pen.lineWidth = 2;
     pen.beginPath();
@@ -151,6 +167,7 @@ class Chart extends HTMLElement {
     this.canvas.setAttribute("aria-label", `${this.w("chart")}: ${this.w("step")} ${step.at(-1)}, ${this.w("smooth")} ${last(smooth)?.toFixed(4)}`);
     this.dataset.points = step.length;
     this.dataset.last = step.at(-1);
+    this.dataset.origin = origin?.step.length ?? 0;
     this.dataset.ms = Math.round(performance.now() - began);
   }
 
