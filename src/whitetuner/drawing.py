@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 
 from whitetuner.adapters.attach import attach_state
 from whitetuner.adapters.files import load_adapter
@@ -17,7 +20,7 @@ from whitetuner.config.load import load_config
 from whitetuner.data.inputs import Inputs
 from whitetuner.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError, require_text
 from whitetuner.families import registry
-from whitetuner.family import BuildFn, Family, FamilySpec, ModelPaths, Part
+from whitetuner.family import BuildFn, Family, FamilySpec, ModelPaths
 from whitetuner.memory.build import Build, rehearse_module
 from whitetuner.memory.phases import PhaseBuild, device_budget
 from whitetuner.models import check_model, check_size, family_of, model_folder, wishes_of
@@ -58,59 +61,104 @@ def sample(
     In an i2v task the one image is the first frame: a picture, or a video whose first frame is taken.
     A clip goes into an .mp4 (PyAV is needed), or as a contact sheet into a picture file.
     """
-    options: dict[str, object] = {}
-    trained: str | None = None
-    resolutions: tuple[int, int] | None = None
     check_numbers(steps, cfg, seed, strength)
     check_place(out)
     for where, text in (("--prompt", prompt), ("--negative", negative)):
         require_text(text, where)
-    learned: list[Part] = []
-    run = RunFolder(Path(model))
-    if run.is_run():
-        config = load_config(run.config_file).config
-        if config.model.path is None:
-            raise UserError(
-                "this run's model was given part by part",
-                where=str(run.config_file),
-                mend="give the model folder and --adapter instead of the run",
-            )
-        model, family_name, options = config.model.path, config.model.family, dict(config.model.options)
-        trained, resolutions = config.model.task, (target_resolution(config), reference_resolution(config))
-        if frames is None and config.data.num_frames is not None:
-            frames = (
-                max(config.data.num_frames)
-                if isinstance(config.data.num_frames, list)
-                else config.data.num_frames
-            )
-        if adapter is None:
-            told = registry.spec(family_name)
-            given_options = told.options(**options)
-            learned = list(
-                told.parts(registry.load(family_name, given_options, ModelPaths(model_folder(model))).options)
-            )
-            options.pop("expert", None)  # with one expert learned, the other draws as it was released
-    folder = model_folder(model)
-    family_name = family_name or family_of(folder)
-    spec = registry.spec(family_name)
-    wants = wishes_of(folder)
-    if not run.is_run():
-        options = dict(wants.options)
-    usual = wants.size or spec.default_size
-    family = registry.load(family_name, spec.options(**options), ModelPaths(folder))
-    check_model(spec, family.paths, family.options)
-    task = task_for(spec, spec.variant_of(family.options, family.paths), bool(images), trained)
-    if resolutions is None:
-        resolutions = (math.isqrt(usual.width * usual.height),) * 2
+    subject = subject_of(model, adapter, family_name)
+    family, spec = subject.family, subject.family.spec
+    variant = spec.variant_of(family.options, family.paths)
+    task = task_for(spec, variant, bool(images), subject.trained)
     check_given(images, family, "--image")
     check_weights(family)
-    kind = config.method.kind if run.is_run() else ""
-    files = {part.name: run.final_adapter(kind, part.file(kind)) for part in learned}
-    files |= adapter_files(adapter, family)
-    given = {part: load_adapter(file, family.keys) for part, file in files.items()}
-    check_fits(family, given, files)
-    if size is None:
-        size = size_beside(images, resolutions[0], family.stride()) or usual
+    given = {part: load_adapter(file, family.keys) for part, file in subject.adapters.items()}
+    check_fits(family, given, subject.adapters)
+    size = size_to_draw(subject, size, frames, images)
+    asked = asked_of(subject, (prompt, negative), images, size)
+    check_kind(out, bool(spec.frames))
+    usual_steps, usual_cfg = spec.sampling(family.options, family.paths)
+    guidance = usual_cfg if cfg is None else cfg
+    drawn = _drawn(
+        family,
+        given,
+        strength,
+        asked if guidance > 1 else asked[:1],
+        task,
+        size=size,
+        steps=steps or usual_steps,
+        cfg=guidance,
+        seed=seed,
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix.lower() in FILM_ENDINGS:
+        return write_film(drawn, out, spec.fps_of(family.options, family.paths))
+    (contact_sheet(drawn) if len(drawn) > 1 else drawn[0]).save(out)
+    return out
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is drawn with.
+
+    adapters:    part of the model -> the file that goes onto it
+    usual:       the size that is drawn where none is named, its frames those that a run learned
+    target_px, reference_px: sides of squares of the areas that targets are drawn and given pictures are read at
+    trained:     the run's task; None: no run
+    """
+
+    family: Family
+    adapters: Mapping[str, Path]
+    usual: Size
+    target_px: int
+    reference_px: int
+    trained: str | None = None
+
+
+def subject_of(model: str, adapter: Path | None, family_name: str | None) -> Subject:
+    """From a run folder or a model folder, and an adapter file. Raises UserError for what is not there or does not fit."""
+    run = RunFolder(Path(model))
+    if run.is_run():
+        return _of_run(run, adapter)
+    folder = model_folder(model)
+    spec = registry.spec(family_name or family_of(folder))
+    wants = wishes_of(folder)
+    family = registry.load(spec.name, spec.options(**wants.options), ModelPaths(folder))
+    check_model(spec, family.paths, family.options)
+    usual = wants.size or spec.default_size
+    side = math.isqrt(usual.width * usual.height)
+    return Subject(family, adapter_files(adapter, family), usual, side, side)
+
+
+def _of_run(run: RunFolder, adapter: Path | None) -> Subject:
+    """The run's model, all of it, with the final files of what it learned (or with the file that is given)."""
+    config = load_config(run.config_file).config
+    if config.model.path is None:
+        raise UserError(
+            "this run's model was given part by part",
+            where=str(run.config_file),
+            mend="give the model folder and --adapter instead of the run",
+        )
+    spec, folder = registry.spec(config.model.family), model_folder(config.model.path)
+    options = config.model_options()
+    family = registry.load(spec.name, spec.whole(options), ModelPaths(folder))
+    check_model(spec, family.paths, family.options)
+    if adapter is None:
+        kind = config.method.kind
+        learned = spec.parts(registry.load(spec.name, options, family.paths).options)
+        files = {part.name: run.final_adapter(kind, part.file(kind)) for part in learned}
+    else:
+        files = adapter_files(adapter, family)
+    usual, frames = wishes_of(folder).size or spec.default_size, config.data.num_frames
+    if frames is not None and spec.frames:
+        usual = usual._replace(frames=max(frames) if isinstance(frames, list) else frames)
+    sides = target_resolution(config), reference_resolution(config)
+    return Subject(family, files, usual, *sides, trained=config.model.task)
+
+
+def size_to_draw(subject: Subject, size: Size | None, frames: int | None, images: Sequence[Path]) -> Size:
+    """The size asked for, or that of the first given picture, or the usual one. Raises UserError when it cannot be drawn."""
+    spec, stride_px = subject.family.spec, subject.family.stride()
+    size = size or size_beside(images, subject.target_px, stride_px) or subject.usual
     if not all(0 < side <= LARGEST_PX for side in (size.width, size.height)):
         raise UserError(
             "{width}x{height} is no size to draw",
@@ -120,51 +168,53 @@ def sample(
             height=size.height,
             largest=LARGEST_PX,
         )
-    check_size(size, family.stride(), "--size")
-    if spec.frames:
-        size = size._replace(frames=frames or usual.frames)
-        check_frames(size.frames, spec, "--frames")
-        first = images[0] if images else None
-        asked = [Inputs.from_frame(text, first, size) for text in (prompt, negative)]
-    else:
-        asked = [
-            Inputs.prompt(text, images, resolutions[1], family.stride(), size, unconditional)
-            for text, unconditional in ((prompt, False), (negative, True))
-        ]
-    check_kind(out, bool(spec.frames))
+    check_size(size, stride_px, "--size")
+    if not spec.frames:
+        return size
+    size = size._replace(frames=frames or subject.usual.frames)
+    check_frames(size.frames, spec, "--frames")
+    return size
+
+
+def asked_of(
+    subject: Subject, texts: tuple[str, str], images: Sequence[Path], size: Size
+) -> tuple[Inputs, ...]:
+    """What the encoders are asked. texts: the prompt, what guidance leads away from. Raises UserError for unreadable pictures."""
+    if subject.family.spec.frames:
+        return tuple(Inputs.from_frame(text, images[0] if images else None, size) for text in texts)
+    stride_px = subject.family.stride()
+    return tuple(
+        Inputs.prompt(text, images, subject.reference_px, stride_px, size, unconditional)
+        for text, unconditional in zip(texts, (False, True))
+    )
+
+
+def _drawn(
+    family: Family,
+    given: Mapping[str, tuple[AdapterSettings, dict[str, torch.Tensor]]],
+    strength: float,
+    asked: Sequence[Inputs],
+    task: str,
+    **how: Any,
+) -> list[Image.Image]:
+    """Encodes, loads, patches and draws. asked: of the prompt, and with guidance of the negative;  how: see Family.generate."""
     device = choose_device("auto")
     build = PhaseBuild(Build(choose_dtype("auto", device), device), device_budget(device, None), tell=print)
     scenes = encode_prompts(family, build, asked, task)
     build.release()
-    parts = spec.parts(family.options)
-    lists = parts[0].block_lists  # the parts of a family are of one architecture
+    lists = family.spec.parts(family.options)[0].block_lists  # the parts of a family are of one architecture
     denoisers = PhaseBuild(build.build, build.budget_bytes, block_lists=lists, together=True, tell=print)
     modules = family.load(denoisers)
     for part, state in given.items():
         attached = attach_state(modules[part], *state)
         attached.strength = strength
     decoder = family.load_decoder(build)
-    usual_steps, usual_cfg = spec.sampling(family.options, family.paths)
-    guidance = usual_cfg if cfg is None else cfg
     room = [engine.evict for engine in denoisers.engines]
     with torch.no_grad(), decoding_in_room(decoder, room):
-        drawn = family.generate(
-            modules,
-            decoder,
-            scenes[0],
-            scenes[1] if guidance > 1 else None,
-            size=size,
-            steps=steps or usual_steps,
-            cfg=guidance,
-            seed=seed,
-        )
+        drawn = family.generate(modules, decoder, scenes[0], scenes[1] if len(scenes) > 1 else None, **how)
     if drawn[0].convert("RGB").getbbox() is None:  # black all over, as NaN becomes
         check_finite({**modules, "vae": decoder}, scenes[0])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix.lower() in FILM_ENDINGS:
-        return write_film(drawn, out, spec.fps_of(family.options, family.paths))
-    (contact_sheet(drawn) if len(drawn) > 1 else drawn[0]).save(out)
-    return out
+    return drawn
 
 
 def adapter_files(adapter: Path | None, family: Family) -> dict[str, Path]:

@@ -103,6 +103,7 @@ class FamilySpec:
     transformer_class: `_class_name` in the denoiser's config.json, by which a model folder is recognised
     converts:   `_class_name`s of other denoisers that can be given too; they are converted while they load
     unlearned:  options -> options whose parts are those that draw too but do not learn; None: all of them learn
+    whole:      options -> options whose parts are all that draw, those that learn and those that do not
     settings:   config key ("optimizer.lr") -> proposed default with its source
     advice:     what to warn about before this model is trained (a distilled one, a variant that the folder is not);
                 reads names and config files only
@@ -133,6 +134,7 @@ class FamilySpec:
     variant_tasks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     most_references: Mapping[str, int] = field(default_factory=dict)
     unlearned: Callable[[Any], Any | None] = lambda options: None
+    whole: Callable[[Any], Any] = lambda options: options
     variant_of: Callable[[Any, ModelPaths], str | None] = lambda options, paths: None
     variant_strides: Mapping[str, int] = field(default_factory=dict)
     frames: int = 0

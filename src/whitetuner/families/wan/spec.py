@@ -115,6 +115,11 @@ def unlearned(options: WanOptions) -> WanOptions | None:
     return options.model_copy(update={"expert": "low" if options.expert == "high" else "high"})
 
 
+def whole(options: WanOptions) -> WanOptions:
+    """The options of both experts: whichever learned, the other draws as it was released."""
+    return options.model_copy(update={"expert": "both"})
+
+
 def fps_of(options: WanOptions, paths: ModelPaths) -> float:
     """Frames a second that the model draws: 24 for the 5B, 16 for the others (configs of github.com/Wan-Video).
 
@@ -220,6 +225,7 @@ SPEC = FamilySpec(
     options=WanOptions,
     parts=parts,
     unlearned=unlearned,
+    whole=whole,
     stride_px=16,
     stride_of=_stride,
     frames=FRAMES_STEP,
