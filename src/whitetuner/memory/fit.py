@@ -21,6 +21,7 @@ from whitetuner.memory.swap.device import DeviceBackend
 from whitetuner.memory.swap.engine import SwapEngine
 from whitetuner.memory.swap.layout import spread
 from whitetuner.memory.swap.retry import shrink, with_room
+from whitetuner.memory.swap.shelf import Shelf
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -33,6 +34,7 @@ class Fitted:
     engine: None while all blocks are resident
     swap:   the backend that blocks are streamed with once memory runs out; None: the device has no second memory
     tell:   hears, in a sentence, when blocks leave the device for want of memory
+    shelf:  where the blocks wait while another model has its turn; None: in host memory
     """
 
     module: nn.Module
@@ -42,6 +44,7 @@ class Fitted:
     engine: SwapEngine | None
     swap: Backend | None = None
     tell: Callable[[str], None] = log.warning
+    shelf: Shelf | None = None
 
     def run(self, step: Callable[[], T], forget: Callable[[], None]) -> T:
         """A whole optimizer step without the optimizer's; again with fewer residents when memory runs out."""
@@ -79,6 +82,13 @@ class Fitted:
         """Frees the blocks' device memory for other work (a decoder); they come back with the next forward."""
         if self.engine is not None:
             self.engine.evict()
+
+    def make_way(self) -> None:
+        """For another model's turn: as make_room, and with a shelf the blocks leave host memory, too."""
+        if self.engine is not None and self.shelf is not None:
+            self.engine.park(self.shelf)
+        else:
+            self.make_room()
 
     def step_end(self) -> Counters:
         """What moved since the last call."""
@@ -119,6 +129,7 @@ def fit(
     movable: bool = False,
     backend: Backend | None = None,
     tell: Callable[[str], None] = log.warning,
+    shelf: Shelf | None = None,
 ) -> Fitted:
     """Makes a module with its adapters ready to train on a device.
 
@@ -128,6 +139,7 @@ def fit(
                where all of them stay while it runs
     backend:   of the swap; None: the device's own
     tell:      hears of blocks that leave the device later, for want of memory
+    shelf:     of a movable one, see Fitted
     The module may lie on the host; what has to be on the device is brought there.
     """
     device = torch.device(device)
@@ -150,4 +162,4 @@ def fit(
         log.info(engine.pinned)
     if engine is None:
         module.to(device)
-    return Fitted(module, tuple(block_lists), recompute, kernels, engine, swap, tell)
+    return Fitted(module, tuple(block_lists), recompute, kernels, engine, swap, tell, shelf)

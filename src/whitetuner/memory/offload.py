@@ -2,7 +2,8 @@
 weights.
 
 A block's input goes to pinned host memory while the next blocks compute, and comes back one block ahead of
-its use in the backward pass. Given to `recompute.checkpoint_blocks(...,
+its use in the backward pass. The buffers are exact in size (torch's own pinned ones are rounded up to a power
+of two: 335 MB, a clip's, to 512). Given to `recompute.checkpoint_blocks(...,
 keep_inputs=InputsOnHost(device).saving)`.
 """
 
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from whitetuner.memory.swap.host import mapped, register_with_cuda, unregister_with_cuda
+
 #: Smaller tensors (modulation vectors, masks) stay: their copies would cost more than they free.
 SMALLEST_BYTES = 1 << 20
 
@@ -23,13 +26,14 @@ SMALLEST_BYTES = 1 << 20
 @dataclass
 class _Away:
     """A tensor on the host. place: its turn in the forward;  back: the tensor on the device, once it was
-    asked for.
+    asked for;  last: the event of the last copy from or to the host
     """
 
     place: int
     host: torch.Tensor
     shape: torch.Size
     sent: Any
+    last: list[Any]
     back: torch.Tensor | None = None
     arrived: Any = None
 
@@ -52,6 +56,8 @@ class InputsOnHost:
         self._order: list[weakref.ref[_Away]] = []
         self._spare: dict[tuple[int, torch.dtype], list[tuple[torch.Tensor, Any]]] = {}
         self._held = 0
+        self._pinned: list[torch.Tensor] = []
+        weakref.finalize(self, _unpin, self._pinned).atexit = False
 
     def saving(self) -> AbstractContextManager[Any]:
         """Context in which what autograd saves goes to the host."""
@@ -77,7 +83,8 @@ class InputsOnHost:
             sent = self._event(self._copies)
         if self.device.type == "cuda":
             tensor.record_stream(self._copies)
-        away = _Away(len(self._order), host, tensor.shape, sent)
+        away = _Away(len(self._order), host, tensor.shape, sent, [sent])
+        weakref.finalize(away, self._give_back, host, away.last)
         self._order.append(weakref.ref(away))
         return away
 
@@ -109,7 +116,7 @@ class InputsOnHost:
             away.arrived = self._event(self._copies)
         if self.device.type == "cuda":
             away.back.record_stream(self._copies)
-        weakref.finalize(away, self._give_back, away.host, away.arrived)
+        away.last[0] = away.arrived
 
     def _buffer(self, tensor: torch.Tensor) -> torch.Tensor:
         spare = self._spare.setdefault((tensor.numel(), tensor.dtype), [])
@@ -117,12 +124,15 @@ class InputsOnHost:
             if free.query():
                 del spare[index]
                 return buffer
-        self._held += tensor.numel() * tensor.element_size()
+        flat = mapped(tensor.numel() * tensor.element_size())
+        self._held += flat.numel()
         self.host_bytes = max(self.host_bytes, self._held)
-        return torch.empty(tensor.numel(), dtype=tensor.dtype, pin_memory=self.device.type == "cuda")
+        if self.device.type == "cuda" and register_with_cuda(flat):
+            self._pinned.append(flat)
+        return flat.view(tensor.dtype)
 
-    def _give_back(self, host: torch.Tensor, arrived: Any) -> None:
-        self._spare.setdefault((host.numel(), host.dtype), []).append((host, arrived))
+    def _give_back(self, host: torch.Tensor, last: list[Any]) -> None:
+        self._spare.setdefault((host.numel(), host.dtype), []).append((host, last[0]))
 
     def _mark(self) -> Any:
         return self._event(self._module.current_stream())
@@ -131,3 +141,8 @@ class InputsOnHost:
         event = self._module.Event()
         event.record(stream)
         return event
+
+
+def _unpin(buffers: list[torch.Tensor]) -> None:
+    for buffer in buffers:
+        unregister_with_cuda(buffer)

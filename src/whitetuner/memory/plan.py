@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from whitetuner.errors import EXIT_ENVIRONMENT, UserError
+from whitetuner.memory.beside import ALONE, Beside, has_room
 from whitetuner.memory.blocks import blocks_of
 from whitetuner.memory.machine import CONTEXT_BYTES, GIB, Machine
 from whitetuner.memory.measure import StepCost
@@ -34,8 +35,6 @@ _WORTH = 1.05
 SLOTS = 3
 #: Unusable remainders between tensors in the caching allocator, as a share of what is not weights.
 _FRAGMENTS = 0.05
-#: The process itself on the host: interpreter, libraries, data loading.
-HOST_BASE_BYTES = 3 * GIB
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,8 @@ def in_seconds(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to fit. residents: blocks that stay;  plain: blocks that are not computed again;  bytes and
-    seconds.
+    """One way to fit. residents: blocks that stay;  plain: blocks that are not computed again;  disk_bytes: of models that
+    wait for their turn in files.
     """
 
     base: str
@@ -81,6 +80,7 @@ class Choice:
     computing_s: float
     seconds: float
     parts: Mapping[str, int] = field(compare=False)
+    disk_bytes: int = 0
 
     @property
     def streamed(self) -> int:
@@ -97,9 +97,12 @@ class Choice:
             kept = "activations computed again" if again == self.blocks else f"{again} blocks computed again"
         lost = self.seconds / self.computing_s - 1
         speed = "full speed" if lost < 0.01 else f"{lost:.0%} of it added by waiting for weights"
+        waits = (
+            f"{self.disk_bytes / GIB:.0f} GB on disk for the expert that waits, " if self.disk_bytes else ""
+        )
         return (
             f"{self.base} weights, {blocks}, {kept}: {self.peak_bytes / GIB:.1f} GB on the card, "
-            f"{self.host_bytes / GIB:.0f} GB on the host, about {in_seconds(self.seconds)} a step ({speed})"
+            f"{self.host_bytes / GIB:.0f} GB on the host, {waits}about {in_seconds(self.seconds)} a step ({speed})"
         )
 
 
@@ -149,8 +152,8 @@ class Wishes:
 
     blocks_to_swap: how many blocks wait on the host;  recompute: all blocks (True) or none (False)
     slots:          for the streamed blocks; at least 2
-    state_bytes:    of the optimizer for each trained weight, beside the weight and its gradient (4 bytes
-                    each)
+    state_bytes:    of the optimizer for each trained weight, beside the weight and its gradient (4 bytes each)
+    beside:         models that take turns with this one
     """
 
     base: str | None = None
@@ -159,6 +162,7 @@ class Wishes:
     slots: int | None = None
     state_bytes: int = 8
     inputs_on_host: bool = False
+    beside: Beside = ALONE
 
 
 def make_plan(
@@ -185,7 +189,7 @@ def make_plan(
     fitting = [c for c in every if c.peak_bytes <= machine.vram_bytes]
     if not fitting:
         raise _too_small(every, machine)
-    affordable = [c for c in fitting if _host_has_room(c, machine)]
+    affordable = [c for c in fitting if has_room(c.host_bytes, machine)]
     if not affordable:
         least = min(fitting, key=lambda c: c.host_bytes)
         raise UserError(
@@ -207,14 +211,10 @@ def make_plan(
     choices = list(dict.fromkeys([chosen, *others]))[:3]
     larger = replace(machine, vram_bytes=machine.vram_bytes + 2 * GIB)
     more = [c for base in weights for c in _choices(base, weights[base], cost, larger, wishes)]
-    seconds = [c.seconds for c in more if c.peak_bytes <= larger.vram_bytes and _host_has_room(c, machine)]
+    seconds = [
+        c.seconds for c in more if c.peak_bytes <= larger.vram_bytes and has_room(c.host_bytes, machine)
+    ]
     return Plan(machine, tuple(choices), why, min([*seconds, chosen.seconds]))
-
-
-def _host_has_room(choice: Choice, machine: Machine) -> bool:
-    """Memory for the process and the streamed weights, and these within what may be pinned."""
-    masters = choice.host_bytes - HOST_BASE_BYTES
-    return choice.host_bytes <= machine.host_bytes and masters <= PIN_SHARE * machine.host_bytes
 
 
 def _rank(choice: Choice) -> int:
@@ -317,7 +317,7 @@ def _choice(
         resting = outer / cost.flops_forward if cost.flops_forward else 0.0
     seconds = max(forward, forward * resting + (moved - first) / machine.link_bytes_per_s)
     seconds += max(backward, backward * resting + (moved - last + sent) / machine.link_bytes_per_s)
-    host = HOST_BASE_BYTES + (sum(sizes) if streamed else 0) + sent
+    host = wishes.beside.held(sum(sizes), bool(streamed), sent, machine)
     return Choice(
         base,
         tuple(sorted(residents)),
@@ -325,10 +325,11 @@ def _choice(
         slots,
         len(sizes),
         sum(parts.values()),
-        host,
+        host.host_bytes,
         forward + backward,
         seconds,
         parts,
+        host.disk_bytes,
     )
 
 

@@ -24,6 +24,7 @@ from whitetuner.memory.swap.guard import Guard
 from whitetuner.memory.swap.layout import layouts_of, spread_count
 from whitetuner.memory.swap.placement import Packed, Placement
 from whitetuner.memory.swap.schedule import Kind, Spot
+from whitetuner.memory.swap.shelf import Shelf
 
 
 class _Hold(NamedTuple):
@@ -65,6 +66,8 @@ class SwapEngine:
         self.residents = self._which(residents)
         self.pinned = ""
         self._masters: list[torch.Tensor] = []
+        self._shelf: Shelf | None = None  # where the masters were parked last
+        self._parked = False
         self._placement: Placement | None = None
         self._patches: list[Patch] = []
         self._guards: list[Guard] = []
@@ -91,13 +94,14 @@ class SwapEngine:
 
     @property
     def attached(self) -> bool:
-        return bool(self._masters)
+        return bool(self._masters) or self._parked
 
     @property
     def placement(self) -> Placement:
         """Where the blocks are; laid out when it is first needed."""
         assert self.attached
         if self._placement is None:
+            self._fetch()
             self._placement = Placement(self.layouts, self._masters, self.backend, self.residents, self.slots)
             self._placement.counters = self._counted
         return self._placement
@@ -130,6 +134,7 @@ class SwapEngine:
 
     def detach(self) -> None:
         """Leaves a plain module whose blocks lie on the host: the masters are their weights from now on."""
+        self._fetch()
         self.evict()
         for guard in self._guards:
             guard.remove()
@@ -142,9 +147,37 @@ class SwapEngine:
         """Frees all device memory of the blocks, for other work; they come back with the next forward."""
         self.backend.drain()
         self.reset()
-        for index in range(len(self.layouts)):
+        for index in range(0 if self._parked else len(self.layouts)):
             self.bind_home(index)
         self._placement = None
+
+    def park(self, shelf: Shelf) -> None:
+        """As evict, and the masters leave host memory for the shelf; they come back when they are needed.
+
+        shelf: this engine's own. Raises UserError when it cannot hold them; they then stay where they were.
+        """
+        self.evict()
+        if self._parked:
+            return
+        shelf.put(self._masters)
+        self.backend.unseal()
+        self._shelf, self._parked, self._masters = shelf, True, []
+        for layout in self.layouts:
+            for entry in layout.entries:
+                entry.tensor.data = torch.empty(1, dtype=entry.dtype).expand(entry.shape)
+
+    def _fetch(self) -> None:
+        """The masters are on the host."""
+        if not self._parked:
+            return
+        assert self._shelf is not None
+        masters = [self.backend.master(layout.num_bytes) for layout in self.layouts]
+        self._shelf.take(masters)
+        self._parked, self._masters = False, masters
+        for layout, master in zip(self.layouts, masters, strict=True):
+            for entry in layout.entries:
+                entry.tensor.data = self.backend.away(entry.view(master))
+        self.pinned = self.backend.seal(masters)
 
     def resize(self, residents: int | Iterable[int], slots: int | None = None) -> None:
         """Other residents, other slots; between steps. Shrinking copies nothing: the masters are complete."""
@@ -172,15 +205,19 @@ class SwapEngine:
 
     def bind_home(self, index: int) -> None:
         """Binds a block's tensors to their master."""
+        self._fetch()
         for entry in self.layouts[index].entries:
             entry.tensor.data = entry.view(self._masters[index])
 
     def master(self, index: int) -> torch.Tensor:
         """The flat master of a block."""
+        self._fetch()
         return self._masters[index]
 
     def rewritten(self, index: int) -> None:
         """The master of a block was written from outside (load_state_dict)."""
+        if self._shelf is not None:
+            self._shelf.written = False
         if self._placement is not None:
             self._placement.reload(index)
 
