@@ -7,7 +7,7 @@ from collections.abc import Callable
 from whitetuner.companions import companion_of
 from whitetuner.config.schema import Config
 from whitetuner.family import Family
-from whitetuner.planning import Way, denoiser_build, fit_denoiser
+from whitetuner.planning import Way, denoiser_build, fit_denoiser, shelf_folder
 from whitetuner.rehearsal import adapter_for, optimizer_for
 from whitetuner.resolve import Resolved
 from whitetuner.train.ema import Ema
@@ -34,5 +34,7 @@ def assemble(
         parameters = list(adapter.parameters())
         optimizer = optimizer_for(config, parameters)
         ema = Ema(parameters, config.optimizer.ema) if config.optimizer.ema else None
-        learners.append(Learner(part, module, adapter, config.method.kind, optimizer, ema, fitted))
-    return Team(learners, companion_of(config, family, resolved, tell))
+        turns_on = device if turns and device.type != "cpu" else None
+        learners.append(Learner(part, module, adapter, config.method.kind, optimizer, ema, fitted, turns_on))
+    planned = way.plan is None or way.plan.previews
+    return Team(learners, companion_of(config, family, resolved, tell, shelf_folder(config, way), planned))

@@ -35,7 +35,7 @@ def validation_of(
         return None
     began = time.perf_counter()
     by_sigma: dict[str, float] = {}
-    with team.averaged():
+    with team.averaged(), team.guests():
         for learner in team.learners:
             team.make_way_for(learner)
             part = learner.part
@@ -64,7 +64,12 @@ def previews_of(
 ) -> list[events.Event]:
     """Draws into the run's samples/ with the averaged weights; the decoder goes back to the host after."""
     told: list[events.Event] = []
-    with team.averaged(), decoding_in_room(decoder, team.make_room()), team.one_at_a_time() as modules:
+    with (
+        team.averaged(),
+        team.guests(),
+        decoding_in_room(decoder, team.make_room()),
+        team.one_at_a_time() as modules,
+    ):
         draw = partial(
             draw_previews,
             family,

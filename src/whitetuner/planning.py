@@ -16,6 +16,7 @@ import torch
 
 from whitetuner.adapters.attach import attach
 from whitetuner.adapters.choose import choose
+from whitetuner.companions import beside_of
 from whitetuner.config.kinds import refuse_quantised_full
 from whitetuner.config.schema import Config
 from whitetuner.errors import UserError
@@ -31,6 +32,7 @@ from whitetuner.memory.quantize import Kind, require_bitsandbytes
 from whitetuner.memory.recompute import chunk_tokens
 from whitetuner.memory.skeleton import sketch_module
 from whitetuner.memory.swap.layout import spread_count
+from whitetuner.memory.swap.shelf import Shelf
 from whitetuner.records import Batch, Item, Size
 from whitetuner.rehearsal import adapter_settings
 
@@ -64,7 +66,8 @@ class Shape:
 @dataclass(frozen=True)
 class Way:
     """What a run does. quantize: of the frozen base;  residents: None: all;  plain: blocks not computed again;
-    plan: where it comes from, None when nothing had to be planned;  pieces: tokens of one in Part.token_wise, 0: whole."""
+    plan: where it comes from, None when nothing had to be planned;  pieces: tokens of one in Part.token_wise, 0: whole;
+    on_disk: of several denoisers those whose turn it is not wait in files."""
 
     base: str
     quantize: Kind | None
@@ -73,6 +76,7 @@ class Way:
     slots: int = 2
     plan: Plan | None = None
     pieces: int = 0
+    on_disk: bool = False
 
     def facts(self) -> dict[str, Any]:
         """For run.json."""
@@ -155,7 +159,8 @@ def way_of(
     if device.type == "cpu" and memory.limit_gb is None:
         base = asked or name_of(dtype)
         count = _blocks(family, part, dtype)
-        waiting = 0 if memory.blocks_to_swap == "auto" else memory.blocks_to_swap
+        on_disk = memory.experts_on_disk is True and beside_of(config, family, dtype).on_disk is True
+        waiting = (count if on_disk else 0) if memory.blocks_to_swap == "auto" else memory.blocks_to_swap
         _check_swap(waiting, count)
         return Way(
             base,
@@ -163,6 +168,7 @@ def way_of(
             spread_count(count, count - waiting) if waiting else None,
             frozenset() if memory.gradient_checkpointing is True else frozenset(range(count)),
             pieces=pieces,
+            on_disk=on_disk,
         )
     if device.type == "cpu":
         assert memory.limit_gb is not None
@@ -198,6 +204,7 @@ def _way(plan: Plan) -> Way:
         frozenset(choice.plain),
         choice.slots,
         plan,
+        on_disk=choice.disk_bytes > 0,
     )
 
 
@@ -220,11 +227,19 @@ class Reckoning:
             state_bytes=_STATE_BYTES.get(config.optimizer.name, _OTHER_STATE_BYTES)
             + (8 if config.optimizer.ema else 0),  # the average, and the weights kept while it is shown
             inputs_on_host=memory.activation_offload,
+            beside=beside_of(config, sketched.family, sketched.dtype),
         )
 
     def plan(self, machine: Machine) -> Plan:
         """Raises UserError when nothing fits, with the least that would."""
-        return make_plan(self.weights, self.cost, machine, self.wishes)
+        try:
+            return make_plan(self.weights, self.cost, machine, self.wishes)
+        except UserError:
+            beside = self.wishes.beside
+            if not beside.drawing_bytes:
+                raise
+            wishes = replace(self.wishes, beside=replace(beside, drawing_bytes=0))
+            return replace(make_plan(self.weights, self.cost, machine, wishes), previews=False)
 
 
 def largest(shapes: Sequence[Shape], sketched: Sketched) -> Shape:
@@ -288,6 +303,7 @@ def fit_denoiser(
 
     turns: another one has the device in between; tell: hears what waits on the host, now and later
     """
+    folder = shelf_folder(config, way)
     memory = config.memory
     in_pieces(module, part, way.pieces)
     fitted = fit(
@@ -302,11 +318,17 @@ def fit_denoiser(
         slots=way.slots,
         movable=turns and device.type != "cpu",
         tell=tell,
+        shelf=None if folder is None else Shelf(folder),
     )
     if fitted.engine is not None:
         streamed = len(fitted.engine.layouts) - len(fitted.engine.residents)
         tell(f"{streamed} blocks wait on the host; {fitted.engine.pinned}")
     return fitted
+
+
+def shelf_folder(config: Config, way: Way) -> Path | None:
+    """Where experts wait for their turn: the run's folder, or None, in host memory."""
+    return Path(config.run.output_dir) / config.run.name if way.on_disk else None
 
 
 def correct_plan(way: Way, fitted: Fitted | None, device: torch.device) -> dict[str, int]:

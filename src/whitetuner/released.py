@@ -14,7 +14,7 @@ from whitetuner.config.load import load_config
 from whitetuner.errors import UserError
 from whitetuner.families import registry
 from whitetuner.family import Family, ModelPaths
-from whitetuner.memory.machine import GIB, Machine
+from whitetuner.memory.machine import Machine
 from whitetuner.memory.plan import Plan
 from whitetuner.planning import Reckoning, Shape, Sketched
 from whitetuner.records import Size
@@ -77,10 +77,5 @@ def plan_released(
             found.append((machine, reckoning.plan(machine)))
         except UserError as error:
             found.append((machine, error))
-    turns = ""
-    if len(spec.parts(family.options)) > 1:
-        more = ", ".join(
-            f"{sum(one.blocks) / GIB:.0f} GB as {base}" for base, one in reckoning.weights.items()
-        )
-        turns = f", its experts in turns (the host holds the other one's blocks, too: {more})"
+    turns = ", its experts in turns" if len(spec.parts(family.options)) > 1 else ""
     return Released(f"{spec.title} {variant} ({task}){turns}", shape, tuple(found))

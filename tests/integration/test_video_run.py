@@ -18,6 +18,7 @@ from whitetuner.cli import main
 from whitetuner.config.load import dump_config, load_config
 from whitetuner.data.video import look
 from whitetuner.errors import UserError, UserErrors
+from whitetuner.evidence import checkpoint, digest, losses
 from whitetuner.families import registry
 from whitetuner.families.contract import quiet
 from whitetuner.memory.build import Build
@@ -171,6 +172,61 @@ def test_one_expert_learns_and_draws_with_the_other(
     assert not any((done.folder / "samples").rglob("*.png"))
 
 
+def test_experts_that_wait_on_disk_and_off_the_device_change_no_bit(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With validation and previews between turns. What has left is never asked, and nothing holds on to where it lay."""
+    from whitetuner.families.wan import drawing as wan_drawing
+    from whitetuner.families.wan import model as wan_model
+    from whitetuner.memory.luggage import Luggage
+    from whitetuner.memory.swap.engine import SwapEngine
+    from whitetuner.train.learner import Learner
+
+    monkeypatch.setattr("whitetuner.train.team.TURN_STEPS", 2)
+    more = {
+        "run.steps": 5,
+        "save.every": 5,
+        "preview.every": 3,
+        "validation.every": 3,
+        "optimizer.ema": 0.9,
+    }
+    wanted = recipe.run(load_config(None, base=config(place, tmp_path / "a", **more)))
+    learners: dict[int, Learner] = {}
+    parked: list[int] = []
+
+    def moved(tensor: torch.Tensor, _: torch.device) -> torch.Tensor:
+        there = tensor.clone()
+        tensor.fill_(float("nan") if tensor.is_floating_point() else 99)
+        return there
+
+    class Leaving(Learner):
+        def __init__(self, part, module, *rest):
+            super().__init__(part, module, *rest)
+            assert self.fitted is not None and self.fitted.engine is not None
+            blocks = {id(e.tensor) for layout in self.fitted.engine.layouts for e in layout.entries}
+            small = lambda: (one for one in self._tensors() if id(one) not in blocks)  # noqa: E731
+            self.luggage = Luggage(small, torch.device("cpu"), moved)
+            learners[id(module)] = self
+
+    def here(asked, module):
+        assert not learners[id(module)].luggage.packed
+        return asked(module)
+
+    park = SwapEngine.park
+    monkeypatch.setattr(SwapEngine, "park", lambda engine, shelf: (parked.append(1), park(engine, shelf)))
+    monkeypatch.setattr("whitetuner.assemble.Learner", Leaving)
+    for home, name in ((wan_drawing, "_anchor"), (wan_model, "anchor")):
+        asked = getattr(home, name)
+        monkeypatch.setattr(home, name, lambda module, asked=asked: here(asked, module))
+    on_disk = config(place, tmp_path / "b", **more, **{"memory.experts_on_disk": True})
+    other = recipe.run(load_config(None, base=on_disk))
+    assert len(learners) == 2 and len(parked) > 6
+    assert digest(checkpoint(other.folder, 5)) == digest(checkpoint(wanted.folder, 5))
+    assert losses(other.folder) == losses(wanted.folder)
+    sheets = [one.folder / "samples" / "step-000003" / "00.png" for one in (wanted, other)]
+    assert sheets[0].read_bytes() == sheets[1].read_bytes()
+
+
 @pytest.mark.parametrize("clips", ["chunks", "random"])
 def test_what_is_cached_is_what_is_encoded_now(place: Path, tmp_path: Path, clips: str) -> None:
     values = load_config(None, base=config(place, tmp_path, "model21", **{"data.clips": clips})).config
@@ -215,6 +271,9 @@ def test_bad_input_is_told_before_anything_is_loaded(place: Path, tmp_path: Path
     assert "the folder holds WAN i2v-2.2" in wrong({**good, "model.options.variant": "i2v-2.1"})
     assert "no expert to choose" in wrong(
         {**config(place, tmp_path, "model21"), "model.options.expert": "high"}
+    )
+    assert "no expert waits here" in wrong(
+        {**config(place, tmp_path, "model21"), "memory.experts_on_disk": True}
     )
     assert "no video of the data set is long enough" in wrong({**good, "data.num_frames": 81})
     for more, message in (

@@ -20,12 +20,15 @@ from whitetuner.adapters.choose import choose
 from whitetuner.adapters.shapes import AdapterSettings
 from whitetuner.errors import UserError
 from whitetuner.families import registry
+from whitetuner.memory.beside import Beside, has_room
 from whitetuner.memory.machine import CONTEXT_BYTES, GIB, Machine, typical_machine
 from whitetuner.memory.measure import BlockCost, StepCost, measure_step
 from whitetuner.memory.plan import Plan, Weights, Wishes, corrected, make_plan, weigh
 from whitetuner.memory.quantize import quantize_linears
 from whitetuner.memory.swap.backend import CpuBackend
 from whitetuner.memory.swap.engine import SwapEngine
+from whitetuner.records import Size
+from whitetuner.released import plan_released
 
 torch.set_num_threads(1)
 LISTS = ("transformer_blocks", "single_transformer_blocks")
@@ -224,3 +227,50 @@ def test_every_choice_fits_and_is_no_faster_than_the_bound(
         assert choice.peak_bytes <= machine.vram_bytes
         assert choice.seconds >= 3e9 * len(sizes) / 1e12 * 0.999
         assert made.seconds_with_2gb_more <= made.best.seconds
+
+
+# -- models in turns -----------------------------------------------------------------------------------------------
+
+
+@given(
+    blocks=st.integers(1, 30 * GIB),
+    small=st.integers(0, GIB),
+    sent=st.integers(0, 20 * GIB),
+    drawing=st.integers(0, 15 * GIB),
+    learners=st.integers(0, 1),
+    host=st.integers(8, 128),
+    streamed=st.booleans(),
+)
+def test_two_experts_are_counted_and_wait_on_disk_where_the_host_is_small(
+    blocks: int, small: int, sent: int, drawing: int, learners: int, host: int, streamed: bool
+) -> None:
+    machine = typical_machine(12, host)
+    ways = [Beside(learners, drawing, on_disk) for on_disk in (False, True, None)]
+    together, apart, chosen = (way.held(blocks, small, streamed, sent, machine) for way in ways)
+    alone = Beside().held(blocks, small, streamed, sent, machine)
+    assert together.host_bytes >= alone.host_bytes + learners * blocks + drawing and not together.disk_bytes
+    assert apart.host_bytes <= together.host_bytes
+    if learners or drawing:
+        own = blocks if streamed or learners else 0
+        assert apart.disk_bytes == own + learners * blocks + drawing
+        assert chosen == (together if has_room(together.host_bytes, machine) else apart)
+    else:
+        assert together == apart == chosen == alone
+
+
+@pytest.mark.slow
+def test_wan_learns_81_frames_in_12_gb_and_one_of_1024_px_in_8() -> None:
+    """Both experts of 2.2 in turns: the host's memory is stated, and under 36 GB where it has no more."""
+    made = plan_released("wan", "i2v-2.2", [typical_machine(12, host) for host in (64, 36)])
+    roomy, tight = (plan.best for _, plan in made.plans if isinstance(plan, Plan))
+    for best in (roomy, tight):
+        assert best.base == "int8" and best.streamed == 40 and best.peak_bytes < 12 * GIB
+        assert f"{best.host_bytes / GIB:.0f} GB on the host" in best.sentence()
+    blocks = tight.disk_bytes / 2
+    assert 12 * GIB < blocks < 14 * GIB and "experts that wait" in tight.sentence()
+    assert (
+        roomy.disk_bytes == 0 and roomy.host_bytes > 2 * blocks + 12 * GIB
+    )  # both, and the inputs of blocks
+    assert tight.host_bytes < 36 * GIB and tight.seconds == roomy.seconds
+    ((_, still),) = plan_released("wan", "i2v-2.1", [typical_machine(8, 64)], Size(1024, 1024)).plans
+    assert isinstance(still, Plan) and still.best.peak_bytes < 8 * GIB

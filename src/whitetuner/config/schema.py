@@ -96,6 +96,11 @@ class Memory(Section):
         description="compute activations again in the backward pass (less memory, slower); auto: on a GPU",
     )
     activation_offload: bool = Field(False, description="block inputs wait in host memory")
+    experts_on_disk: Literal["auto"] | bool = Field(
+        "auto",
+        description="of two experts the one whose turn it is not waits in a file of the run's folder; "
+        "auto: where the host has no room for both",
+    )
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="of weights that are not quantised; auto: bf16 on a GPU, fp32 on a CPU"
     )

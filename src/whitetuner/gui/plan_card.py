@@ -130,7 +130,8 @@ def _card(row: Mapping[str, Any], steps: int | None, language: str) -> dict[str,
     return {
         **found,
         "measured": say["plan_measured" if machine.get("measured") else "plan_estimated"],
-        "why": translated(str(row.get("why", "")), language),
+        "why": translated(str(row.get("why", "")), language)
+        + ("" if row.get("previews", True) else f" {say['plan_no_previews']}"),
         "more": say["plan_more"].format(share=round(100 * gain)) if gain > 0.005 else say["plan_no_more"],
         "choices": [_choice(one, best, steps, say, number) for number, one in enumerate(choices)],
     }
@@ -153,6 +154,8 @@ def _choice(
         say["plan_host"].format(gb=f"{one['host_bytes'] / GIB:.0f}"),
         say["plan_step"].format(seconds=f"{one['seconds']:.2g}" if one["seconds"] >= 0.01 else "0.01"),
     ]
+    if one.get("disk_bytes"):
+        figures.append(say["plan_disk"].format(gb=f"{one['disk_bytes'] / GIB:.0f}"))
     if steps:
         figures.append(say["plan_total"].format(steps=steps, time=duration(steps * one["seconds"], say)))
     parts = sorted(one.get("parts", {}).items(), key=lambda part: -part[1])

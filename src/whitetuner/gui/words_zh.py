@@ -88,6 +88,10 @@ FIELDS: dict[str, tuple[str, str]] = {
     "memory.blocks_to_swap": ("交换块数 (Block Swap)", "放在内存里等待的块数；0：不交换"),
     "memory.gradient_checkpointing": ("梯度检查点", "反向时重新计算激活（省显存，变慢）；auto：有显卡时开启"),
     "memory.activation_offload": ("激活放到内存", "各块的输入先放在内存里"),
+    "memory.experts_on_disk": (
+        "等待的专家放到硬盘",
+        "两个专家中没轮到的那个放在训练文件夹的文件里；auto：内存放不下两个时",
+    ),
     "memory.dtype": ("计算精度", "未量化权重的精度；auto：显卡用 bf16，CPU 用 fp32"),
     "memory.device": ("设备", "auto、cpu，或显卡编号"),
     "memory.compile": ("torch.compile", "逐块编译，可能更快，开头要等"),

@@ -33,22 +33,23 @@ class Beside:
     drawing_bytes: int = 0
     on_disk: bool | None = False
 
-    def held(self, blocks_bytes: int, streamed: bool, sent_bytes: int, machine: Machine) -> Held:
-        """blocks_bytes: of the planned model, in host memory where it is streamed or takes turns; sent_bytes: inputs of blocks.
+    def held(
+        self, blocks_bytes: int, small_bytes: int, streamed: bool, sent_bytes: int, machine: Machine
+    ) -> Held:
+        """blocks_bytes: of the planned model, in host memory where it is streamed or takes turns; small_bytes: all else of it,
+        adapter and optimizer too, which leaves the card for another's turn; sent_bytes: inputs of blocks.
 
-        With files the most is held while a step runs, or when all that learn have just been loaded.
+        With files the most is held while a step runs, while the other draws, or when all that learn have just been loaded.
         """
-        waiting = self.learners * blocks_bytes + self.drawing_bytes
-        awake = HOST_BASE_BYTES + (blocks_bytes if streamed or self.learners else 0) + sent_bytes
-        together = Held(awake + waiting)
-        if (
-            not waiting
-            or self.on_disk is False
-            or (self.on_disk is None and has_room(together.host_bytes, machine))
-        ):
+        own = blocks_bytes if streamed or self.learners else 0
+        others = self.learners * blocks_bytes + self.drawing_bytes
+        base = HOST_BASE_BYTES + self.learners * small_bytes
+        together = Held(base + own + others + sent_bytes)
+        stays = self.on_disk is False or (self.on_disk is None and has_room(together.host_bytes, machine))
+        if not others or stays:
             return together
-        loaded = HOST_BASE_BYTES + (1 + self.learners) * blocks_bytes
-        return Held(max(awake, loaded), waiting + blocks_bytes)
+        awake = max(own, self.drawing_bytes) + sent_bytes
+        return Held(base + max(awake, own + self.learners * blocks_bytes), own + others)
 
 
 ALONE = Beside()

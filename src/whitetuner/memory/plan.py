@@ -1,11 +1,9 @@
-"""How a model fits a card: which base, which blocks stay, which are computed again, from real shapes and one
-number.
+"""How a model fits a card: which base, which blocks stay, which are computed again, from real shapes and one number.
 
     seconds = max(T_f, E_f + V_f / link) + max(T_b, E_b + V_b / link)
-with T the computing time of a pass, V the bytes of the blocks that it has to load, and E the time in which
-the link must rest: at a turn the slots are full of what is needed next, until the outermost streamed block is
-done with. All bytes come from the model's own shapes (`weigh`, measure.measure_step); the speeds come from
-machine.py and are corrected by the first steps.
+with T the computing time of a pass, V the bytes of the blocks that it has to load, and E the time in which the link must
+rest: at a turn the slots are full of what is needed next, until the outermost streamed block is done with. All bytes come
+from the model's own shapes (`weigh`, measure.measure_step); the speeds from machine.py, corrected by the first steps.
 """
 
 from __future__ import annotations
@@ -24,14 +22,14 @@ from whitetuner.memory.measure import StepCost
 from whitetuner.memory.swap.host import PIN_SHARE
 from whitetuner.memory.swap.layout import layouts_of, slot_bytes, spread, units
 
-#: Bases from the most precise to the smallest, with the time of a step relative to bf16 (the dequantising of
-#: a weight costs as much as 1/N of its products with N tokens; measured 1.03 for int8 at N = 2048).
+#: Bases from the most precise to the smallest, with the time of a step relative to bf16 (the dequantising of a weight costs
+#: as much as 1/N of its products with N tokens; measured 1.03 for int8 at N = 2048).
 BASES = {"fp32": 1.0, "bf16": 1.0, "int8": 1.03, "fp8": 1.04, "nf4": 1.08}
 #: A more precise base is taken when it is at most this much slower than the fastest.
 _WORTH = 1.05
-#: Slots where there is a choice. Three rather than two and one more resident block, which take the same memory
-#: and load the same bytes: with two, one block is in use and one is fetched, and the link rests whenever the next
-#: blocks are residents (equal lists on the simulated link: at worst 1.12 x the bound with two, 1.06 with three).
+#: Slots where there is a choice. Three rather than two and one more resident block, which take the same memory and load the
+#: same bytes: with two the link rests whenever the next blocks are residents (on the simulated link at worst 1.12 x the bound
+#: with two, 1.06 with three).
 SLOTS = 3
 #: Unusable remainders between tensors in the caching allocator, as a share of what is not weights.
 _FRAGMENTS = 0.05
@@ -97,9 +95,7 @@ class Choice:
             kept = "activations computed again" if again == self.blocks else f"{again} blocks computed again"
         lost = self.seconds / self.computing_s - 1
         speed = "full speed" if lost < 0.01 else f"{lost:.0%} of it added by waiting for weights"
-        waits = (
-            f"{self.disk_bytes / GIB:.0f} GB on disk for the expert that waits, " if self.disk_bytes else ""
-        )
+        waits = f"{self.disk_bytes / GIB:.0f} GB on disk for experts that wait, " if self.disk_bytes else ""
         return (
             f"{self.base} weights, {blocks}, {kept}: {self.peak_bytes / GIB:.1f} GB on the card, "
             f"{self.host_bytes / GIB:.0f} GB on the host, {waits}about {in_seconds(self.seconds)} a step ({speed})"
@@ -108,12 +104,16 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """Up to three choices, the recommended one first, and what two more GB would change."""
+    """Up to three choices, the recommended one first, and what two more GB would change.
+
+    previews: False: the host has no room for the expert that they need besides
+    """
 
     machine: Machine
     choices: tuple[Choice, ...]
     why: str
     seconds_with_2gb_more: float
+    previews: bool = True
 
     @property
     def best(self) -> Choice:
@@ -130,6 +130,8 @@ class Plan:
         ]
         lines += [f"or: {choice.sentence()}" for choice in self.choices[1:]]
         gain = 1 - self.seconds_with_2gb_more / self.best.seconds
+        if not self.previews:
+            lines.append("no previews: the host has no room for the other expert, with which they are drawn")
         lines.append(
             f"2 GB more would save {gain:.0%} of the time"
             if gain > 0.005
@@ -142,6 +144,7 @@ class Plan:
             "machine": asdict(self.machine),
             "why": self.why,
             "seconds_with_2gb_more": self.seconds_with_2gb_more,
+            "previews": self.previews,
             "choices": [{**asdict(choice), "sentence": choice.sentence()} for choice in self.choices],
         }
 
@@ -151,9 +154,8 @@ class Wishes:
     """What the config fixes; None is left to the plan.
 
     blocks_to_swap: how many blocks wait on the host;  recompute: all blocks (True) or none (False)
-    slots:          for the streamed blocks; at least 2
+    slots:          for the streamed blocks; at least 2;  beside: models that take turns with this one
     state_bytes:    of the optimizer for each trained weight, beside the weight and its gradient (4 bytes each)
-    beside:         models that take turns with this one
     """
 
     base: str | None = None
@@ -168,11 +170,9 @@ class Wishes:
 def make_plan(
     weights: Mapping[str, Weights], cost: StepCost, machine: Machine, wishes: Wishes = Wishes()
 ) -> Plan:
-    """weights: base -> bytes in it, of the bases that may be chosen; cost: of one step at the training
-    resolution.
+    """weights: base -> bytes in it, of the bases that may be chosen; cost: of one step at the training resolution.
 
-    Raises UserError when nothing fits: the least that is needed, what drives it, and the nearest that does
-    fit.
+    Raises UserError when nothing fits: the least that is needed, what drives it, and the nearest that does fit.
     """
     if wishes.base is not None:
         weights = {wishes.base: weights[wishes.base]}
@@ -317,7 +317,8 @@ def _choice(
         resting = outer / cost.flops_forward if cost.flops_forward else 0.0
     seconds = max(forward, forward * resting + (moved - first) / machine.link_bytes_per_s)
     seconds += max(backward, backward * resting + (moved - last + sent) / machine.link_bytes_per_s)
-    host = wishes.beside.held(sum(sizes), bool(streamed), sent, machine)
+    small = weights.rest + weights.trained * (4 + wishes.state_bytes)
+    host = wishes.beside.held(sum(sizes), small, bool(streamed), sent, machine)
     return Choice(
         base,
         tuple(sorted(residents)),
@@ -370,11 +371,9 @@ def _plain(cost: StepCost, machine: Machine, wishes: Wishes, fixed: int) -> list
 def corrected(
     plan: Plan, cost: StepCost, *, forward_s: float, backward_s: float, peak_bytes: int
 ) -> tuple[StepCost, Machine]:
-    """What the plan was made from, after its chosen way has been run: the computing speed and activations as
-    seen.
+    """What the plan was made from, after its chosen way has been run: the computing speed and activations as seen.
 
-    forward_s, backward_s: median of some steps without waiting for weights (resident, or with the waits
-    taken off)
+    forward_s, backward_s: median of some steps without waiting for weights (resident, or with the waits taken off)
     """
     chosen = plan.best
     machine = replace(

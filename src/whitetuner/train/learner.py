@@ -7,11 +7,13 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from whitetuner.adapters.attach import Adapter
 from whitetuner.errors import EXIT_FAILED, UserError
 from whitetuner.family import Part
 from whitetuner.memory.fit import Fitted
+from whitetuner.memory.luggage import Luggage
 from whitetuner.train.ema import Ema
 from whitetuner.train.optim import optimizer_tensors, restore_optimizer
 
@@ -24,6 +26,7 @@ class Learner:
 
     kind: "lokr" or "lora", also the name of the checkpoint's folder and file
     fitted: how the denoiser was made to fit the device (memory.fit); None: it lies there as a whole
+    turns_on: the device that it shares with others in turns; None: it stays where it is
     """
 
     def __init__(
@@ -35,8 +38,10 @@ class Learner:
         optimizer: torch.optim.Optimizer,
         ema: Ema | None,
         fitted: Fitted | None = None,
+        turns_on: torch.device | None = None,
     ) -> None:
         self.fitted = fitted
+        self.luggage = None if turns_on is None else Luggage(self._tensors, turns_on)
         self.part, self.module, self.adapter, self.kind = part, module, adapter, kind
         self.optimizer, self.ema = optimizer, ema
         self.parameters = list(adapter.parameters())
@@ -52,6 +57,25 @@ class Learner:
         done = self.fitted.run(passes, lambda: self.optimizer.zero_grad(set_to_none=True))
         self.fitted.step_end()
         return done
+
+    def leave(self) -> None:
+        """For another's turn: nothing of it stays on the device."""
+        if self.fitted is not None:
+            self.fitted.make_way()
+        if self.luggage is not None:
+            self.luggage.pack()
+
+    def come(self) -> None:
+        """Its turn begins; blocks come with the first forward."""
+        if self.luggage is not None:
+            self.luggage.unpack()
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        yield from self.module.parameters()
+        yield from self.module.buffers()
+        yield from (one for one in tree_leaves(dict(self.optimizer.state)) if isinstance(one, torch.Tensor))
+        if self.ema is not None:
+            yield from self.ema.state_tensors().values()
 
     @torch.no_grad()
     def weight_change(self) -> float:

@@ -26,6 +26,8 @@ class Beside(Protocol):
 
     def make_room(self) -> None: ...
 
+    def make_way(self) -> None: ...
+
 
 class Team:
     """Learners in the order of the family's parts, and what draws beside them. Raises nothing of its own."""
@@ -33,6 +35,7 @@ class Team:
     def __init__(self, learners: Sequence[Learner], beside: Beside | None = None) -> None:
         assert learners
         self.learners, self.beside = tuple(learners), beside
+        self._holder: Learner | None = None
 
     def at(self, step: int) -> Learner:
         """Who learns in the optimizer step after `step` steps."""
@@ -43,10 +46,26 @@ class Team:
         return (step // TURN_STEPS + 1) * TURN_STEPS
 
     def make_way_for(self, learner: Learner) -> None:
-        """The others' blocks leave the device."""
+        """It has the device from now on: the others leave."""
+        if self._holder is learner:
+            return
         for other in self.learners:
-            if other is not learner and other.fitted is not None:
-                other.fitted.make_room()
+            if other is not learner:
+                other.leave()
+        learner.come()
+        self._holder = learner
+
+    @contextmanager
+    def guests(self) -> Iterator[None]:
+        """Within it others may take the device (validation, previews); who had it has it again after."""
+        holder = self._holder
+        try:
+            yield
+        finally:
+            if self.beside is not None:
+                self.beside.make_way()
+            if holder is not None:
+                self.make_way_for(holder)
 
     @property
     def modules(self) -> dict[str, torch.nn.Module]:
@@ -56,24 +75,31 @@ class Team:
 
     @contextmanager
     def one_at_a_time(self) -> Iterator[dict[str, torch.nn.Module]]:
-        """The denoisers for drawing: when another one is called than the one before, the others' blocks leave the device."""
+        """The denoisers for drawing: when another one is called than the one before, the others leave the device."""
         for make_room in self.make_room():
             make_room()
+        if self.beside is not None:
+            self._beside_is_next()  # before it is read
         modules = self.modules
         if len(modules) == 1:
             yield modules
             return
+        own = {learner.part.name: learner for learner in self.learners}
         last: list[str] = []
 
         def called(name: str) -> None:
-            if last != [name]:
-                last[:] = [name]
-                for learner in self.learners:
-                    if learner.part.name != name and learner.fitted is not None:
-                        learner.fitted.make_room()
-                if self.beside is not None and name not in self.beside.modules:
-                    self.beside.make_room()
+            if last == [name]:
+                return
+            last[:] = [name]
+            if name not in own:
+                self._beside_is_next()
+                return
+            if self.beside is not None:
+                self.beside.make_way()
+            self.make_way_for(own[name])
 
+        if len(own) > 1:
+            called(next(iter(own)))  # a pipeline asks its first denoiser where to compute
         hooks = [
             module.register_forward_pre_hook(lambda *_, name=name: called(name))
             for name, module in modules.items()
@@ -83,6 +109,11 @@ class Team:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _beside_is_next(self) -> None:
+        for learner in self.learners:
+            learner.leave()
+        self._holder = None
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -36,7 +36,7 @@ class Shelf:
                 self._file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - lives as long as this
             self._file.seek(0)
             for master in masters:
-                self._file.write(master.numpy())  # type: ignore[arg-type]
+                self._file.write(master.numpy().data)
             self._file.flush()
         except OSError as error:
             raise UserError(
