@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from whitetuner.config.section import PathText, Section
+from whitetuner.config.section import Section
+from whitetuner.paths import PathText
 
 
 def _sides(value: int | list[int]) -> int | list[int]:

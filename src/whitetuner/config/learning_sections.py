@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from whitetuner.config.section import PathText, Section
+from whitetuner.config.section import Section
+from whitetuner.paths import PathText
 
 
 class Method(Section):

@@ -9,9 +9,10 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from whitetuner.config.data_section import Data, DataSet, SetFields
 from whitetuner.config.learning_sections import Method, Noise, Optimizer
-from whitetuner.config.section import PathText, Section, Seed
+from whitetuner.config.section import Section, Seed
 from whitetuner.errors import UserError
 from whitetuner.family import Options
+from whitetuner.paths import PathText
 
 
 class Run(Section):

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from whitetuner.errors import UserError
 from whitetuner.family import ModelPaths, Options, Setting
+from whitetuner.paths import PathText
 
 HUB = "huggingface.co/Tongyi-MAI/Z-Image"
 ADAPTER_HUB = "huggingface.co/ostris/zimage_turbo_training_adapter"
@@ -74,7 +75,7 @@ class ZImageOptions(Options):
     max_sequence_length: int = Field(
         512, ge=16, le=512, description="text tokens, template included; longer captions are cut"
     )
-    merge_adapter: str | None = Field(
+    merge_adapter: PathText | None = Field(
         None,
         description="a LoRA file (safetensors) that is added to the frozen weights before training, and left out again "
         "when pictures are drawn: the de-distill adapter of Z-Image-Turbo",

@@ -58,7 +58,7 @@ _OF_TASK = {"data.prompt": ("edit",)}
 #: The tab says these.
 FIXED = ("model.family", "model.task")
 _LONG = ("prompt", "default_caption", "text", "negative")
-_FILES = ("init_from", "preview.prompts.images")
+_FILES = ("init_from", "preview.prompts.images", "merge_adapter")
 
 
 @dataclass(frozen=True)
