@@ -19,6 +19,7 @@ from whitetuner.data.cache import Cached, Inputs, build_cache
 from whitetuner.data.loader import Loader, stack
 from whitetuner.data.order import Order
 from whitetuner.data.scan import PictureSet, Scan, scan
+from whitetuner.encoding import Encoding, encoding_of
 from whitetuner.errors import UserError
 from whitetuner.family import BuildFn, Family
 from whitetuner.memory.build import Build
@@ -93,9 +94,15 @@ def prepare_data(
     build: BuildFn,
     progress: Progress | None = None,
     found: Scan | None = None,
+    encoding: Encoding | None = None,
 ) -> Prepared:
-    """Scans (unless that was done already), encodes and orders. Raises UserError(s); what was encoded stays."""
+    """Scans (unless that was done already), encodes and orders. Raises UserError(s); what was encoded stays.
+
+    encoding: how the encoders are held; None: as the config says, begun anew
+    """
     family = resolved.family
+    if encoding is None:
+        encoding = encoding_of(config, family, resolved.device, resolved.dtype)
     found = find_items(config, family, progress) if found is None else found
     notes = found.notes()
     training, held = _split(found.items, config.validation.share, config.run.seed)
@@ -104,7 +111,7 @@ def prepare_data(
     Order(training, [0] * len(training), found.sets, config.data.batch_size, config.run.seed)
     prompts = config.preview.prompts if config.preview.every else []
     wanted = [one for prompt in prompts for one in sides_of(prompt, config, family, training[0].size)]
-    cached = _cache(config, resolved, build, found, wanted, progress)
+    cached = _cache(config, resolved, build, found, wanted, progress, encoding)
     order = Order(
         training,
         [cached.shape_key(item) for item in training],
@@ -156,7 +163,7 @@ def encoded_twice(
     """(from the cache, encoded just now) for every item: E9."""
     resolved = Resolved(family, torch.device("cpu"), torch.float32)
     found = find_items(config, family)
-    cached = _cache(config, resolved, build, found, [], None)
+    cached = _cache(config, resolved, build, found, [], None, Encoding())
     before, now = {}, {}
     for encoder in family.encoders(config.model.task):
         encoder.load(build)
@@ -178,15 +185,17 @@ def _cache(
     found: Scan,
     prompts: list[Inputs],
     progress: Progress | None,
+    encoding: Encoding,
 ) -> Cached:
     return build_cache(
         found.items,
         resolved.family.encoders(config.model.task),
-        build,
+        encoding.build(build),
         cache_folder(config),
         extra=prompts,
         uncond=any(one.caption_dropout > 0 for one in found.sets),
         precision=str(resolved.dtype),
+        quantised=encoding.quantised,
         workers=None if config.data.workers == "auto" else config.data.workers,
         progress=None
         if progress is None

@@ -205,7 +205,7 @@ class Session:
             self._plan(found, {})
         for line in self.way.words():
             self._message("info", line)
-        self.data = prepare_data(config, self.resolved, self.build, self._progress, found)
+        self.data = prepare_data(config, self.resolved, self.build, self._progress, found, self.way.encoding)
         self.build.release()
         folder.update(resolved={**self.resolved.facts(), **self.data.facts(), **self.way.facts()})
         for note in self.data.notes:
