@@ -54,7 +54,6 @@ def test_its_options_and_both_tasks_are_told_in_both_languages(
     form.locator('.wt-tasks input[value="edit"]').check()
     expect(form.locator('.wt-basic [data-key="data.conditions"]')).to_be_visible()
     expect(shown(form, "model.options.reference_gradients")).to_be_visible()
-    page.screenshot(path=f"/tmp/glm/form_{language}.png", full_page=True)
 
 
 def test_an_edit_is_trained_from_nothing_and_its_result_is_not_for_comfyui(
@@ -65,6 +64,7 @@ def test_an_edit_is_trained_from_nothing_and_its_result_is_not_for_comfyui(
     form.locator(".wt-buttons button").nth(3).click()
     form.locator("[data-tier=basic]").click()
     form.locator('.wt-tasks input[value="edit"]').check()
+    expect(form.locator('.wt-basic [data-key="data.conditions"]')).to_be_visible()
     for key, label in (("data.target", "生成示例数据"), ("model.path", "生成微型模型")):
         form.locator(f'[data-key="{key}"]').get_by_text(label).click()
         expect(form.locator(f'[data-key="{key}"] input').first).to_have_value(
@@ -79,8 +79,8 @@ def test_an_edit_is_trained_from_nothing_and_its_result_is_not_for_comfyui(
     config = load_config(server.folder / "output" / "plan" / "config.toml").config
     assert (config.model.family, config.model.task) == ("glm-image", "edit") and config.run.steps == 3
     page.locator("#tab-results-button").click()
+    page.locator("wt-runs >> visible=true").get_by_text("plan", exact=True).click()
     result = page.locator("wt-runs wt-result >> visible=true")
     expect(result).to_contain_text("ComfyUI 尚不能加载该模型")
     expect(result.locator("[data-wish=comfyui]")).to_be_hidden()
     expect(result).to_contain_text("final/plan.safetensors")
-    page.screenshot(path="/tmp/glm/result.png", full_page=True)
