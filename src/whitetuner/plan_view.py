@@ -16,6 +16,7 @@ from whitetuner.errors import EXIT_ENVIRONMENT, UserError
 from whitetuner.families import registry
 from whitetuner.memory.machine import GIB, Machine, this_machine, typical_machine
 from whitetuner.memory.plan import Choice, Plan
+from whitetuner.memory.quantize import Kind
 from whitetuner.planning import Reckoning, Shape, Sketched, asked_base, largest
 from whitetuner.prepared import find_items
 from whitetuner.records import Size
@@ -81,7 +82,7 @@ def of_config(path: Path, overrides: Sequence[str], on: Sequence[Machine]) -> di
             plans.append((machine, reckoning.plan(machine)))
         except UserError as error:
             plans.append((machine, error))
-    kind = "fp8" if memory.encoder_base == "fp8" else "int8"
+    kind: Kind = "fp8" if memory.encoder_base == "fp8" else "int8"
     looked = (
         look_at(family.encoders(config.model.task), dtype, kind, shape.size) if device.type == "cuda" else ()
     )

@@ -132,8 +132,8 @@ def measure_alike(module: nn.Module, block_list: str, step: Callable[[], torch.T
     middle = more.blocks[1]
     rest = [replace(middle, path=f"{block_list}.{index}") for index in range(_FEW[1], len(blocks))]
     kinds_of_cost = ("peak_bytes", "peak_bytes_plain", "flops_forward", "flops_backward")
-    passes = more.forwards, more.backwards
-    return StepCost((*more.blocks, *rest), *(grown(kind) for kind in kinds_of_cost), *passes)
+    whole = StepCost((*more.blocks, *rest), *(grown(kind) for kind in kinds_of_cost))
+    return replace(whole, forwards=more.forwards, backwards=more.backwards)
 
 
 @dataclass
@@ -154,7 +154,8 @@ def _run(
     step: Callable[[], torch.Tensor],
     which: str,
 ) -> _Seen:
-    seen = _Seen(*([0] * len(blocks) for _ in range(4)))
+    count = len(blocks)
+    seen = _Seen([0] * count, [0] * count, [0] * count, [0] * count)
     weights = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
     counted: dict[int, Any] = {}
     watch = _Watch(weights)
