@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 from whitetuner.companions import companion_of
 from whitetuner.config.schema import Config
-from whitetuner.family import Family
+from whitetuner.diffusion.sigmas import SigmaSettings
+from whitetuner.family import Family, Part
 from whitetuner.planning import Way, denoiser_build, fit_denoiser, shelf_folder
 from whitetuner.rehearsal import adapter_for, optimizer_for
 from whitetuner.resolve import Resolved
 from whitetuner.train.ema import Ema
 from whitetuner.train.learner import Learner
+from whitetuner.train.step import StepSettings
 from whitetuner.train.team import Team
 
 
@@ -38,3 +40,19 @@ def assemble(
         learners.append(Learner(part, module, adapter, config.method.kind, optimizer, ema, fitted, turns_on))
     planned = way.plan is None or way.plan.previews
     return Team(learners, companion_of(config, family, resolved, tell, shelf_folder(config, way), planned))
+
+
+def step_settings(config: Config, shift: float, part: Part) -> StepSettings:
+    """What the loss of a part's steps is made of. shift: of the noise schedule, as it came out."""
+    noise = config.noise
+    sigmas = SigmaSettings(
+        timesteps=noise.timesteps,
+        sigmoid_scale=noise.sigmoid_scale,
+        sigmoid_bias=noise.sigmoid_bias,
+        shift=shift,
+        lognorm_alpha=noise.lognorm_alpha,
+        min_timestep=noise.min_timestep,
+        max_timestep=noise.max_timestep,
+        part_range=part.sigma_range,
+    )
+    return StepSettings(config.run.seed, sigmas, noise.loss_weighting, noise.noise_offset)

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from whitetuner.family import Family
+from whitetuner.family import Family, Part
 from whitetuner.prepared import Prepared
 from whitetuner.runs import events
 from whitetuner.runs.folder import RunFolder
-from whitetuner.train.learner import Learner
 from whitetuner.train.preview import draw_previews
 from whitetuner.train.step import StepSettings
 from whitetuner.train.team import Team
@@ -26,7 +25,7 @@ def validation_of(
     family: Family,
     team: Team,
     data: Prepared,
-    settings: Callable[[Learner], StepSettings],
+    settings: Callable[[Part], StepSettings],
     sigmas: int,
     device: torch.device,
 ) -> events.Validation | None:
@@ -41,7 +40,7 @@ def validation_of(
             part = learner.part
             grid = sigma_grid(sigmas, *part.sigma_range)
             modules = {part.name: learner.module}
-            found = validate(family, modules, part.name, data.validation, grid, settings(learner), device)
+            found = validate(family, modules, part.name, data.validation, grid, settings(part), device)
             by_sigma |= {str(sigma): loss for sigma, loss in found.by_sigma.items()}
     return events.Validation(
         step=step,

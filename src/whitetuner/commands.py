@@ -8,9 +8,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from whitetuner.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USE, UserError
 from whitetuner.records import Size
+
+if TYPE_CHECKING:
+    from whitetuner.config.load import Loaded
+    from whitetuner.runs.place import Place
 
 
 def init(preset: str | None, tiny: Path | None, out: Path | None) -> int:
@@ -58,33 +63,50 @@ def check(
 def train(
     config: Path, overrides: Sequence[str], resume: str | None, gpus: str | None, *, wait: bool = False
 ) -> int:
-    """Trains; exit code 130 when stopped and saved. wait: until the devices are free, else a taken GPU is refused."""
-    from whitetuner.config.load import load_config
-    from whitetuner.runs.console import Console
-    from whitetuner.runs.jobs import claimed
+    """Trains; exit code 130 when stopped and saved. wait: until the devices are free, else a taken GPU is refused.
 
+    Several devices: this process starts a rank for each and stays beside them. A rank, whoever started it, trains with the
+    others.
+    """
+    from whitetuner.config.load import load_config
+    from whitetuner.runs.jobs import claimed
+    from whitetuner.runs.place import entries, entry_of, place_here
+
+    place = place_here()
     overrides = list(overrides)
-    if gpus is not None and ("," in gpus or gpus.startswith("any:")):
-        raise UserError(
-            "training on several devices is not there yet",
-            where="--gpus",
-            mend="give one, e.g. --gpus 0 or --gpus cpu",
-        )
-    if gpus is not None and gpus != "any":
-        overrides.append(f'memory.device="{gpus}"')
+    several = place is None and gpus is not None and ("," in gpus or gpus.startswith("any:"))
+    device = gpus if place is None or gpus is None else entry_of(gpus, place.local_rank)
+    device = device if place is None else place.device or device
+    if device is not None and not several and not device.startswith("any"):
+        overrides.append(f'memory.device="{device}"')
     loaded = load_config(config, overrides)
     run = loaded.config.run
-    with claimed(
-        Path(run.output_dir) / run.name,
-        config,
-        gpus=gpus or loaded.config.memory.device,
-        resume=resume or run.resume,
-        wait=wait,
-    ):
-        from whitetuner import recipe
+    folder = Path(run.output_dir) / run.name
+    asked = gpus or loaded.config.memory.device
+    if place is not None and place.launcher:
+        return _train(loaded, config, resume, place)
+    with claimed(folder, config, gpus=asked, resume=resume or run.resume, wait=wait) as held:
+        if not several:
+            return _train(loaded, config, resume, place)
+        from whitetuner.runs.spawn import spawn
 
-        console = Console(every=loaded.config.log.console_every)
-        result = recipe.run(loaded, resume=resume, listeners=(console,))
+        words = ["train", *(f"--set={one}" for one in overrides)]
+        words += [] if resume is None else [f"--resume={resume}"]
+        return spawn([*words, "--", str(config)], folder, entries(asked, held))
+
+
+def _train(loaded: Loaded, config: Path, resume: str | None, place: Place | None) -> int:
+    from whitetuner import recipe
+    from whitetuner.resolve import choose_device
+    from whitetuner.runs.console import Console
+    from whitetuner.train.joining import joined
+
+    device = choose_device(loaded.config.memory.device, 0 if place is None else place.local_rank)
+    listeners = (Console(every=loaded.config.log.console_every),)
+    with joined(place, device) as ranks:
+        result = recipe.run(loaded, resume=resume, listeners=listeners, ranks=ranks)
+    if place is not None and place.rank:
+        return EXIT_STOPPED if result.stopped else 0
     if result.stopped:
         print(
             f"stopped and saved at step {result.step}; go on with: whitetuner train {config} --resume latest"

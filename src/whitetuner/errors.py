@@ -10,6 +10,10 @@ from __future__ import annotations
 EXIT_FAILED, EXIT_USE, EXIT_ENVIRONMENT, EXIT_STOPPED = 1, 2, 3, 130
 
 
+class Stopped(Exception):
+    """The user asked to stop while nothing is being learned yet (scanning, caching): nothing to save."""
+
+
 class UserError(Exception):
     """A mistake or a lack that the user can mend.
 
@@ -83,6 +87,17 @@ def out_of_memory(error: BaseException, where: str) -> UserError | None:
             reason=reason or "MemoryError",
         )
     return None
+
+
+def cannot_write(error: OSError, where: str) -> UserError:
+    """What to say when something of a run's folder cannot be written."""
+    return UserError(
+        "the run cannot be written ({reason}); what was saved before is intact",
+        where=str(error.filename or where),
+        mend="make room or mend the folder's rights, then go on with --resume latest",
+        code=EXIT_FAILED,
+        reason=error.strerror or error,
+    )
 
 
 class UserErrors(UserError):

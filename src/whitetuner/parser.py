@@ -104,7 +104,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--resume", metavar="latest|DIR", help="go on from the newest checkpoint, or from this one"
     )
     train.add_argument(
-        "--gpus", help="which devices, e.g. 0 or cpu, or `any`: one that is free (several: not yet)"
+        "--gpus",
+        help="which devices: 0 or cpu; several: 0,1 or cpu,cpu, a process for each; free ones: any or any:2",
     )
     train.add_argument("--wait", action="store_true", help="wait for the GPU while another run is on it")
     _settings(train)

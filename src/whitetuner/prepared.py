@@ -17,9 +17,8 @@ import torch
 from whitetuner.config.schema import Config
 from whitetuner.data.cache import Cached, Inputs, build_cache
 from whitetuner.data.loader import Loader, stack
-from whitetuner.data.order import Order
+from whitetuner.data.order import ALL, Order, Shares
 from whitetuner.data.scan import PictureSet, Scan, scan
-from whitetuner.encoding import Encoding, encoding_of
 from whitetuner.errors import UserError
 from whitetuner.family import BuildFn, Family
 from whitetuner.memory.build import Build
@@ -50,6 +49,7 @@ class Prepared:
     held_out: bool = False
     scenes: list[Scene] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    shares: Shares = ALL
 
     def facts(self) -> dict[str, Any]:
         """For run.json."""
@@ -64,11 +64,12 @@ class Prepared:
             "batches_per_epoch": self.order.batches_per_epoch,
             "steps": self.steps,
             "shift": self.shift,
+            "batches_per_step": self.shares.per_step,
         }
 
     def loader(self, start: int) -> Loader:
-        """Batches from micro-batch number `start` on."""
-        return Loader(self.cached, self.items, self.order, self.sets, start=start)
+        """Batches of this rank's share from the step after `start` steps on."""
+        return Loader(self.cached, self.items, self.order, self.sets, start=start, shares=self.shares)
 
 
 def find_items(config: Config, family: Family, progress: Progress | None = None) -> Scan:
@@ -94,15 +95,17 @@ def prepare_data(
     build: BuildFn,
     progress: Progress | None = None,
     found: Scan | None = None,
-    encoding: Encoding | None = None,
+    *,
+    shares: Shares | None = None,
+    cache_share: tuple[int, int] = (0, 1),
+    wait: Callable[[], None] | None = None,
 ) -> Prepared:
     """Scans (unless that was done already), encodes and orders. Raises UserError(s); what was encoded stays.
 
-    encoding: how the encoders are held; None: as the config says, begun anew
+    shares: of each step; None: one process has all; cache_share, wait: see build_cache
     """
+    shares = Shares(config.optimizer.gradient_accumulation) if shares is None else shares
     family = resolved.family
-    if encoding is None:
-        encoding = encoding_of(config, family, resolved.device, resolved.dtype)
     found = find_items(config, family, progress) if found is None else found
     notes = found.notes()
     training, held = _split(found.items, config.validation.share, config.run.seed)
@@ -111,7 +114,7 @@ def prepare_data(
     Order(training, [0] * len(training), found.sets, config.data.batch_size, config.run.seed)
     prompts = config.preview.prompts if config.preview.every else []
     wanted = [one for prompt in prompts for one in sides_of(prompt, config, family, training[0].size)]
-    cached = _cache(config, resolved, build, found, wanted, progress, encoding)
+    cached = _cache(config, resolved, build, found, wanted, progress, cache_share, wait)
     order = Order(
         training,
         [cached.shape_key(item) for item in training],
@@ -130,13 +133,14 @@ def prepare_data(
         sets=found.sets,
         cached=cached,
         order=order,
-        steps=_steps(config, order),
+        steps=_steps(config, order, shares.per_step),
         shift=shift_of(config, family, found),
         data_hash=data_hash(found, config),
         validation=[stack([cached.sample(item, 0)], cached) for item in chosen],
         held_out=bool(held),
         scenes=[scene_of(prompt, config, family, cached, training[0].size) for prompt in prompts],
         notes=notes,
+        shares=shares,
     )
 
 
@@ -163,7 +167,7 @@ def encoded_twice(
     """(from the cache, encoded just now) for every item: E9."""
     resolved = Resolved(family, torch.device("cpu"), torch.float32)
     found = find_items(config, family)
-    cached = _cache(config, resolved, build, found, [], None, Encoding())
+    cached = _cache(config, resolved, build, found, [], None)
     before, now = {}, {}
     for encoder in family.encoders(config.model.task):
         encoder.load(build)
@@ -185,18 +189,20 @@ def _cache(
     found: Scan,
     prompts: list[Inputs],
     progress: Progress | None,
-    encoding: Encoding,
+    share: tuple[int, int] = (0, 1),
+    wait: Callable[[], None] | None = None,
 ) -> Cached:
     return build_cache(
         found.items,
         resolved.family.encoders(config.model.task),
-        encoding.build(build),
+        build,
         cache_folder(config),
         extra=prompts,
         uncond=any(one.caption_dropout > 0 for one in found.sets),
         precision=str(resolved.dtype),
-        quantised=encoding.quantised,
         workers=None if config.data.workers == "auto" else config.data.workers,
+        share=share,
+        wait=wait,
         progress=None
         if progress is None
         else lambda name, done, total, seconds: progress(f"cache {name}", done, total),
@@ -213,11 +219,9 @@ def _split(items: tuple[Item, ...], share: float, seed: int) -> tuple[list[Item]
     return [item for item in items if item.id not in held], [item for item in items if item.id in held]
 
 
-def _steps(config: Config, order: Order) -> int:
+def _steps(config: Config, order: Order, per_step: int) -> int:
     if config.run.epochs is not None:
-        return max(
-            1, math.ceil(order.batches_before(config.run.epochs) / config.optimizer.gradient_accumulation)
-        )
+        return max(1, math.ceil(order.batches_before(config.run.epochs) / per_step))
     return 2000 if config.run.steps is None else config.run.steps
 
 

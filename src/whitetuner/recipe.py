@@ -6,39 +6,37 @@ check everything -> scan the pictures -> encode them -> load the denoiser -> att
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from whitetuner.assemble import assemble
+from whitetuner import sharing
+from whitetuner.assemble import assemble, step_settings
 from whitetuner.between import previews_of, validation_of
 from whitetuner.checkpoint.store import Store
 from whitetuner.config.kinds import refuse_quantised_full
 from whitetuner.config.landed import refuse_not_landed
 from whitetuner.config.load import Loaded, dump_config
 from whitetuner.data.loader import Loader
-from whitetuner.data.scan import Scan
-from whitetuner.diffusion.sigmas import SigmaSettings
-from whitetuner.errors import EXIT_FAILED, UserError, out_of_memory
+from whitetuner.errors import UserError, cannot_write, out_of_memory
 from whitetuner.final_files import write_final
-from whitetuner.planning import Shape, cap_memory, correct_plan, way_of
-from whitetuner.prepared import data_hash, find_items, phase_build, prepare_data, shift_of
+from whitetuner.planning import cap_memory, correct_plan
+from whitetuner.prepared import cache_folder, phase_build, prepare_data, shift_of
 from whitetuner.rehearsal import rehearse
 from whitetuner.resolve import Resolved, resolve
-from whitetuner.resuming import find_checkpoint, same_data, same_resolved
+from whitetuner.resuming import same_data, same_resolved
 from whitetuner.runs import events
 from whitetuner.runs.board import Board
-from whitetuner.runs.folder import RunFolder
+from whitetuner.runs.folder import Guest, RunFolder
 from whitetuner.runs.report import write_report
 from whitetuner.signals import Signals, Stopped
-from whitetuner.train.learner import Learner
-from whitetuner.train.loop import Hooks, LoopSettings, train
+from whitetuner.train.distributed import Ranks
+from whitetuner.train.loop import ALONE, Hooks, LoopSettings, train
 from whitetuner.train.optim import lr_factor
-from whitetuner.train.step import StepSettings
 
 #: Seconds between progress events: ten thousand pictures must not make ten thousand lines.
 PROGRESS_EVERY_S = 0.25
@@ -59,12 +57,15 @@ class Result:
     final: tuple[Path, ...]
 
 
-def run(loaded: Loaded, *, resume: str | None = None, listeners: tuple[Listener, ...] = ()) -> Result:
+def run(
+    loaded: Loaded, *, resume: str | None = None, listeners: tuple[Listener, ...] = (), ranks: Ranks = ALONE
+) -> Result:
     """Trains as the config says. Raises UserError for what the user can mend; everything saved before stays.
 
     resume: None, "latest" or a checkpoint folder; listeners hear every event after it is on disk
+    ranks:  that train together; the first one writes the run's folder and draws the previews, the others only learn
     """
-    with Session.open(loaded, resume=resume, listeners=listeners) as session:
+    with Session.open(loaded, resume=resume, listeners=listeners, ranks=ranks) as session:
         return session.run()
 
 
@@ -79,10 +80,12 @@ class Session:
         signals: Signals,
         listeners: tuple[Listener, ...],
         resume: str | None,
+        ranks: Ranks,
     ) -> None:
         self.loaded, self.config, self.resolved, self.folder = loaded, loaded.config, resolved, folder
         self.family, self.device = resolved.family, resolved.device
-        self.signals, self.listeners, self.resume = signals, listeners, resume
+        self.signals, self.resume, self.ranks = signals, resume, ranks
+        self.listeners = listeners if ranks.first else ()
         self.build = phase_build(loaded.config, resolved, lambda text: self._message("info", text))
         self.decoder: torch.nn.Module | None = None
         self.board: Board | None = None
@@ -95,21 +98,29 @@ class Session:
     @classmethod
     @contextmanager
     def open(
-        cls, loaded: Loaded, *, resume: str | None = None, listeners: tuple[Listener, ...] = ()
+        cls,
+        loaded: Loaded,
+        *,
+        resume: str | None = None,
+        listeners: tuple[Listener, ...] = (),
+        ranks: Ranks = ALONE,
     ) -> Iterator[Session]:
         """Checks config and model, then takes the run's folder. Raises UserError before anything is written."""
         config = loaded.config
-        refuse_quantised_full(config)
-        refuse_not_landed(config)
-        resolved = resolve(config)
-        rehearse(config, resolved.family)
-        resume = resume or config.run.resume
-        path = Path(config.run.output_dir) / config.run.name
-        with (
-            RunFolder.open(path, resume=resume is not None, config=loaded.path) as folder,
-            Signals() as signals,
-        ):
-            session = cls(loaded, resolved, folder, signals, listeners, resume)
+        with ExitStack() as stack:
+            with ranks.phase():
+                refuse_quantised_full(config)
+                refuse_not_landed(config)
+                sharing.same_config(ranks, config)
+                resolved = resolve(config, ranks.local)
+                rehearse(config, resolved.family)
+                resume = resume or config.run.resume
+                path = Path(config.run.output_dir) / config.run.name
+                taken = RunFolder.open if ranks.first else Guest.open
+                folder = stack.enter_context(taken(path, resume=resume is not None, config=loaded.path))
+            signals = stack.enter_context(Signals())
+            session = cls(loaded, resolved, folder, signals, listeners, resume, ranks)
+            ranks.on_loss(session._note, signals.ask)
             with session._closing:
                 session._closing.callback(session.build.release)
                 yield session
@@ -123,9 +134,8 @@ class Session:
             if not self.begun:
                 self.prepare()
             stopped = not self.advance(self.data.steps)
-            if stopped:
-                self.save()
-            files = () if stopped else self.finish()
+            with self.ranks.phase():  # the others stay until the first one has written everything
+                files = self._write_end(stopped) if self.ranks.first else ()
         except Stopped:
             stopped, files = True, ()
         except UserError as error:
@@ -138,23 +148,29 @@ class Session:
             self._failed(failure)
             raise failure from error
         except OSError as error:  # previews, curves, run.json: whatever of the run's folder cannot be written
-            failure = UserError(
-                "the run cannot be written ({reason}); what was saved before is intact",
-                where=str(error.filename or path),
-                mend="make room or mend the folder's rights, then go on with --resume latest",
-                code=EXIT_FAILED,
-                reason=error.strerror or error,
-            )
+            failure = cannot_write(error, str(path))
             self._failed(failure)
             raise failure from error
-        status = "stopped" if stopped else "finished"
-        self.tell(events.Ended(status=status, step=self.step))
-        self._report(status)
+        if self.ranks.first:
+            status = "stopped" if stopped else "finished"
+            self.tell(events.Ended(status=status, step=self.step))
+            self._report(status)
         return Result(path, self.step, stopped, files)
 
+    def _write_end(self, stopped: bool) -> tuple[Path, ...]:
+        if not stopped:
+            return self.finish()
+        self.save()
+        return ()
+
     def _failed(self, error: UserError) -> None:
+        self._note(error)
+        with suppress(UserError, Stopped):  # the other ranks end with this word
+            self.ranks.meet(error)
+
+    def _note(self, error: UserError) -> None:
         """Writes down why, unless the run was refused before it began; where even that cannot be written, the screen says it."""
-        if self.begun:
+        if self.begun and self.ranks.first:
             with suppress(UserError):
                 self.tell(events.Failed(reason=str(error)))
             self._report("failed")
@@ -169,21 +185,24 @@ class Session:
 
     def prepare(self) -> None:
         """Scans and encodes the pictures, loads the denoiser, attaches the adapter, goes back to a checkpoint if asked."""
-        config, folder = self.config, self.folder
-        earlier = folder.document() if folder.is_run() else {}
+        with self.ranks.phase():
+            self._prepare()
+        self._begin_training()
+
+    def _prepare(self) -> None:
+        config, folder, ranks = self.config, self.folder, self.ranks
+        earlier = ranks.from_first(lambda: folder.document() if folder.is_run() else {})
         before = earlier.get("resolved", {})
         # A refused resume must leave the run as it was: all that can refuse it comes before the first write.
-        checkpoint, told = (
-            (None, []) if self.resume is None else find_checkpoint(self.resume, folder, earlier, config)
-        )
+        checkpoint, told = sharing.checkpoint_of(ranks, self.resume, folder, earlier, config)
         found = None
         cap_memory(config, self.device)
         if checkpoint is not None:
-            found = find_items(config, self.family)
-            same_data(before, data_hash(found, config))
+            found, digest = sharing.items_of(ranks, config, self.family)
+            same_data(before, digest)
             now = {**self.resolved.facts(), "shift": shift_of(config, self.family, found)}
             same_resolved(before, now)
-            self._plan(found, before)
+            self.way = sharing.way_together(ranks, config, self.resolved, found, before)
         document = folder.begin(
             dump_config(config), self.loaded.document(), origins=dict(self.loaded.origins)
         )
@@ -201,11 +220,21 @@ class Session:
         if self.resolved.facts()["random_weights"]:
             self._message("info", "the weights of this model are random: it draws noise")
         if found is None:
-            found = find_items(config, self.family, self._progress)
-            self._plan(found, {})
-        for line in self.way.words():
+            found, _ = sharing.items_of(ranks, config, self.family, self._progress)
+            self.way = sharing.way_together(ranks, config, self.resolved, found, {})
+        shares = sharing.shares_of(ranks, config, before if checkpoint is not None else {})
+        for line in [*self.way.words(), *sharing.words_of(shares, config)]:
             self._message("info", line)
-        self.data = prepare_data(config, self.resolved, self.build, self._progress, found, self.way.encoding)
+        self.data = prepare_data(
+            config,
+            self.resolved,
+            self.build,
+            self._progress,
+            found,
+            shares=shares,
+            cache_share=sharing.cache_share(ranks, cache_folder(config)),
+            wait=ranks.meet,
+        )
         self.build.release()
         folder.update(resolved={**self.resolved.facts(), **self.data.facts(), **self.way.facts()})
         for note in self.data.notes:
@@ -214,41 +243,21 @@ class Session:
         self.team = assemble(config, self.family, self.resolved, self.way, self._message)
         if checkpoint is not None:
             self.team.load(checkpoint.tensors, checkpoint.documents)
-            for path in self.store.set_aside_after(checkpoint.step):
+            for path in self.store.set_aside_after(checkpoint.step) if ranks.first else ():
                 self._message("info", f"a later checkpoint was set aside: {path.name}")
-        self._begin_training()
-
-    def _plan(self, found: Scan, before: Mapping[str, Any]) -> None:
-        """How the denoiser fits the device, from the sizes of the pictures; before: what the run began with."""
-        batch = self.config.data.batch_size
-        shapes = {Shape(item.size, batch, item.condition_sizes) for item in found.items}
-        self.way = way_of(
-            self.config, self.family, self.device, self.resolved.dtype, sorted(shapes, key=str), before
-        )
-
-    def _step_settings(self, learner: Learner) -> StepSettings:
-        noise = self.config.noise
-        sigmas = SigmaSettings(
-            timesteps=noise.timesteps,
-            sigmoid_scale=noise.sigmoid_scale,
-            sigmoid_bias=noise.sigmoid_bias,
-            shift=self.data.shift,
-            lognorm_alpha=noise.lognorm_alpha,
-            min_timestep=noise.min_timestep,
-            max_timestep=noise.max_timestep,
-            part_range=learner.part.sigma_range,
-        )
-        return StepSettings(self.config.run.seed, sigmas, noise.loss_weighting, noise.noise_offset)
+        for learner in self.team.learners:
+            ranks.broadcast(learner.parameters)
+        folder.update(ranks=sharing.residency(ranks, self.team, self.device, self._message))
 
     def _begin_training(self) -> None:
-        config, accumulate = self.config, self.config.optimizer.gradient_accumulation
-        self._batches = self._closing.enter_context(self.data.loader(self.step * accumulate))
-        if config.log.tensorboard:
-            self.board = Board(self.folder.tensorboard, self.data.steps)
+        config = self.config
+        self._batches = self._closing.enter_context(self.data.loader(self.step))
+        if config.log.tensorboard and self.ranks.first:
+            self.board = Board(self.folder.tensorboard, self.data.steps, self.ranks.world)
             self._closing.callback(self.board.close)
         self.tell(events.Phase(name="train", total=self.data.steps))
         self._began_at = self.step
-        if self.step == 0:
+        if self.step == 0 and self.ranks.first:
             if config.validation.every:
                 self._validate(0)
             if config.preview.every and config.preview.at_start:
@@ -263,7 +272,7 @@ class Session:
             on_step=self.tell,
             after_step=self._between,
             stop_asked=lambda: self.signals.asked or self.folder.asked("stop"),
-            on_bad=lambda step: self._save_last_good(step > start),
+            on_bad=lambda step: self._save_last_good(step > start and self.ranks.first),
         )
         assert self._batches is not None, "advance before prepare"
         while self.step < until:
@@ -275,18 +284,18 @@ class Session:
                 lr_at=lambda step: lr_factor(
                     step, self.data.steps, o.schedule, o.warmup_steps, o.min_lr_ratio
                 ),
-                accumulate=o.gradient_accumulation,
                 max_grad_norm=o.max_grad_norm,
             )
             outcome = train(
                 self.family,
                 learner,
                 self._batches,
-                self._step_settings(learner),
+                step_settings(self.config, self.data.shift, learner.part),
                 settings,
                 hooks,
                 start=self.step,
                 device=self.device,
+                ranks=self.ranks,
             )
             if outcome.stopped:
                 return False
@@ -300,6 +309,8 @@ class Session:
             seen = correct_plan(self.way, self.team.at(step - 1).fitted, self.device)
             if seen:
                 self.folder.update(measured=seen)
+        if not self.ranks.first:
+            return  # the first rank validates, draws and saves for all
         config, last = self.config, step == self.data.steps
         due = lambda every: bool(every) and (step % every == 0 or last)  # noqa: E731 - a word of this paragraph only
         if due(config.validation.every):
@@ -327,7 +338,13 @@ class Session:
     def _validate(self, step: int) -> None:
         count = self.config.validation.sigmas
         event = validation_of(
-            step, self.family, self.team, self.data, self._step_settings, count, self.device
+            step,
+            self.family,
+            self.team,
+            self.data,
+            partial(step_settings, self.config, self.data.shift),
+            count,
+            self.device,
         )
         if event is not None:
             self.tell(event)

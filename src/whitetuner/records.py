@@ -103,3 +103,12 @@ class Batch:
             for name, value in self.fields.items()
         }
         return Batch(self.items, self.visits, moved)
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """What one rank has of an optimizer step. mine: its micro-batches, none when there are more ranks than samples; sizes:
+    samples of all micro-batches of the step in their order, of which rank r of W has number r, r + W, ..."""
+
+    mine: list[Batch]
+    sizes: tuple[int, ...]

@@ -35,13 +35,13 @@ class Resolved:
         }
 
 
-def resolve(config: Config) -> Resolved:
+def resolve(config: Config, local_rank: int = 0) -> Resolved:
     """Checks that the model is there, of the right family and for this kind of data, without loading a weight.
 
-    Raises UserError.
+    local_rank: see choose_device. Raises UserError.
     """
     refuse_wrong_data(config)
-    device = choose_device(config.memory.device)
+    device = choose_device(config.memory.device, local_rank)
     memory = config.memory
     # base = "bf16" says the same of the frozen weights as dtype does, unless dtype says otherwise.
     asked = "bf16" if memory.base == "bf16" and memory.dtype == "auto" else memory.dtype
@@ -53,10 +53,10 @@ def open_family(config: Config) -> Family:
     return registry.load(config.model.family, config.model_options(), model_paths(config))
 
 
-def choose_device(asked: str) -> torch.device:
-    """ "auto": the first CUDA device, else the CPU."""
+def choose_device(asked: str, local_rank: int = 0) -> torch.device:
+    """ "auto": the first CUDA device, else the CPU. local_rank: the number among the run's ranks on this machine."""
     if asked == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        asked = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
     if asked.isdigit():
         asked = f"cuda:{asked}"
     if asked.startswith("cuda"):

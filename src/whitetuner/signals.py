@@ -6,9 +6,9 @@ import signal
 import threading
 from types import FrameType
 
+from whitetuner.errors import Stopped
 
-class Stopped(Exception):
-    """The user asked to stop while nothing is being learned yet (scanning, caching): nothing to save."""
+__all__ = ["Signals", "Stopped"]
 
 
 class Signals:
@@ -27,6 +27,10 @@ class Signals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def ask(self) -> None:
+        """As the first signal does: whoever started this process is gone."""
+        self.asked = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked:

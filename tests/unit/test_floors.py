@@ -25,7 +25,6 @@ FLOORS = [
     {
         "recipe",
         "assemble",
-        "encoding",
         "rehearsal",
         "planning",
         "released",
@@ -41,6 +40,7 @@ FLOORS = [
         "models",
         "prepared",
         "scenes",
+        "sharing",
         "signals",
         "tiny",
         "drawing",

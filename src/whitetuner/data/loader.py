@@ -10,9 +10,9 @@ from typing import Protocol
 import torch
 
 from whitetuner.data.cache import Cached
-from whitetuner.data.order import MicroBatch, Order
+from whitetuner.data.order import ALL, MicroBatch, Order, Shares
 from whitetuner.diffusion.sigmas import generator_for
-from whitetuner.records import Batch, Item, Sample
+from whitetuner.records import Batch, Item, Sample, StepBatches
 
 __all__ = ["Loader", "Order", "stack"]
 
@@ -27,11 +27,11 @@ class Dropping(Protocol):
     def caption_dropout(self) -> float: ...
 
 
-class Loader(Iterator[Batch]):
-    """Endless: micro-batches start W + r, (start + 1) W + r, ... of the order, for rank r of W.
+class Loader(Iterator[StepBatches]):
+    """Endless: what this rank has of one optimizer step after the other.
 
-    start: micro-batches that this rank has used before: with accumulation k, k times the optimizer steps done
-    ahead: batches that are read while others are learned from, at least 1
+    start: optimizer steps done before; shares: what of each step this rank has
+    ahead: micro-batches that are read while others are learned from, at least 1
     """
 
     def __init__(
@@ -42,26 +42,24 @@ class Loader(Iterator[Batch]):
         sets: Sequence[Dropping],
         *,
         start: int = 0,
-        rank: int = 0,
-        world: int = 1,
+        shares: Shares = ALL,
         ahead: int = 3,
     ) -> None:
         self._cached, self._items, self._order, self._sets = cached, items, order, sets
-        self._next, self._world = start * world + rank, world
+        self._next, self._shares, self._most_ahead = start, shares, ahead
         self._kept: dict[tuple[int, int, bool], Mapping[str, torch.Tensor]] = {}
         self._kept_bytes = 0
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        self._ahead: deque[Future[Batch]] = deque()
-        for _ in range(ahead):
-            self._read_next()
+        self._ahead: deque[tuple[list[Future[Batch]], tuple[int, ...]]] = deque()
+        self._read_ahead()
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> StepBatches:
         """Raises what the reading thread met (UserError for a damaged cache entry); StopIteration after `close`."""
         if not self._ahead:
             raise StopIteration
-        batch = self._ahead.popleft().result()
-        self._read_next()
-        return batch
+        futures, sizes = self._ahead.popleft()
+        self._read_ahead()
+        return StepBatches([future.result() for future in futures], sizes)
 
     def close(self) -> None:
         """Ends the reading thread; no batch comes after it."""
@@ -74,9 +72,13 @@ class Loader(Iterator[Batch]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read_next(self) -> None:
-        number, self._next = self._next, self._next + self._world
-        self._ahead.append(self._reader.submit(lambda: self.read(self._order.batch(number))))
+    def _read_ahead(self) -> None:
+        """At least one step; more while they are of few micro-batches."""
+        while not self._ahead or sum(max(1, len(futures)) for futures, _ in self._ahead) < self._most_ahead:
+            portion = self._shares.portion(self._order, self._next)
+            self._next += 1
+            futures = [self._reader.submit(self.read, draws) for draws in portion.mine]
+            self._ahead.append((futures, portion.sizes))
 
     def read(self, draws: MicroBatch) -> Batch:
         """One micro-batch, its dropped captions decided by (seed, item, visit)."""

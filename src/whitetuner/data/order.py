@@ -9,9 +9,11 @@ change between versions; nothing hangs on file names.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 from bisect import bisect_right
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
@@ -39,10 +41,47 @@ class Draw(NamedTuple):
 MicroBatch = tuple[Draw, ...]
 
 
+class Portion(NamedTuple):
+    """What a rank takes of a step. mine: its micro-batches; sizes: samples of all the step's micro-batches, in their order,
+    of which rank r of W has number r, r + W, ..."""
+
+    mine: tuple[MicroBatch, ...]
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How ranks share out a step. per_step: micro-batches of it, over all ranks; a run keeps it, however many ranks go on."""
+
+    per_step: int = 1
+    rank: int = 0
+    world: int = 1
+
+    def portion(self, order: Order, step: int) -> Portion:
+        """Of the optimizer step after `step` steps.
+
+        Step s sees the micro-batches s k up to (s + 1) k - 1, k = per_step, whoever computes them: rank r has every W-th from
+        r on. With more ranks than micro-batches each of these is cut in W // k pieces; a rank may have nothing then.
+        """
+        whole = [order.batch(step * self.per_step + number) for number in range(self.per_step)]
+        parts = max(1, self.world // self.per_step)
+        pieces = [piece for batch in whole for piece in _cut(batch, parts)]
+        return Portion(tuple(pieces[self.rank :: self.world]), tuple(map(len, pieces)))
+
+
+#: A step of one micro-batch, for one process.
+ALL = Shares()
+
+
+def _cut(batch: MicroBatch, parts: int) -> list[MicroBatch]:
+    """In so many pieces of sizes as equal as can be, fewer when there are fewer samples; the samples stay in order."""
+    parts = min(parts, len(batch))
+    ends = [len(batch) * number // parts for number in range(parts + 1)]
+    return [batch[start:end] for start, end in itertools.pairwise(ends)]
+
+
 class Order:
-    """An endless sequence of micro-batches. Step s with accumulation k on W ranks uses number s k W up to (s + 1) k W - 1,
-    and rank r every W-th of them from r on: which samples a step sees does not depend on how many ranks share it.
-    """
+    """An endless sequence of micro-batches; `Shares` says which of them a step and a rank have."""
 
     def __init__(
         self,

@@ -282,6 +282,30 @@ class RunFolder:
         return any(self.checkpoints.glob("checkpoint-*")) or last_of(self.events, (StepDone,)) is not None
 
 
+class Guest(RunFolder):
+    """The run's folder for a process that only learns with its owner: it writes nothing and hears no wishes."""
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: Path, *, resume: bool, config: Path | None = None) -> Iterator[RunFolder]:
+        yield cls(path)
+
+    def begin(self, config_text: str, document: dict[str, Any], **extra: Any) -> dict[str, Any]:
+        return {"run_id": ""}
+
+    def update(self, **values: Any) -> None:
+        return
+
+    def append(self, event: Event) -> None:
+        return
+
+    def cut_events_after(self, step: int) -> None:
+        return
+
+    def asked(self, word: str) -> bool:
+        return False
+
+
 def _quoted(text: object) -> str:
     """For a shell; double quotes, which every system's shell takes."""
     return f'"{text}"' if any(c in str(text) for c in " ()&;'!$") else str(text)

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from whitetuner.errors import EXIT_ENVIRONMENT, UserError
-from whitetuner.runs.devices import CPU, Device, Held, Wish, devices, wish_of
+from whitetuner.runs.devices import CPU, Device, Held, Wish, devices, holder, wish_of
 from whitetuner.runs.events import RunStarted, last_of
 from whitetuner.runs.files import write_atomically
 from whitetuner.runs.folder import RunFolder
@@ -261,18 +261,28 @@ def _take(job: Job, wish: Wish, held: Held, wait: bool, say: Say) -> None:
         if not wait:
             if all(one is CPU for one in wish.devices):
                 return
+            taken = _taken(wish)
             raise UserError(
-                "{devices}: another training is on it",
+                "{devices}: another training is on it (process {pid}: {run})",
                 where="--gpus",
                 mend="wait for it: add --wait; or take another one, e.g. --gpus any; `whitetuner jobs` lists who is on which",
                 code=EXIT_ENVIRONMENT,
-                devices=", ".join(f"GPU {one.index} ({one.title})" for one in wish.devices),
+                devices=", ".join(f"GPU {one.index} ({one.title})" for one in taken or wish.devices),
+                pid=", ".join(str(holder(one).get("pid", "?")) for one in taken) or "?",
+                run=", ".join(str(holder(one).get("run", "?")) for one in taken) or "?",
             )
         if not told:
             told = True
             names = ", ".join("CPU" if one is CPU else f"GPU {one.index}" for one in wish.devices)
             say(f"waiting for {names} ({len(ahead)} ahead in the queue)")
         time.sleep(LOOK_EVERY_S)
+
+
+def _taken(wish: Wish) -> list[Device]:
+    """Of the devices wished for, those that a living process holds."""
+    return [
+        one for one in wish.devices if (pid := holder(one).get("pid")) and psutil.pid_exists(int(str(pid)))
+    ]
 
 
 def _record(job: Job, say: Say) -> None:

@@ -9,14 +9,17 @@ from functools import partial
 
 import torch
 
+from whitetuner.errors import UserError
 from whitetuner.family import Family
-from whitetuner.records import Batch
+from whitetuner.records import Batch, StepBatches
 from whitetuner.runs.events import StepDone
+from whitetuner.train.distributed import Ranks
 from whitetuner.train.guard import damaged_weights, first_bad_module, not_finite
 from whitetuner.train.learner import Learner
 from whitetuner.train.optim import clip_grad_norm
 from whitetuner.train.step import StepLoss, StepSettings, step_loss
 
+ALONE = Ranks()
 #: The distance from the start is a pass over all trained numbers: every so many steps, and with each save.
 WEIGHT_CHANGE_EVERY = 10
 
@@ -28,7 +31,6 @@ class LoopSettings:
     steps: int
     lr: float
     lr_at: Callable[[int], float]
-    accumulate: int = 1
     max_grad_norm: float = 1.0
 
 
@@ -51,32 +53,42 @@ class Outcome:
 def train(
     family: Family,
     learner: Learner,
-    batches: Iterator[Batch],
+    batches: Iterator[StepBatches],
     step_settings: StepSettings,
     settings: LoopSettings,
     hooks: Hooks,
     *,
     start: int = 0,
     device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> Outcome:
-    """Runs optimizer steps start+1 .. steps. `batches` must begin with the first micro-batch of step start+1.
+    """Runs optimizer steps start+1 .. steps. `batches` must begin with step start+1.
 
+    ranks: that share each step; all apply the same sum of gradients, and say the same of the step
     Raises NotFinite, before anything is applied, when loss or gradients are NaN or infinite.
     """
     modules = {learner.part.name: learner.module}
-    step, change = start, 0.0
+    step, change, stop = start, 0.0, False
     while step < settings.steps:
-        if hooks.stop_asked():
+        if stop or (ranks.world == 1 and hooks.stop_asked()):
             return Outcome(step, True)
         began = time.perf_counter()
-        micro = [next(batches) for _ in range(settings.accumulate)]
-        samples = sum(len(batch) for batch in micro)
-        done = learner.run(partial(_passes, family, modules, learner.part.name, micro, step_settings, device))
-        norm = float(clip_grad_norm(learner.parameters, settings.max_grad_norm))
-        plain = torch.cat([loss.plain for loss in done])
-        value = float(plain.mean())
+        given = next(batches)
+        samples = sum(given.sizes)
+        passes = partial(
+            _passes, family, modules, learner.part.name, given.mine, samples, step_settings, device
+        )
+        done = learner.run(passes)
+        asked = ranks.world > 1 and hooks.stop_asked()
+        stop, losses, sigmas = _agreed(ranks, asked, done, given.sizes)
+        value = sum(losses) / samples
+        norm = 0.0
+        if _finite(value):
+            ranks.sum_gradients(learner.parameters)
+            norm = float(clip_grad_norm(learner.parameters, settings.max_grad_norm))
         if not (_finite(value) and _finite(norm)):
-            _refuse(family, learner, micro, step_settings, step + 1, value, hooks, device)
+            error = _refusal(family, learner, given.mine, step_settings, step + 1, value, hooks, device)
+            ranks.meet(error if ranks.rank == _blamed(losses, given.sizes, ranks.world) else None)
         lr = settings.lr * settings.lr_at(step)
         for group in learner.optimizer.param_groups:
             group["lr"] = lr
@@ -95,8 +107,8 @@ def train(
                 grad_norm=norm,
                 seconds=time.perf_counter() - began,
                 samples=samples,
-                sigmas=[round(float(s), 5) for loss in done for s in loss.sigma],
-                losses=[round(float(one), 6) for one in plain],
+                sigmas=[round(one, 5) for one in sigmas],
+                losses=[round(one, 6) for one in losses],
                 weight_change=change,
                 memory_mb=_memory_mb(device),
             )
@@ -110,11 +122,11 @@ def _passes(
     modules: Mapping[str, torch.nn.Module],
     part: str,
     micro: Sequence[Batch],
+    samples: int,
     settings: StepSettings,
     device: torch.device,
 ) -> list[StepLoss]:
-    """Forward and backward of every micro-batch of a step."""
-    samples = sum(len(batch) for batch in micro)
+    """Forward and backward of every micro-batch that this rank has of a step. samples: of the whole step."""
     done = []
     for batch in micro:
         loss = step_loss(family, modules, part, batch, settings, device)
@@ -124,7 +136,31 @@ def _passes(
     return done
 
 
-def _refuse(
+def _agreed(
+    ranks: Ranks, stop: bool, done: Sequence[StepLoss], sizes: Sequence[int]
+) -> tuple[bool, list[float], list[float]]:
+    """(somebody asked to stop, loss of every sample of the step, sigma of every sample), in the order of the samples."""
+    told = [torch.stack([loss.plain.float(), loss.sigma.float()], 1).flatten() for loss in done]
+    values = torch.cat(told).tolist() if told else []
+    most = 2 * max(sum(sizes[rank :: ranks.world]) for rank in range(ranks.world))
+    agreed = ranks.agree(stop, values, most)
+    places, losses, sigmas = [0] * ranks.world, [], []
+    for number, size in enumerate(sizes):
+        rank = number % ranks.world
+        piece = agreed.rows[rank][places[rank] : places[rank] + 2 * size]
+        places[rank] += 2 * size
+        losses += piece[0::2]
+        sigmas += piece[1::2]
+    return agreed.stop, losses, sigmas
+
+
+def _blamed(losses: Sequence[float], sizes: Sequence[int], world: int) -> int:
+    """The rank that had the first sample without a finite loss; 0 when all losses are finite."""
+    owners = [number % world for number, size in enumerate(sizes) for _ in range(size)]
+    return next((owner for owner, loss in zip(owners, losses, strict=True) if not _finite(loss)), 0)
+
+
+def _refusal(
     family: Family,
     learner: Learner,
     micro: Sequence[Batch],
@@ -133,7 +169,8 @@ def _refuse(
     loss: float,
     hooks: Hooks,
     device: torch.device,
-) -> None:
+) -> UserError:
+    """Undoes the step and says what is at fault, as far as this rank can see."""
     culprit = next(
         (name for name, p in learner.adapter.named_parameters() if not torch.isfinite(p).all()), None
     )
@@ -158,13 +195,13 @@ def _refuse(
         learner.fitted.make_room()  # so that every weight is its own again, not what a slot holds by now
     damaged = None if culprit is None else damaged_weights(learner.module, culprit)
     if damaged is not None:
-        raise damaged
+        return damaged
     names = ", ".join(item.target.name for batch in micro for item in batch.items)
     what = "gradient" if _finite(loss) else "loss"
     where = culprit or (
         f"the gradient of {bad_gradient}" if bad_gradient else "the loss itself (encoded picture or text)"
     )
-    raise not_finite(step, what, where, names)
+    return not_finite(step, what, where, names)
 
 
 def _finite(value: float) -> bool:

@@ -1,0 +1,186 @@
+"""What the ranks of a run settle before they train: that they mean the same run, who encodes what, what a step is made of."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from whitetuner.checkpoint.store import STATE_FILE, Checkpoint, read
+from whitetuner.config.load import differences
+from whitetuner.config.schema import Config
+from whitetuner.data.order import Shares
+from whitetuner.data.scan import Scan
+from whitetuner.errors import EXIT_ENVIRONMENT, UserError
+from whitetuner.family import Family
+from whitetuner.planning import Shape, Way, way_of
+from whitetuner.prepared import Progress, data_hash, find_items
+from whitetuner.resolve import Resolved
+from whitetuner.resuming import find_checkpoint
+from whitetuner.runs import events
+from whitetuner.runs.folder import RunFolder
+from whitetuner.train.distributed import Ranks
+from whitetuner.train.team import Team
+
+#: What each rank may have of its own.
+_OWN = ("memory.device", "memory.vram_gb", "run.resume", "data.workers")
+
+
+def same_config(ranks: Ranks, config: Config) -> None:
+    """Raises UserError when ranks were started with configs that would learn something else."""
+    told = ranks.told(config.model_dump(mode="json"))
+    for rank, other in enumerate(told):
+        for key, first, here in differences(told[0], other):
+            if key not in _OWN:
+                raise UserError(
+                    "rank {rank} was started with {here}, rank 0 with {first}",
+                    where=key,
+                    mend="give all ranks the same config file and the same --set values",
+                    rank=rank,
+                    here=here,
+                    first=first,
+                )
+
+
+def checkpoint_of(
+    ranks: Ranks, resume: str | None, folder: RunFolder, earlier: Mapping[str, Any], config: Config
+) -> tuple[Checkpoint | None, list[events.Event]]:
+    """What rank 0 finds to go on from (resuming.find_checkpoint), on all ranks."""
+    if resume is None:
+        return None, []
+    found: list[tuple[Checkpoint | None, list[events.Event]]] = []
+
+    def find() -> str | None:
+        found.append(find_checkpoint(resume, folder, earlier, config))
+        checkpoint = found[0][0]
+        return None if checkpoint is None else str(checkpoint.path.resolve())
+
+    path = ranks.from_first(find)
+    if ranks.first:
+        return found[0]
+    if path is None:
+        return None, []
+    if not (Path(path) / STATE_FILE).is_file():
+        raise UserError(
+            "this machine does not see the checkpoint that rank 0 goes on from",
+            where=path,
+            mend="put run.output_dir on a disk that all machines share, under one path",
+            code=EXIT_ENVIRONMENT,
+        )
+    return read(Path(path)), []
+
+
+def items_of(
+    ranks: Ranks, config: Config, family: Family, progress: Progress | None = None
+) -> tuple[Scan, str]:
+    """(prepared.find_items, data hash); on every machine the first rank looks first, so that the others find the hashes.
+
+    Raises UserError when ranks see other pictures or captions than rank 0.
+    """
+    found = find_items(config, family, progress) if ranks.first_here else None
+    ranks.meet()
+    found = find_items(config, family) if found is None else found
+    digest = data_hash(found, config)
+    for rank, (other, count) in enumerate(ranks.told([digest, len(found.items)])):
+        if other != digest:
+            raise UserError(
+                "rank {rank} sees another data set here: {there} pictures and clips, rank {mine}: {here}",
+                where="[data]",
+                mend="copy the same pictures and captions to every machine, or put them on a disk that all share",
+                rank=rank,
+                there=count,
+                mine=ranks.rank,
+                here=len(found.items),
+            )
+    return found, digest
+
+
+def way_together(
+    ranks: Ranks, config: Config, resolved: Resolved, found: Scan, earlier: Mapping[str, Any]
+) -> Way:
+    """How the denoiser fits every rank's own card, from the sizes of the pictures (planning.way_of).
+
+    earlier: what the run began with; where cards come to different bases, all ranks take the smaller one
+    """
+    batch = config.data.batch_size
+    shapes = sorted({Shape(item.size, batch, item.condition_sizes) for item in found.items}, key=str)
+    ask = (config, resolved.family, resolved.device, resolved.dtype, shapes)
+    way = way_of(*ask, earlier)
+    told = ranks.told([way.base, way.quantize])
+    smaller = next((base for base, quantize in told if quantize), told[0][0])
+    return way if way.base == smaller else way_of(*ask, {**earlier, "base": smaller})
+
+
+def cache_share(ranks: Ranks, folder: Path) -> tuple[int, int]:
+    """(number, count) among the ranks that fill this cache folder together: all, or those of this machine alone."""
+    if ranks.world == 1:
+        return 0, 1
+    mark = folder / f".seen-{secrets.token_hex(8)}"
+    if ranks.first_here:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.write_text("", encoding="utf-8")
+    try:
+        marks = ranks.told(str(mark.name) if ranks.first_here else "")
+        sees_all = all((folder / name).is_file() for name in marks if name)
+        shared = all(ranks.told(sees_all))
+    finally:
+        mark.unlink(missing_ok=True)
+    here = list(range(ranks.world)) if shared else list(ranks.ranks_here)
+    return here.index(ranks.rank), len(here)
+
+
+def shares_of(ranks: Ranks, config: Config, before: Mapping[str, Any]) -> Shares:
+    """How the ranks share out a step. before: what the run began with (`resolved` of run.json), which it keeps."""
+    accumulate = config.optimizer.gradient_accumulation
+    begun = before.get("batches_per_step", accumulate) if before else accumulate * ranks.world
+    return Shares(int(begun), ranks.rank, ranks.world)
+
+
+def words_of(shares: Shares, config: Config) -> list[str]:
+    """What a step is made of, where several ranks make it or did."""
+    batch, accumulate = config.data.batch_size, config.optimizer.gradient_accumulation
+    if shares.world == 1 and shares.per_step == accumulate:
+        return []
+    whole = f"a step learns from {shares.per_step * batch} samples"
+    if shares.per_step == shares.world * accumulate:
+        return [
+            f"{whole}: {shares.world} ranks x batch_size {batch} x {accumulate} of gradient_accumulation. More ranks make "
+            "not a step shorter but its batch larger: look at samples/s"
+        ]
+    told = [
+        f"{whole}, as the run began: {shares.per_step} batches of {batch}, shared by "
+        + ("1 rank" if shares.world == 1 else f"{shares.world} ranks")
+    ]
+    pieces = shares.per_step * min(batch, max(1, shares.world // shares.per_step))
+    if pieces < shares.world:
+        told.append(f"{shares.world - pieces} of {shares.world} ranks have nothing to do")
+    return told
+
+
+def residency(
+    ranks: Ranks, team: Team, device: torch.device, tell: Callable[[str, str], None]
+) -> list[dict[str, Any]]:
+    """Where each rank trains and what of its model waits on the host, as run.json keeps it; several are told of."""
+    away = total = 0
+    for learner in team.learners:
+        fitted = learner.fitted
+        if fitted is not None:
+            blocks = len(fitted.recompute.runs)
+            total += blocks
+            away += 0 if fitted.engine is None else blocks - len(fitted.engine.residents)
+    own = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "CPU"
+    hosts = [one.host for one in ranks.presences] or [socket.gethostname()]
+    rows = [
+        {"rank": rank, "host": hosts[rank], "device": name, "blocks": blocks, "waiting": waiting}
+        for rank, (name, waiting, blocks) in enumerate(ranks.told((own, away, total)))
+    ]
+    for row in rows if ranks.world > 1 else ():
+        tell(
+            "info",
+            "rank {rank}: {device} of {host}; {waiting} of {blocks} blocks wait on the host".format(**row),
+        )
+    return rows
