@@ -227,17 +227,9 @@ def family(name: str, task: str | None, method: str, out: Path) -> int:
     images = given[: len(values["data.conditions"])] if task == "edit" else files[: int(task == "i2v")]
     prompt = "put the red ball on the left" if task == "edit" else "a red circle"
     preview = {"text": prompt, "size": [TINY_SIZE_PX, TINY_SIZE_PX], "steps": 2}
-    loaded = load_config(
-        None,
-        base={
-            **values,
-            "run.name": "run",
-            "method.kind": method,
-            "validation.every": 30,
-            "preview.every": 30,
-            "preview.prompts": [{**preview, "images": [str(image) for image in images]}],
-        },
-    )
+    preview["images"] = [str(image) for image in images]
+    more = {"method.kind": method, "validation.every": 30, "preview.every": 30, "preview.prompts": [preview]}
+    loaded = load_config(None, base={**values, "run.name": "run", **more})
     refuse_not_landed(loaded.config)
     config = out / "config.toml"
     config.write_text(dump_config(loaded.config), encoding="utf-8")
@@ -262,9 +254,10 @@ def family(name: str, task: str | None, method: str, out: Path) -> int:
 
     events, _ = read(result.folder / "events.jsonl")
     losses = [event.loss for event in events if isinstance(event, Validation)]
+    use = "for ComfyUI" if spec.comfyui_loads else "adapter (no ComfyUI loads this model)"
     print(
         f"\nvalidation loss: {losses[0]:.4f} at step 0 -> {losses[-1]:.4f} at step {result.step} (random weights)\n"
-        f"picture:  {picture} (noise: the weights are random)\nconfig:   {config}\nfor ComfyUI: {result.final[0]}\n"
+        f"picture:  {picture} (noise: the weights are random)\nconfig:   {config}\n{use}: {result.final[0]}\n"
         f"{time.perf_counter() - began:.0f} s"
     )
     if losses[-1] >= losses[0]:

@@ -18,6 +18,7 @@ from whitetuner.adapters.shapes import AdapterSettings
 from whitetuner.between import decoding_in_room
 from whitetuner.config.load import load_config
 from whitetuner.data.inputs import Inputs
+from whitetuner.encoding import card_bytes, encoding_on
 from whitetuner.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError, require_text
 from whitetuner.families import registry
 from whitetuner.family import BuildFn, Family, FamilySpec, ModelPaths
@@ -84,6 +85,7 @@ def sample(
         strength,
         asked if guidance > 1 else asked[:1],
         task,
+        encoder_base=subject.encoder_base,
         size=size,
         steps=steps or usual_steps,
         cfg=guidance,
@@ -104,6 +106,7 @@ class Subject:
     usual:       the size that is drawn where none is named, its frames those that a run learned
     target_px, reference_px: sides of squares of the areas that targets are drawn and given pictures are read at
     trained:     the run's task; None: no run
+    encoder_base: memory.encoder_base of the run
     """
 
     family: Family
@@ -112,6 +115,7 @@ class Subject:
     target_px: int
     reference_px: int
     trained: str | None = None
+    encoder_base: str = "auto"
 
 
 def subject_of(model: str, adapter: Path | None, family_name: str | None) -> Subject:
@@ -152,7 +156,8 @@ def _of_run(run: RunFolder, adapter: Path | None) -> Subject:
     if frames is not None and spec.frames:
         usual = usual._replace(frames=max(frames) if isinstance(frames, list) else frames)
     sides = target_resolution(config), reference_resolution(config)
-    return Subject(family, files, usual, *sides, trained=config.model.task)
+    base = config.memory.encoder_base
+    return Subject(family, files, usual, *sides, trained=config.model.task, encoder_base=base)
 
 
 def size_to_draw(subject: Subject, size: Size | None, frames: int | None, images: Sequence[Path]) -> Size:
@@ -195,12 +200,17 @@ def _drawn(
     strength: float,
     asked: Sequence[Inputs],
     task: str,
+    encoder_base: str,
     **how: Any,
 ) -> list[Image.Image]:
     """Encodes, loads, patches and draws. asked: of the prompt, and with guidance of the negative;  how: see Family.generate."""
     device = choose_device("auto")
     build = PhaseBuild(Build(choose_dtype("auto", device), device), device_budget(device, None), tell=print)
-    scenes = encode_prompts(family, build, asked, task)
+    card = card_bytes(device, None)
+    encoding = encoding_on(encoder_base, family, task, build.build.dtype, card, size=how["size"])
+    for line in encoding.words():
+        print(line)
+    scenes = encode_prompts(family, encoding.build(build), asked, task)
     build.release()
     lists = family.spec.parts(family.options)[0].block_lists  # the parts of a family are of one architecture
     denoisers = PhaseBuild(build.build, build.budget_bytes, block_lists=lists, together=True, tell=print)

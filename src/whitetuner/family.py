@@ -113,6 +113,7 @@ class FamilySpec:
     template_tokens: tokens that the prompt template adds to a caption, of options.max_sequence_length
     sample_steps, sample_cfg: what pictures are drawn with when nothing is said; cfg 1 is no guidance
     sampling_of: (steps, cfg) for the model at hand where that is drawn otherwise (a distilled one); `sampling` asks it
+    comfyui_loads: whether ComfyUI loads this model, and so its adapters
     tiny_options: options that suit the random tiny model (short texts)
     """
 
@@ -146,6 +147,7 @@ class FamilySpec:
     stride_of: Callable[[ModelPaths], int] | None = None
     advice: Callable[[Any, ModelPaths], tuple[UserError, ...]] = lambda options, paths: ()
     caption_fault: Callable[[str], UserError | None] = lambda caption: None
+    comfyui_loads: bool = True
     tiny_options: Mapping[str, Any] = field(default_factory=dict)
     template_tokens: int = 0
     sample_steps: int = 28
@@ -254,6 +256,8 @@ class Encoder(Protocol):
     fields: name -> layout, of everything `encode` returns. "stack": equal shapes within a shape key; "ragged": not so
     reads:  what of the item the result depends on (the cache key holds only that); "frames": size and length of the clip, of
             a prompt too; "unconditional": whether this is the side that guidance leads away from
+    A method `passes(size)`: how often its weights are gone through for one picture of this size, where that is not once (a
+    language model that writes; see `passes_of`).
     An attribute `prompts_only` that is true: asked about prompts without target alone (see `prompts_only`).
     """
 
@@ -279,6 +283,12 @@ def prompts_only(encoder: Encoder) -> bool:
     return bool(getattr(encoder, "prompts_only", False))
 
 
+def passes_of(encoder: Encoder, size: Size) -> int:
+    """How often the encoder goes through its weights for one caption or picture of this size."""
+    passes = getattr(encoder, "passes", None)
+    return 1 if passes is None else int(passes(size))
+
+
 class KeyMap(Protocol):
     """Module paths of diffusers <-> names in files of other programs (ComfyUI / original layout / LyCORIS)."""
 
@@ -299,6 +309,7 @@ class Sketch(Protocol):
     """A family's `sketch.py`: what the plan needs of a model whose files are not there.
 
     RELEASED: variant -> part -> config.json of the released denoiser (`_class_name` included)
+    An attribute ENCODERS: name of an encoder -> part -> config.json, for encoders that take long enough to be planned for.
     """
 
     RELEASED: Mapping[str, Mapping[str, Mapping[str, Any]]]

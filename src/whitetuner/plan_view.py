@@ -11,10 +11,12 @@ import torch
 
 from whitetuner.config.landed import refuse_not_landed
 from whitetuner.config.load import load_config
+from whitetuner.encoding import chosen, look_at
 from whitetuner.errors import EXIT_ENVIRONMENT, UserError
 from whitetuner.families import registry
 from whitetuner.memory.machine import GIB, Machine, this_machine, typical_machine
 from whitetuner.memory.plan import Choice, Plan
+from whitetuner.memory.quantize import Kind
 from whitetuner.planning import Reckoning, Shape, Sketched, asked_base, largest
 from whitetuner.prepared import find_items
 from whitetuner.records import Size
@@ -80,8 +82,15 @@ def of_config(path: Path, overrides: Sequence[str], on: Sequence[Machine]) -> di
             plans.append((machine, reckoning.plan(machine)))
         except UserError as error:
             plans.append((machine, error))
+    kind: Kind = "fp8" if memory.encoder_base == "fp8" else "int8"
+    looked = (
+        look_at(family.encoders(config.model.task), dtype, kind, shape.size) if device.type == "cuda" else ()
+    )
     return {
         "what": f"{family.spec.title} ({path})",
+        "encoders": [
+            chosen(looked, memory.encoder_base, dtype, one.vram_bytes, one.link_bytes_per_s) for one in on
+        ],
         "shape": str(shape),
         "steps": config.run.steps if config.run.epochs is None else None,
         "plans": plans,
@@ -112,7 +121,13 @@ def of_family(text: str, size: Size | None, task: str | None, on: Sequence[Machi
             tasks=", ".join(spec.tasks_of(variant)),
         )
     found = plan_released(name, variant or None, on, _trained_at(size, spec.stride_px), task)
-    return {"what": found.title, "shape": str(found.shape), "steps": None, "plans": found.plans}
+    return {
+        "what": found.title,
+        "shape": str(found.shape),
+        "steps": None,
+        "plans": found.plans,
+        "encoders": found.encoders,
+    }
 
 
 def _trained_at(size: Size | None, stride_px: int) -> Size | None:
@@ -136,18 +151,18 @@ def _trained_at(size: Size | None, stride_px: int) -> Size | None:
 
 def as_json(found: dict[str, Any]) -> dict[str, Any]:
     rows = []
-    for machine, plan in found["plans"]:
+    for (machine, plan), encoding in zip(found["plans"], found["encoders"]):
         row: dict[str, Any] = {"card": machine.name, "vram_gb": round(machine.vram_bytes / GIB, 2)}
         row |= {"refused": str(plan)} if isinstance(plan, UserError) else plan.to_json()
-        rows.append(row)
-    return {**found, "plans": rows}
+        rows.append({**row, "encoders": encoding.to_json()})
+    return {key: found[key] for key in ("what", "shape", "steps")} | {"plans": rows}
 
 
 def as_text(found: dict[str, Any], verbose: bool) -> str:
     """One card: its plan in sentences; several: a line each."""
     lines = [f"{found['what']} at {found['shape']}, in predictions:"]
     plans = found["plans"]
-    for machine, plan in plans:
+    for (machine, plan), encoding in zip(plans, found["encoders"]):
         head = f"{machine.vram_bytes / GIB:.0f} GB" if len(plans) > 1 else ""
         if isinstance(plan, UserError):
             lines.append(f"{head}  does not fit: {plan}".strip())
@@ -157,6 +172,7 @@ def as_text(found: dict[str, Any], verbose: bool) -> str:
             lines += plan.words()
             if found["steps"]:
                 lines.append(f"{found['steps']} steps: about {_time(found['steps'] * plan.best.seconds)}")
+        lines += [f"{'      ' if len(plans) > 1 else ''}{one}" for one in encoding.words()]
         if verbose and isinstance(plan, Plan):
             lines += [f"      {line}" for choice in plan.choices for line in _table(choice)]
     if len(plans) > 1:

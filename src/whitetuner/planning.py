@@ -7,7 +7,7 @@ was asked for: there is no second memory to save (memory.vram_gb then stands for
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from whitetuner.adapters.choose import choose
 from whitetuner.companions import beside_of
 from whitetuner.config.kinds import refuse_quantised_full
 from whitetuner.config.schema import Config
+from whitetuner.encoding import Encoding, encoding_of
 from whitetuner.errors import UserError
 from whitetuner.families import registry
 from whitetuner.family import Family, Part
@@ -67,7 +68,7 @@ class Shape:
 class Way:
     """What a run does. quantize: of the frozen base;  residents: None: all;  plain: blocks not computed again;
     plan: where it comes from, None when nothing had to be planned;  pieces: tokens of one in Part.token_wise, 0: whole;
-    on_disk: of several denoisers those whose turn it is not wait in files."""
+    on_disk: of several denoisers those whose turn it is not wait in files;  encoding: how the encoders are held before it."""
 
     base: str
     quantize: Kind | None
@@ -77,14 +78,16 @@ class Way:
     plan: Plan | None = None
     pieces: int = 0
     on_disk: bool = False
+    encoding: Encoding = field(default_factory=Encoding)
 
     def facts(self) -> dict[str, Any]:
         """For run.json."""
         more = {"pieces": self.pieces} if self.pieces else {}
-        return {"base": self.base, **more, "plan": self.plan and self.plan.to_json()}
+        plan = self.plan and self.plan.to_json()
+        return {"base": self.base, **more, "plan": plan, **self.encoding.facts()}
 
     def words(self) -> list[str]:
-        return [] if self.plan is None else self.plan.words()
+        return [*([] if self.plan is None else self.plan.words()), *self.encoding.words()]
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,7 @@ def way_of(
             frozenset() if memory.gradient_checkpointing is True else frozenset(range(count)),
             pieces=pieces,
             on_disk=on_disk,
+            encoding=encoding_of(config, family, device, dtype, earlier),
         )
     if device.type == "cpu":
         assert memory.limit_gb is not None
@@ -177,7 +181,9 @@ def way_of(
         machine = this_machine(device, memory.limit_gb)
     sketched = Sketched(family, part, family.stride(), dtype)
     return replace(
-        _way(Reckoning(config, sketched, largest(shapes, sketched), asked).plan(machine)), pieces=pieces
+        _way(Reckoning(config, sketched, largest(shapes, sketched), asked).plan(machine)),
+        pieces=pieces,
+        encoding=encoding_of(config, family, device, dtype, earlier),
     )
 
 

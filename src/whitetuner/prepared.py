@@ -19,6 +19,7 @@ from whitetuner.data.cache import Cached, Inputs, build_cache
 from whitetuner.data.loader import Loader, stack
 from whitetuner.data.order import ALL, Order, Shares
 from whitetuner.data.scan import PictureSet, Scan, scan
+from whitetuner.encoding import Encoding, encoding_of
 from whitetuner.errors import UserError
 from whitetuner.family import BuildFn, Family
 from whitetuner.memory.build import Build
@@ -95,6 +96,7 @@ def prepare_data(
     build: BuildFn,
     progress: Progress | None = None,
     found: Scan | None = None,
+    encoding: Encoding | None = None,
     *,
     shares: Shares | None = None,
     cache_share: tuple[int, int] = (0, 1),
@@ -102,10 +104,13 @@ def prepare_data(
 ) -> Prepared:
     """Scans (unless that was done already), encodes and orders. Raises UserError(s); what was encoded stays.
 
+    encoding: how the encoders are held; None: as the config says, begun anew
     shares: of each step; None: one process has all; cache_share, wait: see build_cache
     """
     shares = Shares(config.optimizer.gradient_accumulation) if shares is None else shares
     family = resolved.family
+    if encoding is None:
+        encoding = encoding_of(config, family, resolved.device, resolved.dtype)
     found = find_items(config, family, progress) if found is None else found
     notes = found.notes()
     training, held = _split(found.items, config.validation.share, config.run.seed)
@@ -114,7 +119,7 @@ def prepare_data(
     Order(training, [0] * len(training), found.sets, config.data.batch_size, config.run.seed)
     prompts = config.preview.prompts if config.preview.every else []
     wanted = [one for prompt in prompts for one in sides_of(prompt, config, family, training[0].size)]
-    cached = _cache(config, resolved, build, found, wanted, progress, cache_share, wait)
+    cached = _cache(config, resolved, build, found, wanted, progress, encoding, cache_share, wait)
     order = Order(
         training,
         [cached.shape_key(item) for item in training],
@@ -167,7 +172,7 @@ def encoded_twice(
     """(from the cache, encoded just now) for every item: E9."""
     resolved = Resolved(family, torch.device("cpu"), torch.float32)
     found = find_items(config, family)
-    cached = _cache(config, resolved, build, found, [], None)
+    cached = _cache(config, resolved, build, found, [], None, Encoding())
     before, now = {}, {}
     for encoder in family.encoders(config.model.task):
         encoder.load(build)
@@ -189,17 +194,19 @@ def _cache(
     found: Scan,
     prompts: list[Inputs],
     progress: Progress | None,
+    encoding: Encoding,
     share: tuple[int, int] = (0, 1),
     wait: Callable[[], None] | None = None,
 ) -> Cached:
     return build_cache(
         found.items,
         resolved.family.encoders(config.model.task),
-        build,
+        encoding.build(build),
         cache_folder(config),
         extra=prompts,
         uncond=any(one.caption_dropout > 0 for one in found.sets),
         precision=str(resolved.dtype),
+        quantised=encoding.quantised,
         workers=None if config.data.workers == "auto" else config.data.workers,
         share=share,
         wait=wait,

@@ -231,6 +231,7 @@ class Session:
             self.build,
             self._progress,
             found,
+            self.way.encoding,
             shares=shares,
             cache_share=sharing.cache_share(ranks, cache_folder(config)),
             wait=ranks.meet,

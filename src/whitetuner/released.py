@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from whitetuner.config.load import load_config
+from whitetuner.encoding import Encoding, chosen, look_at
 from whitetuner.errors import UserError
 from whitetuner.families import registry
 from whitetuner.family import Family, ModelPaths
@@ -34,7 +36,9 @@ def released(name: str, variant: str | None, folder: Path) -> tuple[Family, str]
             known=", ".join(f"{name}:{one}" for one in known),
         )
     single = {}
-    for part, config in known[variant].items():
+    encoders: Mapping[str, Mapping[str, Mapping[str, Any]]] = getattr(registry.sketch(name), "ENCODERS", {})
+    more = {part: config for one in encoders.values() for part, config in one.items()}
+    for part, config in {**known[variant], **more}.items():
         single[part] = folder / part
         single[part].mkdir(parents=True)
         (single[part] / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -49,6 +53,7 @@ class Released:
     title: str
     shape: Shape
     plans: tuple[tuple[Machine, Plan | UserError], ...]
+    encoders: tuple[Encoding, ...]
 
 
 def plan_released(
@@ -71,6 +76,10 @@ def plan_released(
         given = (size._replace(frames=1),) if task in ("edit", "i2v") else ()
         shape = Shape(size, config.data.batch_size, given)
         reckoning = Reckoning(config, sketched, shape)
+        known = getattr(registry.sketch(name), "ENCODERS", {})
+        looked = look_at(
+            [one for one in family.encoders(task) if one.name in known], torch.bfloat16, "int8", shape.size
+        )
     found: list[tuple[Machine, Plan | UserError]] = []
     for machine in machines:
         try:
@@ -78,4 +87,7 @@ def plan_released(
         except UserError as error:
             found.append((machine, error))
     turns = ", its experts in turns" if len(spec.parts(family.options)) > 1 else ""
-    return Released(f"{spec.title} {variant} ({task}){turns}", shape, tuple(found))
+    encoders = tuple(
+        chosen(looked, "auto", torch.bfloat16, one.vram_bytes, one.link_bytes_per_s) for one in machines
+    )
+    return Released(f"{spec.title} {variant} ({task}){turns}", shape, tuple(found), encoders)

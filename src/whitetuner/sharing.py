@@ -110,9 +110,12 @@ def way_together(
     shapes = sorted({Shape(item.size, batch, item.condition_sizes) for item in found.items}, key=str)
     ask = (config, resolved.family, resolved.device, resolved.dtype, shapes)
     way = way_of(*ask, earlier)
-    told = ranks.told([way.base, way.quantize])
-    smaller = next((base for base, quantize in told if quantize), told[0][0])
-    return way if way.base == smaller else way_of(*ask, {**earlier, "base": smaller})
+    told = ranks.told((way.base, way.quantize, dict(way.encoding.quantised)))
+    smaller = next((base for base, quantize, _ in told if quantize), told[0][0])
+    encoders = {name: kind for _, _, held in told for name, kind in held.items()}
+    if way.base == smaller and dict(way.encoding.quantised) == encoders:
+        return way
+    return way_of(*ask, {**earlier, "base": smaller, "encoder_base": encoders})
 
 
 def cache_share(ranks: Ranks, folder: Path) -> tuple[int, int]:

@@ -6,7 +6,10 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 
 import pytest
+import torch
 
+from whitetuner.memory.swap.backend import CpuBackend
+from whitetuner.memory.swap.engine import SwapEngine
 from whitetuner.memory.swap.layout import slot_bytes, spread
 from whitetuner.memory.swap.schedule import EMPTY, Ring
 
@@ -143,3 +146,51 @@ def test_real_lists_take_the_time_of_the_bound_with_the_turns(
             link = (total - budget) * load
             bound = max(total, link + outer) + max(total * backward, link + outer * backward)
             assert (more - one) / 2 <= 1.01 * bound, (budget, load)
+
+
+def fewest_loads(passes: Sequence[Sequence[int]], slots: int, repeats: int = 20) -> float:
+    """Loads of a round of passes in the long run when what is needed last makes room (Belady 1966), nothing fetched ahead."""
+    uses = [block for _ in range(repeats) for one in passes for block in one]
+    after, seen = [0] * len(uses), {}
+    for at in reversed(range(len(uses))):
+        after[at] = seen.get(uses[at], len(uses) + uses[at])
+        seen[uses[at]] = at
+    there: dict[int, int] = {}
+    counted, warm = 0, len(uses) // 2
+    for at, block in enumerate(uses):
+        if block not in there:
+            counted += at >= warm
+            if len(there) == slots:
+                del there[max(there, key=lambda one: there[one])]
+        there[block] = after[at]
+    return counted / (repeats / 2)
+
+
+@pytest.mark.parametrize("apart", [0, 1, 2])
+@pytest.mark.parametrize(("blocks", "residents", "slots"), [(30, 0, 2), (30, 0, 3), (30, 20, 3)])
+def test_a_forward_more_in_a_step_loads_each_streamed_block_once_more(
+    blocks: int, residents: int, slots: int, apart: int
+) -> None:
+    """Given pictures of GLM-Image go through the model before the target: B loads a pass above the least, none late.
+
+    The least is had by holding blocks over a whole pass and taking the others through one slot, between which and the next use
+    nothing could be fetched ahead: computing and loading would take turns.
+    """
+    module = torch.nn.Sequential(*(torch.nn.Linear(4, 4, bias=False) for _ in range(blocks))).requires_grad_(
+        False
+    )
+    holder = torch.nn.ModuleDict({"blocks": module})
+    engine = SwapEngine(holder, ("blocks",), residents, CpuBackend(0), slots=slots, smallest_bytes=0).attach()
+    x = torch.ones(1, 4, requires_grad=True)
+    for _ in range(4):
+        for _ in range(apart):
+            with torch.no_grad():
+                module(x)
+        module(x).sum().backward()
+        counters = engine.step_end()
+    streamed = blocks - residents
+    forward = list(range(streamed))
+    least = fewest_loads([forward] * (1 + apart) + [forward[::-1]], slots)
+    assert counters.demanded == 0
+    assert counters.loads == 2 * (streamed - slots) + apart * streamed
+    assert least <= counters.loads <= least + apart * slots

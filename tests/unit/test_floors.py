@@ -25,6 +25,7 @@ FLOORS = [
     {
         "recipe",
         "assemble",
+        "encoding",
         "rehearsal",
         "planning",
         "released",

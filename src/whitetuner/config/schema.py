@@ -89,6 +89,11 @@ class Memory(Section):
     base: Literal["auto", "bf16", "fp8", "int8", "nf4", "qint8", "qfloat8"] = Field(
         "auto", description="number format of the frozen weights"
     )
+    encoder_base: Literal["auto", "bf16", "int8", "fp8"] = Field(
+        "auto",
+        description="number format of text encoders and language models; auto: as released (bf16), but int8 for one that "
+        "writes token by token (GLM-Image) and would not fit on the card so",
+    )
     blocks_to_swap: Literal["auto"] | Annotated[int, Field(ge=0, le=1000)] = Field(
         "auto", description="blocks that wait in host memory; 0: none"
     )

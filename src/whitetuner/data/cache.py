@@ -119,6 +119,7 @@ def build_cache(
     extra: Sequence[Inputs] = (),
     uncond: bool = False,
     precision: str = "",
+    quantised: Mapping[str, str] | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
     share: tuple[int, int] = (0, 1),
@@ -127,14 +128,19 @@ def build_cache(
     """Makes sure that everything the encoders say about the items and extra inputs lies in the cache folder.
 
     extra: preview prompts, negatives, validation items; uncond: also every item with an empty caption
-    precision: how `build` makes the encoders (their dtype), part of the key
+    precision: how `build` makes the encoders (their dtype), part of the key;  quantised: name of an encoder -> in which format,
+    too, for those whose weights are held in one
     workers: threads that decode pictures ahead of the encoder; 0: none, decode in line; None: by the machine's cores
     share: (rank, ranks), each encodes its part; wait: comes back when all ranks have finished an encoder
     Raises UserError for a full disk or folder that cannot be written, and, after all others are encoded, for every picture
     that cannot be decoded. Whatever is raised, entries written before are valid and are found again.
     """
     _prepare(folder)
-    facts = [Facts.of(encoder, precision) for encoder in encoders]
+    formats = quantised or {}
+    facts = [
+        Facts.of(encoder, " ".join(filter(None, (precision, formats.get(encoder.name)))))
+        for encoder in encoders
+    ]
     cached = Cached(folder, facts)
     wanted = [one for item in items for one in _visits(item)] + list(extra)
     if uncond:

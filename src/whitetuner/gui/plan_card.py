@@ -122,6 +122,8 @@ def _card(row: Mapping[str, Any], steps: int | None, language: str) -> dict[str,
         "refused": "",
         "choices": [],
     }
+    if row.get("encoders"):
+        found["encoders"] = [_encoder(one, say) for one in row["encoders"]]
     if "refused" in row:
         return {**found, "refused": translated(str(row["refused"]), language)}
     choices = row.get("choices", [])
@@ -135,6 +137,21 @@ def _card(row: Mapping[str, Any], steps: int | None, language: str) -> dict[str,
         "more": say["plan_more"].format(share=round(100 * gain)) if gain > 0.005 else say["plan_no_more"],
         "choices": [_choice(one, best, steps, say, number) for number, one in enumerate(choices)],
     }
+
+
+def _encoder(one: Mapping[str, Any], say: Mapping[str, str]) -> str:
+    """How a text encoder or language model is held while pictures and captions are cached."""
+    if one["too_large"]:
+        return say["plan_encoder_large"].format(part=one["part"], gb=f"{one['too_large']:.1f}")
+    waiting, blocks = one["streamed"], one["blocks"]
+    words = [
+        say["plan_base"].format(base=one["base"]),
+        f"{one['gb']:.1f} GB",
+        say["plan_swap"].format(count=waiting, blocks=blocks) if waiting else say["plan_all"],
+    ]
+    if one["seconds"] >= 0.5:
+        words.append(say["plan_encoder_time"].format(time=duration(one["seconds"], say)))
+    return say["plan_encoder"].format(part=one["part"], words=", ".join(words))
 
 
 def _choice(

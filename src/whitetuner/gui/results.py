@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 
 from whitetuner.errors import EXIT_ENVIRONMENT, UserError
+from whitetuner.families import registry
 from whitetuner.gui.pickers import Roots
 from whitetuner.gui.settings import Settings
 from whitetuner.runs.files import inside, replace, write_atomically
 from whitetuner.runs.folder import RunFolder
 from whitetuner.runs.jobs import Job
+from whitetuner.runs.listing import row_of
 from whitetuner.runs.state import state_folder
 
 _REMEMBERED = "comfyui.txt"
@@ -26,6 +28,11 @@ def comfyui_folder(roots: Roots) -> str:
     return found if found and roots.allows(Path(found)) else ""
 
 
+def comfyui_loads(family: str) -> bool:
+    """Whether ComfyUI loads this family's models; True for a run that does not tell its family."""
+    return family not in registry.FAMILIES or registry.spec(family).comfyui_loads
+
+
 def copy_to_comfyui(settings: Settings, job: Job, given: str) -> Path:
     """Copies final/NAME.safetensors to models/loras (a full model: models/diffusion_models); returns the copy.
 
@@ -33,6 +40,14 @@ def copy_to_comfyui(settings: Settings, job: Job, given: str) -> Path:
     run without a final file, and for models/loras that lead out of the folders which the page may use.
     """
     roots = settings.paths()
+    family = row_of(job)["family"]
+    if not comfyui_loads(family):
+        raise UserError(
+            "ComfyUI does not load {title}, and so not its adapters",
+            where=job.run,
+            mend="draw with `whitetuner sample`, or load the file of final/ that ends in _diffusers with diffusers",
+            title=registry.spec(family).title,
+        )
     root = roots.path(given or comfyui_folder(roots))
     models = next((one for one in (root / "models", root) if (one / "loras").is_dir()), None)
     if models is None:

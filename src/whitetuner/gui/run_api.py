@@ -56,6 +56,7 @@ def routes(settings: Settings, runs: Runs) -> list[Route]:
             **found,
             "machine": runs.machine(),
             "comfyui": results.comfyui_folder(roots),
+            "comfyui_loads": results.comfyui_loads(found["family"]),
         }
 
     def curve(request: Request) -> Any:

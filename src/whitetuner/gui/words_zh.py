@@ -85,6 +85,10 @@ FIELDS: dict[str, tuple[str, str]] = {
     "optimizer.args": ("优化器附加参数", '给 "模块:类名" 优化器的其他参数，一行一个：名称 = 值'),
     "memory.vram_gb": ("可用显存 (GB)", "允许使用多少显存；auto：当前空闲的全部"),
     "memory.base": ("底模精度", "冻结权重的数值格式；越小越省显存"),
+    "memory.encoder_base": (
+        "编码器权重格式",
+        "文本编码器和语言模型的权重格式；auto：按发布时的（bf16），逐 token 生成的（GLM-Image）放不下时用 int8",
+    ),
     "memory.blocks_to_swap": ("交换块数 (Block Swap)", "放在内存里等待的块数；0：不交换"),
     "memory.gradient_checkpointing": ("梯度检查点", "反向时重新计算激活（省显存，变慢）；auto：有显卡时开启"),
     "memory.activation_offload": ("激活放到内存", "各块的输入先放在内存里"),

@@ -36,7 +36,7 @@ class BlockCost:
     """One block at one shape, in bytes and operations.
 
     saved_bytes: kept from forward to backward when it is not computed again;  input_bytes: when it is
-    flops:       of its forward
+    flops:       of its forwards that a backward follows
     """
 
     path: str
@@ -52,6 +52,7 @@ class StepCost:
     peak_bytes:         the most that is alive at once with every block computed again
     peak_bytes_plain:   and with none
     flops_forward, flops_backward: of the whole model, nothing computed again
+    forwards, backwards: passes through the blocks; a model that looks at given pictures apart has more of the former
     """
 
     blocks: tuple[BlockCost, ...]
@@ -59,6 +60,8 @@ class StepCost:
     peak_bytes_plain: int
     flops_forward: int
     flops_backward: int
+    forwards: int = 1
+    backwards: int = 1
 
     def peak_with(self, plain: Sequence[int]) -> int:
         """Peak when these blocks keep what they save and the others are computed again."""
@@ -89,7 +92,15 @@ def measure_step(
         BlockCost(path, plain.saved[i], again.saved[i], plain.flops_of_block[i])
         for i, (path, _) in enumerate(blocks)
     ]
-    return StepCost(tuple(costs), again.peak, plain.peak, plain.flops_forward, plain.flops_backward)
+    return StepCost(
+        tuple(costs),
+        again.peak,
+        plain.peak,
+        plain.flops_forward,
+        plain.flops_backward,
+        max(plain.forwards),
+        max(plain.backwards),
+    )
 
 
 def measure_alike(module: nn.Module, block_list: str, step: Callable[[], torch.Tensor]) -> StepCost:
@@ -121,13 +132,16 @@ def measure_alike(module: nn.Module, block_list: str, step: Callable[[], torch.T
     middle = more.blocks[1]
     rest = [replace(middle, path=f"{block_list}.{index}") for index in range(_FEW[1], len(blocks))]
     kinds_of_cost = ("peak_bytes", "peak_bytes_plain", "flops_forward", "flops_backward")
-    return StepCost((*more.blocks, *rest), *(grown(kind) for kind in kinds_of_cost))
+    whole = StepCost((*more.blocks, *rest), *(grown(kind) for kind in kinds_of_cost))
+    return replace(whole, forwards=more.forwards, backwards=more.backwards)
 
 
 @dataclass
 class _Seen:
     saved: list[int]
     flops_of_block: list[int]
+    forwards: list[int]
+    backwards: list[int]
     peak: int = 0
     flops_forward: int = 0
     flops_backward: int = 0
@@ -140,7 +154,8 @@ def _run(
     step: Callable[[], torch.Tensor],
     which: str,
 ) -> _Seen:
-    seen = _Seen([0] * len(blocks), [0] * len(blocks))
+    count = len(blocks)
+    seen = _Seen([0] * count, [0] * count, [0] * count, [0] * count)
     weights = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
     counted: dict[int, Any] = {}
     watch = _Watch(weights)
@@ -157,7 +172,10 @@ def _run(
             before = watch.flops
             with saved_tensors_hooks(pack, lambda tensor: tensor):
                 result = forward(*args, **kwargs)
-            seen.flops_of_block[index] += watch.flops - before
+            seen.forwards[index] += 1
+            if torch.is_grad_enabled():
+                seen.backwards[index] += 1
+                seen.flops_of_block[index] += watch.flops - before
             return result
 
         return tapped

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from whitetuner.memory.build import Build
 from whitetuner.memory.fit import backend_for
 from whitetuner.memory.machine import GIB
 from whitetuner.memory.plan import Weights, weigh
+from whitetuner.memory.quantize import Kind
 from whitetuner.memory.skeleton import sketch_module
 from whitetuner.memory.swap.backend import Backend
 from whitetuner.memory.swap.engine import SwapEngine
@@ -56,24 +57,28 @@ class PhaseBuild:
         self.room_bytes, self.backend, self.tell = room_bytes, backend, tell
         self.engines: list[SwapEngine] = []
 
-    def __call__(self, cls: type, folder: Path, *, keep_precise: Sequence[str] = ()) -> Any:
+    def __call__(
+        self, cls: type, folder: Path, *, keep_precise: Sequence[str] = (), quantize: Kind | None = None
+    ) -> Any:
+        """quantize: of this model, where that is not the build's own."""
         if not self.together:
             self.release()
+        build = self.build if quantize is None else replace(self.build, quantize=quantize)
         if self.budget_bytes is None:
-            return self.build(cls, folder, keep_precise=keep_precise)
+            return build(cls, folder, keep_precise=keep_precise)
         sketch = sketch_module(
-            cls, folder, keep_precise=keep_precise, dtype=self.build.dtype, quantize=self.build.quantize
+            cls, folder, keep_precise=keep_precise, dtype=build.dtype, quantize=build.quantize
         )
         lists = self.block_lists or longest_list(sketch)
         if not lists:
-            return self.build(cls, folder, keep_precise=keep_precise)
+            return build(cls, folder, keep_precise=keep_precise)
         weights = weigh(sketch, lists)
         residents = self._residents(weights, folder)
-        swap = None if residents is None else self.backend(torch.device(self.build.device))
+        swap = None if residents is None else self.backend(torch.device(build.device))
         if residents is None or swap is None:
-            return self.build(cls, folder, keep_precise=keep_precise)
+            return build(cls, folder, keep_precise=keep_precise)
         host = [f"{name}.*" for name in lists]
-        module = replace(self.build, host=host)(cls, folder, keep_precise=keep_precise)
+        module = replace(build, host=host)(cls, folder, keep_precise=keep_precise)
         self.engines.append(SwapEngine(module, lists, residents, swap).attach())
         self.tell(
             f"{folder.name} is larger than the card's memory: {len(weights.blocks) - len(residents)} of its "
@@ -84,11 +89,8 @@ class PhaseBuild:
     def _residents(self, weights: Weights, folder: Path) -> frozenset[int] | None:
         """Blocks that stay; None when all do. Raises UserError when even two blocks at a time are too much."""
         assert self.budget_bytes is not None
-        budget = self.budget_bytes - self.room_bytes - weights.rest
-        if sum(weights.blocks) <= budget:
-            return None
-        slots = 2 * slot_bytes(weights.blocks)
-        if budget < slots:
+        held = held_within(weights, self.budget_bytes, self.room_bytes)
+        if held.needed_bytes > self.budget_bytes:
             raise UserError(
                 "{part} needs {need:.1f} GB on the card though its blocks are streamed, and {have:.1f} GB may be used",
                 where="memory.vram_gb",
@@ -96,16 +98,35 @@ class PhaseBuild:
                 'memory.device = "cpu" for the caching (`whitetuner cache`)',
                 code=EXIT_ENVIRONMENT,
                 part=folder.name,
-                need=(weights.rest + slots + self.room_bytes) / GIB,
+                need=held.needed_bytes / GIB,
                 have=self.budget_bytes / GIB,
             )
-        return spread(weights.blocks, budget - slots)
+        return held.residents
 
     def release(self) -> None:
         """Gives back what streamed models hold; they are unusable on the device after. Safe to call twice."""
         for engine in self.engines:
             engine.detach()
         self.engines = []
+
+
+@dataclass(frozen=True)
+class Held:
+    """How a model of a phase lies in a budget. residents: blocks that stay, None: all;  needed_bytes: at the very least."""
+
+    residents: frozenset[int] | None
+    needed_bytes: int
+
+
+def held_within(weights: Weights, budget_bytes: int, room_bytes: int = ROOM_BYTES) -> Held:
+    """Whole where that fits, else with as many blocks as fit beside two slots that the others take turns in."""
+    budget = budget_bytes - room_bytes - weights.rest
+    whole = sum(weights.blocks)
+    if whole <= budget:
+        return Held(None, whole + weights.rest + room_bytes)
+    slots = 2 * slot_bytes(weights.blocks)
+    residents = spread(weights.blocks, budget - slots) if budget >= slots else frozenset()
+    return Held(residents, weights.rest + min(slots, whole) + room_bytes)
 
 
 def device_budget(device: torch.device, vram_gb: float | None) -> int | None:

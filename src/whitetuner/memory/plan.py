@@ -315,8 +315,9 @@ def _choice(
         flops = [block.flops for block in cost.blocks]
         outer = sum(flops[: streamed[0] + 1]) + sum(flops[streamed[-1] :])
         resting = outer / cost.flops_forward if cost.flops_forward else 0.0
-    seconds = max(forward, forward * resting + (moved - first) / machine.link_bytes_per_s)
-    seconds += max(backward, backward * resting + (moved - last + sent) / machine.link_bytes_per_s)
+    seconds = max(forward, forward * resting + (cost.forwards * moved - first) / machine.link_bytes_per_s)
+    loaded = cost.backwards * moved - last + sent
+    seconds += max(backward, backward * resting + loaded / machine.link_bytes_per_s)
     small = weights.rest + weights.trained * (4 + wishes.state_bytes)
     host = wishes.beside.held(sum(sizes), small, bool(streamed), sent, machine)
     return Choice(

@@ -32,6 +32,8 @@ from whitetuner.records import EncodeInput, Size
 SEED = 0
 #: Wider or taller pictures are unknown to the tokenizer's picture processor.
 LARGEST_RATIO = 4
+#: Tokens of the small plan, about: 16x16 of a square, as many of any other shape (processing_glm_image.py).
+_SMALL_PLAN = 256
 _PRECISE = ("*norm*", "*embed*", "*vqmodel*", "lm_head*")
 
 
@@ -153,6 +155,11 @@ class PlanGenerator:
     def load(self, build: BuildFn) -> None:
         folder = language_model(self.paths)
         self._model = build(GlmImageForConditionalGeneration, folder, keep_precise=_PRECISE)
+
+    def passes(self, size: Size) -> int:
+        """One for each token: of the picture, and, without given ones, of the small plan that comes first."""
+        rows, columns = size.height // 32, size.width // 32
+        return rows * columns + (0 if self.edit else _SMALL_PLAN)
 
     @torch.no_grad()
     def encode(self, given: EncodeInput) -> dict[str, Tensor]:

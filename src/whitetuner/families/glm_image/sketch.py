@@ -29,6 +29,11 @@ RELEASED: dict[str, dict[str, dict[str, Any]]] = {
     "t2i": {"transformer": _RELEASED},
     "edit": {"transformer": _RELEASED},
 }
+#: name of an encoder -> part -> config.json of the released model. The language model's is what transformers takes for granted
+#: of a GlmImageConfig: 40 layers of 4096, a ViT of 40 layers of 1536.
+ENCODERS: dict[str, dict[str, dict[str, Any]]] = {
+    "plan": {"vision_language_encoder": {"model_type": "glm_image"}}
+}
 #: Bytes of quoted text that are reckoned with: a full poster. Most captions quote nothing.
 _GLYPHS = 256
 

@@ -179,6 +179,7 @@ SPEC = FamilySpec(
     default_size=Size(1024, 1024),
     auto_shift=auto_shift,
     caption_fault=quote_fault,
+    comfyui_loads=False,
     tiny_options={"max_sequence_length": 64},
     sample_steps=50,  # GlmImagePipeline.__call__ defaults
     sample_cfg=1.5,

@@ -124,6 +124,7 @@ SPEC = FamilySpec(
     sample_steps=50,
     sample_cfg=5.0,
     sampling_of=facts.sampling_of,
+    comfyui_loads=False,
     licence=facts.LICENCE,
     tiny_options={"max_sequence_length": 64},
     template_tokens=facts.TEMPLATE_TOKENS,

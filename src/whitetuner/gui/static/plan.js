@@ -83,6 +83,7 @@ export class PlanCard {
       const box = el("div", { class: "wt-card" }, head);
       if (card.refused) box.append(el("p", { class: "wt-warning" }, card.refused));
       for (const choice of several ? card.choices.slice(0, 1) : card.choices) box.append(this.choice(choice, card));
+      for (const one of card.encoders ?? []) box.append(el("p", { class: "wt-note" }, one));
       if (!card.refused && !several) box.append(el("p", { class: "wt-note" }, card.why, el("br"), card.more));
       this.list.append(box);
     }

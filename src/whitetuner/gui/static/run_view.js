@@ -158,7 +158,8 @@ class ResultView extends RunView {
     this.folder = h("input", { type: "text", placeholder: this.w("comfyui_folder"), "aria-label": this.w("comfyui_folder") });
     const copy = async () => { this.say(this.w("copied", await this.ask(`/api/runs/${this.dataset.run}/comfyui`, { folder: this.folder.value }))); };
     this.replaceChildren(h("div", { "data-part": "head", class: "wr-head" }), box("pair", this.w("before_after")), box("files", this.w("files")),
-      h("div", { class: "wr-buttons" }, this.folder, h("button", { class: "wr-main", "data-wish": "comfyui", onclick: () => this.tried(copy) }, this.w("comfyui")),
+      h("div", { class: "wr-buttons" }, this.folder, this.copy = h("button", { class: "wr-main", "data-wish": "comfyui", onclick: () => this.tried(copy) }, this.w("comfyui")),
+        this.without = h("span", { class: "wr-soft", hidden: true }, this.w("comfyui_not")),
         h("a", { href: `/api/runs/${this.dataset.run}/report`, target: "_blank", "data-wish": "report" }, this.w("report"))),
       h("div", { "data-part": "alert", class: "wr-alert", role: "alert" }), box("strengths", this.w("strengths")),
       box("checkpoints", this.w("checkpoints")));
@@ -168,6 +169,8 @@ class ResultView extends RunView {
     const id = this.dataset.run;
     const run = await this.ask(`/api/runs/${id}`);
     this.part("head", [run.name, run.state, run.run], () => [h("h2", {}, run.name), this.badge(run), h("small", {}, run.run)]);
+    this.folder.hidden = this.copy.hidden = !run.comfyui_loads;
+    this.without.hidden = run.comfyui_loads;
     if (!this.folder.value && run.comfyui && document.activeElement !== this.folder) this.folder.value = run.comfyui;
     const ends = run.previews.length > 1 ? [run.previews[0], run.previews.at(-1)] : run.previews;
     this.part("pair", run.previews, () => (ends.length ? this.previews({ ...run, previews: ends }) : h("p", { class: "wr-soft" }, this.w("no_previews"))));
