@@ -21,6 +21,9 @@ from whitetuner.errors import UserError, UserErrors
 from whitetuner.evidence import checkpoint, digest, losses
 from whitetuner.families import registry
 from whitetuner.families.contract import quiet
+from whitetuner.gui import forms
+from whitetuner.gui.pickers import Roots
+from whitetuner.gui.training_tabs import tab_for
 from whitetuner.memory.build import Build
 from whitetuner.prepared import encoded_twice
 from whitetuner.records import Size
@@ -310,3 +313,19 @@ def test_long_clips_in_pieces_learn_the_same_streamed_or_not(
             tensor, wanted["offloaded"][key]
         ), key
         assert torch.allclose(tensor, whole[key], atol=1e-3), key
+
+
+def test_the_form_says_of_a_model_what_the_run_would(place: Path) -> None:
+    tab = tab_for("wan", "i2v")
+    assert tab is not None
+
+    def told(model: str, options: str = "") -> dict[str, object]:
+        text = f"[model]\nfamily = 'wan'\ntask = 'i2v'\npath = '{place / model}'\n{options}"
+        return forms.state(tab, f"{text}\n[data]\nvideos = '{place / 'data'}'\n", "zh", Roots.of(None))
+
+    assert told("model21")["errors"] == told("model22")["errors"] == {}
+    assert told("model22", "options.expert = 'low'")["errors"] == {}
+    wrong = told("model21", "options.expert = 'low'")["errors"]
+    assert list(wrong) == ["model.options.expert"] and "没有专家可选" in str(wrong)  # type: ignore[call-overload]
+    wrong = told("model21", "options.variant = 'i2v-2.2'")["errors"]
+    assert "i2v-2.1" in str(wrong)

@@ -8,13 +8,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
+from whitetuner.data.scan import Films, SetOptions, scan
+from whitetuner.data.video import frames_of
+from whitetuner.data.video_clips import spans
 from whitetuner.gui import data_page
 from whitetuner.gui.pickers import Roots
+from whitetuner.runs.film import contact_sheet
 
 
 def picture(path: Path, size: tuple[int, int] = (128, 128), seed: int = 0) -> None:
@@ -289,3 +294,36 @@ def test_videos_show_the_frames_that_will_be_learned(page: Page, tmp_path: Path)
     assert page.rows(page.look(tmp_path / "clips")).keys() == rows.keys(), (
         "a bare folder of videos is one, too"
     )
+
+
+def test_the_clips_on_a_form_are_the_frames_of_the_scan_cut_as_they_are_learned(
+    page: Page, tmp_path: Path
+) -> None:
+    data = tmp_path / "clips"
+    for number in range(20):
+        picture(data / "walk" / f"{number:03d}.png", (160, 96), number)
+    (data / "walk.txt").write_text("a walk", encoding="utf-8")
+    text = f"""[model]
+family = "wan"
+task = "i2v"
+[data]
+videos = {str(data)!r}
+num_frames = 5
+resolution = 64
+clips = "chunks"
+[run]
+output_dir = {str(tmp_path / "output")!r}
+"""
+    look = page.post("look", tab="wan-i2v", text=text)
+    assert look["clips"] == 4 and look["buckets"] == [["80x48x5", 4]]
+    (row,) = page.rows(look).values()
+    section = SetOptions(videos=data, num_frames=5, resolution=64, clips="chunks")
+    items = scan([section], 16, films=Films(4, 16.0, 81, True)).items
+    assert row["clips"] == ["0-4", "5-9", "10-14", "15-19"] == [spans(item.clips[0]) for item in items]
+    for number, item in enumerate(items):
+        query = {"look": look["look"], "n": 0, "k": number, "side": 1024}
+        shown = Image.open(io.BytesIO(page.client.get("/api/data/thumb", params=query).content))
+        wanted = contact_sheet(frames_of(item.target, item.clips[0], item.size), item.clips[0])
+        off = np.abs(np.asarray(shown.convert("RGB"), dtype=int) - np.asarray(wanted, dtype=int))
+        assert shown.size == wanted.size and off.mean() < 6, "WebP at quality 80"
+    assert page.client.get("/api/data/thumb", params={**query, "k": 4}).status_code == 204

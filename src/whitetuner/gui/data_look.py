@@ -19,7 +19,7 @@ from whitetuner.data.pairs import edit_layout
 from whitetuner.data.problems import Problem
 from whitetuner.data.scan import Films
 from whitetuner.data.survey import PictureSet, SetOptions
-from whitetuner.data.video_clips import spans
+from whitetuner.data.video_clips import Clip, spans
 from whitetuner.data.video_folders import holds_videos, list_videos
 from whitetuner.errors import UserError
 from whitetuner.families import registry
@@ -29,6 +29,7 @@ from whitetuner.gui.caption_edits import text_of_bytes
 from whitetuner.gui.pickers import Roots
 from whitetuner.gui.told import parts
 from whitetuner.gui.training_tabs import tab_of
+from whitetuner.records import Size
 
 #: What a bare folder is looked at with, as the command line does.
 FOLDER_RESOLUTION, FOLDER_STRIDE_PX = 1024, 16
@@ -88,7 +89,8 @@ class Look:
                 for kind, count in sorted(kinds.items(), key=lambda one: level[one[0]])
             ],
             "others": [[one.level, one.path.name, *parts(one.error, language)] for one in self.others[:50]],
-            "buckets": [[f"{size.width}x{size.height}", count] for size, count in self.report.buckets[:12]],
+            "clips": sum(self.report.items(row.placed) for row in self.rows),
+            "buckets": [[_shape(size), count] for size, count in self.report.buckets[:12]],
             "steps": self.report.suggested_steps if self.report.usable else 0,
             "folders": [str(one) for one in self.folders],
             "resolution": _text(self.report.sets[0].options.resolution) if self.report.sets else "",
@@ -108,6 +110,7 @@ class Look:
             "cropped": round(100 * placed.cropped),
             "conditions": [one.name for one in placed.conditions],
             "film": "" if placed.film is None else _film(placed.film, language),
+            "clips": [] if placed.film is None else [_spans(clip, language) for clip in placed.film.clips],
             "findings": [[one.kind, one.level, *parts(one.error, language)] for one in row.problems],
         }
 
@@ -205,12 +208,20 @@ def _films(config: Config) -> Films:
 
 def _film(film: FilmPlan, language: str) -> str:
     """Of a video: its rate, its frames, and which of them are learned from."""
-    say = words.texts("data", language)
-    used = "; ".join(spans(clip) for clip in film.clips[:3]) + (" ..." if len(film.clips) > 3 else "")
-    used = re.sub(r"\((\d+) of them\)", say["film_of"], used)
-    return say["film"].format(
+    used = "; ".join(_spans(clip, language) for clip in film.clips[:3]) + (
+        " ..." if len(film.clips) > 3 else ""
+    )
+    return words.texts("data", language)["film"].format(
         fps=f"{film.fps:.4g}", frames=film.source.frames, clips=len(film.clips), used=used or "-"
     )
+
+
+def _spans(clip: Clip, language: str) -> str:
+    return re.sub(r"\((\d+) of them\)", words.texts("data", language)["film_of"], spans(clip))
+
+
+def _shape(size: Size) -> str:
+    return f"{size.width}x{size.height}" + (f"x{size.frames}" if size.frames > 1 else "")
 
 
 def _text(resolution: int | Sequence[int]) -> str:

@@ -107,7 +107,9 @@ class DataApi:
         return {**look.row(number, language), "undo": file is not None and self.edits.changed(file)}
 
     def thumb(self, request: Request) -> Response:
-        """A small picture: look, n, c (0: the picture itself, 1...: its conditions), side."""
+        """A small picture: look, n, c (0: the picture itself, 1...: its conditions), side; k: of a video the clip of that number,
+        its frames cut as they are learned.
+        """
         query = request.query_params
         try:
             look = self.looks.get(query.get("look"))
@@ -117,7 +119,9 @@ class DataApi:
             if not self.roots.allows(path):
                 return Response(status_code=403)
             clips = placed.film.clips if placed.film is not None else ()
-            data = self.thumbs.get(path, whole(query.get("side"), 256), clips[0] if clips else ())
+            frames = clips[whole(query.get("k"), 0)] if clips else ()
+            size = placed.size if "k" in query else None
+            data = self.thumbs.get(path, whole(query.get("side"), 256), frames, size)
         except (UserError, IndexError):
             return Response(
                 status_code=204

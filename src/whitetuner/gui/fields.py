@@ -22,12 +22,12 @@ Kind = Literal[
 ]
 Tier = Literal["basic", "advanced", "expert"]
 
-#: The first look of a tab, at most eight: what is learned from, with what, how long.
+#: The first look of a tab, at most eight and the family's own: what is learned from, with what, how long.
 _BASIC = {
     "t2i": "method.kind model.path data.images data.trigger data.resolution run.name run.steps optimizer.lr",
     "edit": "method.kind model.path data.target data.conditions data.prompt run.name run.steps optimizer.lr",
-    "i2v": "method.kind model.path data.videos data.num_frames data.resolution run.name run.steps optimizer.lr",
-    "t2v": "method.kind model.path data.videos data.num_frames data.resolution run.name run.steps optimizer.lr",
+    "i2v": "method.kind model.path model.options.variant model.options.expert data.videos data.num_frames run.name run.steps optimizer.lr",
+    "t2v": "method.kind model.path model.options.variant model.options.expert data.videos data.num_frames run.name run.steps optimizer.lr",
 }
 #: What is turned next; the family's own options belong here too.
 _ADVANCED = [
@@ -133,7 +133,8 @@ def _of_section(
         key = f"{prefix}.{name}"
         if key == "model.options":
             for option, about in spec.options.model_fields.items():
-                yield _field(f"{key}.{option}", about, spec, "advanced")
+                own = f"{key}.{option}"
+                yield _field(own, about, spec, "basic" if own in basic else "advanced")
             continue
         yield _field(key, info, spec, _tier(key, task, basic))
 

@@ -191,8 +191,9 @@ class FormApi:
         of, text = _tab(tab), text_of(body)
         task = forms.task_of(of, text)
         fields = _by_key(forms.fields_of(of, text))
+        variant = inner_value(parse(text, NAME), "model.options.variant")
         made_at, changes = (
-            made.tiny_model(of.family, task, self.roots)
+            made.tiny_model(of.family, task, self.roots, variant if isinstance(variant, str) else None)
             if body.get("what") == "model"
             else made.sample_data(task, self.roots)
         )

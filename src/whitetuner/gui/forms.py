@@ -121,6 +121,7 @@ def spec_json(tab: Tab, language: str, text: str = "") -> dict[str, Any]:
         "family": tab.family,
         "nano": tab.family == _NANO_FAMILY and task_of(tab, text) == "t2i",
         "title": tab.title(language),
+        "films": bool(registry.spec(tab.family).frames),
         "tasks": [[task, words.choice("model.task", task, language)] for task in tab.tasks],
         "sections": [[name, words.section(name, language)] for name in names],
         "fields": [_field_json(field, tab.family, language) for field in fields if field.key not in FIXED],
@@ -331,9 +332,10 @@ def _of_model(config: Config) -> list[tuple[str, UserError]]:
     paths = ModelPaths(
         folder, {part: Path(one).expanduser() for part, one in given.items() if one is not None}
     )
+    options = config.model_options()
     try:
-        for name in spec.components:
+        for name in spec.components_of(options, paths):
             paths.component(name)
-        return [("warning", one) for one in spec.advice(config.model_options(), paths)]
+        return [("warning", one) for one in spec.advice(options, paths)]
     except UserError as error:
         return [("error", error)]

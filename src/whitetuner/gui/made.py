@@ -19,10 +19,16 @@ _PATIENCE_S = 300
 _KIND = {"t2i": "t2i", "edit": "edit", "i2v": "video", "t2v": "video"}
 
 
-def tiny_model(family: str, task: str, roots: Roots) -> tuple[Path, dict[str, Any]]:
-    """(folder, what the form's controls then hold). One that is there already is used again. Raises UserError."""
+def tiny_model(
+    family: str, task: str, roots: Roots, chosen: str | None = None
+) -> tuple[Path, dict[str, Any]]:
+    """(folder, what the form's controls then hold). One that is there already is used again. Raises UserError.
+
+    chosen: the variant that the form says; the first for the task where it is none or for another one
+    """
     spec = registry.spec(family)
-    variant = next((one for one, of in spec.pairs() if of == task), None)
+    fitting = [one for one in spec.variants if spec.variant_tasks and task in spec.tasks_of(one)]
+    variant = chosen if chosen in fitting else next((one for one, of in spec.pairs() if of == task), None)
     name = f"tiny-{family}-{variant}" if variant else f"tiny-{family}"
     folder = _place(roots) / name
     if not (folder / "model_index.json").is_file():

@@ -14,7 +14,7 @@ from starlette.routing import Route
 from whitetuner.errors import UserError
 from whitetuner.gui import results, starting, strengths
 from whitetuner.gui.asked import Told, body_of, is_json, whole, word_of
-from whitetuner.gui.run_state import Runs, ask, finals, job_of
+from whitetuner.gui.run_state import Runs, ask, film_beside, finals, job_of
 from whitetuner.gui.settings import Settings
 from whitetuner.gui.told import told, translated
 from whitetuner.runs.files import inside
@@ -75,7 +75,10 @@ def routes(settings: Settings, runs: Runs) -> list[Route]:
         number = _number(request, "number")
         if event is None or number >= len(event.files):
             return JSONResponse({"error": "no such preview"}, 404)
-        return _file(Path(job.run), event.files[number])
+        if "film" not in request.query_params:
+            return _file(Path(job.run), event.files[number])
+        place = film_beside(Path(job.run), event.files[number])
+        return JSONResponse({"error": "no such film"}, 404) if place is None else _file(Path(job.run), place)
 
     def strength(request: Request) -> Response:
         run = Path(asked_for(request).run)

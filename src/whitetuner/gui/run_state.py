@@ -104,7 +104,12 @@ class Runs:
             "total": progress.total if progress else None,
             "numbers": reader.numbers(steps) if began else {},
             "previews": [
-                {"step": one.step, "prompts": one.prompts, "count": len(one.files)}
+                {
+                    "step": one.step,
+                    "prompts": one.prompts,
+                    "count": len(one.files),
+                    "films": [film_beside(reader.folder.path, file) is not None for file in one.files],
+                }
                 for one in sorted(reader.previews.values(), key=lambda one: one.step)
             ],
             "saved": sorted(reader.saved),
@@ -182,6 +187,12 @@ def own_log(job: Job, most: int = LINES) -> list[str]:
     """The last lines of the process's own output; none of a log that is no file of the run's folder."""
     log = inside(Path(job.run), job.log) if job.log else None
     return log_lines(log, most) if log is not None else []
+
+
+def film_beside(run: Path, place: str) -> str | None:
+    """The clip of which a preview's picture is the contact sheet; None where it is a picture."""
+    film = Path(place).with_suffix(".mp4").as_posix()
+    return None if inside(run, film) is None else film
 
 
 def finals(folder: RunFolder) -> list[dict[str, Any]]:

@@ -31,13 +31,16 @@ class Thumbs:
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "thumbs"
 
-    def get(self, path: Path, side: int, frames: Sequence[int] = ()) -> bytes:
+    def get(self, path: Path, side: int, frames: Sequence[int] = (), size: Size | None = None) -> bytes:
         """WebP of a picture, at most `side` pixels wide and high; of a video: a contact sheet of frames of it.
+
+        size: what the frames are cut to; None: whole
 
         Raises UserError when it cannot be read.
         """
         side = min(SIDES, key=lambda one: abs(one - side))
-        kept = self._file(path, side, frames)
+        size = None if size is None else size._replace(frames=1)
+        kept = self._file(path, side, frames, size)
         try:
             return kept.read_bytes()
         except OSError:
@@ -45,7 +48,7 @@ class Thumbs:
         with _TWO:
             if is_clip(path):
                 chosen = _spread(frames) or [0]
-                image = contact_sheet(frames_of(path, chosen), chosen)
+                image = contact_sheet(frames_of(path, chosen, size), chosen)
             else:
                 image = read(path, Size(side, side))
             image.thumbnail((side, side))
@@ -62,12 +65,13 @@ class Thumbs:
             for one in sorted(files, key=lambda file: file.stat().st_mtime)[: len(files) // 2]:
                 one.unlink(missing_ok=True)
 
-    def _file(self, path: Path, side: int, frames: Sequence[int]) -> Path:
+    def _file(self, path: Path, side: int, frames: Sequence[int], size: Size | None) -> Path:
+        how = f"{side}|{list(frames)}" + ("" if size is None else f"|{size.width}x{size.height}")
         try:
             stat = path.stat()
-            mark = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{side}|{list(frames)}"
+            mark = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{how}"
         except OSError:
-            mark = f"{path}|{side}|{list(frames)}"
+            mark = f"{path}|{how}"
         name = hashlib.sha256(mark.encode("utf-8", "surrogateescape")).hexdigest()[:32]
         return self.folder / name[:2] / f"{name}.webp"
 

@@ -1,6 +1,7 @@
 // A training form: drawn from what the server says of the options, one TOML document behind it that the server keeps.
 
 import { Refused, choosePath, copy, dialog, el, fill, get, openTab, post, save, style, toast } from "/static/widgets.js";
+import { ClipCard } from "/static/clips.js";
 import { PlanCard } from "/static/plan.js";
 
 const forms = new Map();
@@ -129,8 +130,9 @@ class Form {
     this.editorMessages = el("div", { class: "wt-messages" });
     this.expert = el("div", { class: "wt-expert" }, this.editor, this.editorMessages);
     this.planCard = new PlanCard(this);
+    this.clipCard = spec.films ? new ClipCard(this) : null;
     this.rest = el("div", { class: "wt-rest" }, ...sections);
-    this.place.replaceChildren(this.top(), this.basic, this.tiers(), this.expert, this.rest, this.planCard.box, this.problems);
+    this.place.replaceChildren(this.top(), this.basic, this.clipCard?.box ?? "", this.tiers(), this.expert, this.rest, this.planCard.box, this.problems);
     this.look(this.tier);
   }
 
@@ -430,6 +432,7 @@ class Form {
     this.place.dataset.ok = state.ok;
     this.look(this.tier);
     this.planCard.follow(state);
+    this.clipCard?.follow(state);
     this.place.dispatchEvent(new CustomEvent("wt-state", { bubbles: true, detail: { tab: this.tab, ok: state.ok, errors: count } }));
   }
 

@@ -117,27 +117,66 @@ class RunView extends View {
     const head = h("tr", {}, h("th"), columns.map((one) => h("th", { scope: "col" }, this.w("at_step", { step: one.step }))));
     const rows = prompts.map((prompt, number) => h("tr", {}, h("th", { scope: "row", title: prompt }, prompt), columns.map((one) =>
       h("td", {}, number < one.count ? h("button", { class: "wr-thumb", onclick: () => compare(this, run, number, one.step) },
-        h("img", { loading: "lazy", src: this.picture(one.step, number), alt: `${prompt}, ${this.w("at_step", { step: one.step })}` })) : null))));
+        this.small(one, number, `${prompt}, ${this.w("at_step", { step: one.step })}`)) : null))));
     const table = h("div", { class: "wr-grid", tabindex: "0" }, h("table", {}, h("thead", {}, head), h("tbody", {}, rows)));
     setTimeout(() => { table.scrollLeft = table.scrollWidth; });
     return table;
   }
 
   picture(step, number) { return `/api/runs/${this.dataset.run}/preview/${step}/${number}`; }
+
+  film(step, number) { return `${this.picture(step, number)}?film`; }
+
+  /** A preview in the table: a picture, or a clip that plays while it is in sight. */
+  small(one, number, alt) {
+    if (!one.films?.[number]) return h("img", { loading: "lazy", src: this.picture(one.step, number), alt });
+    const clip = film({ preload: "none", "aria-label": alt });
+    clip.dataset.src = this.film(one.step, number);
+    inSight.observe(clip);
+    return clip;
+  }
 }
+
+/** A clip that repeats without sound. */
+function film(attributes) {
+  const clip = h("video", { loop: true, playsinline: true, disablepictureinpicture: true, ...attributes });
+  clip.muted = true; // as an attribute it would be read too late for playing by itself
+  return clip;
+}
+
+/** Clips are fetched and played while they are seen; a page of them would keep every core busy. */
+const inSight = new IntersectionObserver((seen) => {
+  for (const { target, isIntersecting } of seen) {
+    if (!isIntersecting) target.pause();
+    else {
+      if (!target.src) target.src = target.dataset.src;
+      target.play().catch(() => {}); // a browser may forbid it; the first frame stays
+    }
+  }
+});
 
 /** Two steps of one prompt over each other, divided by a slider. */
 function compare(view, run, number, step) {
-  const steps = run.previews.filter((one) => number < one.count).map((one) => one.step);
+  const alike = run.previews.find((one) => one.step === step)?.films?.[number] ?? false;
+  const steps = run.previews.filter((one) => number < one.count && (one.films?.[number] ?? false) === alike).map((one) => one.step);
   const choose = (chosen) => h("select", {}, steps.map((one) => h("option", { value: one, selected: one === chosen }, view.w("at_step", { step: one }))));
   const left = choose(steps[0]);
   const right = choose(step);
-  const before = h("img", { alt: view.w("left") });
-  const after = h("img", { alt: view.w("right"), class: "wr-over" });
+  const shown = (alt, more) => (alike ? film({ "aria-label": alt, ...more }) : h("img", { alt, ...more }));
+  const before = shown(view.w("left"), {});
+  const after = shown(view.w("right"), { class: "wr-over" });
   const slider = h("input", { type: "range", min: 0, max: 100, value: 50, "aria-label": view.w("compare") });
   const cut = () => { after.style.clipPath = `inset(0 0 0 ${slider.value}%)`; line.style.left = `${slider.value}%`; };
   const line = h("i", { class: "wr-cut" });
-  const pick = () => { before.src = view.picture(left.value, number); after.src = view.picture(right.value, number); };
+  const place = (at) => (alike ? view.film(at, number) : view.picture(at, number));
+  const pick = () => {
+    before.src = place(left.value);
+    after.src = place(right.value);
+    if (alike) for (const one of [before, after]) one.play().catch(() => {});
+  };
+  if (alike) after.addEventListener("timeupdate", () => { // the two show the same moment
+    if (Math.abs(after.currentTime - before.currentTime) > 0.1) after.currentTime = before.currentTime;
+  });
   for (const one of [left, right]) one.addEventListener("change", pick);
   slider.addEventListener("input", cut);
   const dialog = h("dialog", { class: "wr-compare" }, h("p", {}, run.previews.at(-1).prompts[number]),
