@@ -22,12 +22,16 @@ Kind = Literal[
 ]
 Tier = Literal["basic", "advanced", "expert"]
 
+_OF_VIDEOS = (
+    "method.kind model.path model.options.variant model.options.expert "
+    "data.videos data.num_frames run.name run.steps optimizer.lr"
+)
 #: The first look of a tab, at most eight and the family's own: what is learned from, with what, how long.
 _BASIC = {
     "t2i": "method.kind model.path data.images data.trigger data.resolution run.name run.steps optimizer.lr",
     "edit": "method.kind model.path data.target data.conditions data.prompt run.name run.steps optimizer.lr",
-    "i2v": "method.kind model.path model.options.variant model.options.expert data.videos data.num_frames run.name run.steps optimizer.lr",
-    "t2v": "method.kind model.path model.options.variant model.options.expert data.videos data.num_frames run.name run.steps optimizer.lr",
+    "i2v": _OF_VIDEOS,
+    "t2v": _OF_VIDEOS,
 }
 #: What is turned next; the family's own options belong here too.
 _ADVANCED = [
