@@ -10,10 +10,11 @@ from typing import Any
 
 from whitetuner.config.schema import Config
 from whitetuner.data.scan import Films
-from whitetuner.errors import UserError
+from whitetuner.errors import UserError, UserErrors
 from whitetuner.families import registry
 from whitetuner.family import WISHES, FamilySpec, ModelPaths, Options
 from whitetuner.records import Size
+from whitetuner.single_files import component_of, settings_of, whence
 
 BUILTIN = "builtin:nano"
 SINGLE_PARTS = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder", "tokenizer")
@@ -35,20 +36,70 @@ def model_paths(config: Config) -> ModelPaths:
     for part in SINGLE_PARTS:
         value = getattr(config.model, part, None)
         if value is not None:
-            path = Path(value).expanduser()
-            if not path.is_dir():
-                raise UserError(
-                    "{path} is not a folder in diffusers layout",
-                    where=f"model.{part}",
-                    mend="give the component's folder (config.json + safetensors); single files are not read yet",
-                    path=path,
-                )
-            single[part] = path
-    folder = model_folder(config.model.path) if config.model.path else None
-    paths = ModelPaths(folder, single)
+            single[part] = part_path(spec, part, str(value))
+    given = config.model.path
+    if given and as_path(given).is_file():
+        single.setdefault("transformer", component_of(spec, "transformer", as_path(given)))
+        given = None
+    paths = ModelPaths(model_folder(given) if given else None, single)
+    if paths.folder is None:
+        paths = completed(spec, config.model_options(), paths)
     check_model(spec, paths, config.model_options())
     check_task(spec, config.model_options(), paths, config.model.task)
     return paths
+
+
+def part_path(spec: FamilySpec, part: str, value: str) -> Path:
+    """A part as the config names it -> its component folder; a single file is told by its tensors.
+
+    Raises UserError when there is nothing, or something else.
+    """
+    path = as_path(value)
+    if path.is_dir():
+        return path
+    if not path.exists():
+        raise UserError(
+            "there is nothing at {path}",
+            where=f"model.{part}",
+            mend="give {whence}",
+            path=path,
+            whence=whence(spec, part),
+        )
+    return component_of(spec, part, path)
+
+
+def completed(spec: FamilySpec, options: Options, paths: ModelPaths) -> ModelPaths:
+    """Single parts with what no file of weights holds. Raises UserErrors naming every part that is missing, and its source."""
+    single = dict(paths.single)
+    missing = []
+    if "transformer" in single:
+        for part in spec.components_of(options, paths):
+            found = single.get(part) or settings_of(spec, part)
+            if found is None:
+                missing.append(part)
+            else:
+                single[part] = found
+    else:
+        missing = ["transformer"]
+    if missing:
+        errors = [
+            UserError(
+                "the part '{part}' of {title} is not given",
+                where=f"model.{part}",
+                mend="give {whence}",
+                part=part,
+                title=spec.title,
+                whence=whence(spec, part),
+            )
+            for part in missing
+        ]
+        raise UserErrors(errors) if len(errors) > 1 else errors[0]
+    return ModelPaths(None, single)
+
+
+def as_path(value: str) -> Path:
+    """As users write paths: in quotes, with blanks around, with ~."""
+    return Path(value.strip().strip('"')).expanduser()
 
 
 def films_of(config: Config, spec: FamilySpec, options: Options, paths: ModelPaths | None) -> Films:
@@ -82,12 +133,12 @@ def model_folder(path: str) -> Path:
         from whitetuner.nano.builtin import builtin_path
 
         return builtin_path()
-    folder = Path(path.strip().strip('"')).expanduser()
+    folder = as_path(path)
     if folder.is_file():
         raise UserError(
-            "{path} is a single file; only folders in diffusers layout are read so far",
+            "{path} is a single file; here a folder in diffusers layout is wanted",
             where="model.path",
-            mend="download the model as a folder (model_index.json, transformer/, vae/, ...)",
+            mend="give the folder (model_index.json, transformer/, vae/, ...); single files go into a config",
             path=folder,
         )
     if not folder.is_dir():

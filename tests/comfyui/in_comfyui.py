@@ -11,13 +11,13 @@ import logging
 import sys
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 
 class _Absent(types.ModuleType):
     """Stands for a package that ComfyUI imports for models that play no part here (Stable Cascade's pictures)."""
 
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -102,9 +102,7 @@ def wan(model: Any) -> tuple[dict[str, Tensor], Tensor]:
     more, given = {}, {"x": x, "timestep": t, "context": context}
     if model.config.image_dim:
         more["encoder_hidden_states_image"] = given["clip_fea"] = noise(1, 257, 1280)
-    said = model(
-        hidden_states=x, timestep=t, encoder_hidden_states=context, return_dict=False, **more
-    )[0]
+    said = model(hidden_states=x, timestep=t, encoder_hidden_states=context, return_dict=False, **more)[0]
     return given, said
 
 

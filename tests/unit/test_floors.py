@@ -39,6 +39,7 @@ FLOORS = [
         "forking",
         "checks",
         "models",
+        "single_files",
         "prepared",
         "scenes",
         "sharing",

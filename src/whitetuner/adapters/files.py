@@ -147,6 +147,12 @@ def check_file(path: Path) -> None:
             where=str(path),
             mend="run `git lfs pull` in its folder, or download the file from its page",
         )
+    if start.startswith(b"GGUF"):
+        raise UserError(
+            "this is a GGUF file, whose numbers are packed for drawing; it is not read here",
+            where=str(path),
+            mend="give the bf16, fp16 or fp8 file of this model",
+        )
     pickled = start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"))
     if pickled or path.suffix.lower() in (".pt", ".pth", ".ckpt", ".bin", ".pkl"):
         raise UserError(

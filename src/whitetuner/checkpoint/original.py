@@ -76,6 +76,26 @@ def original_table(entries: Mapping[str, TensorEntry], keymap: KeyMap) -> Table:
     return trace(shapes, keymap.from_original)
 
 
+def known_layout(shapes: Mapping[str, Sequence[int]], keymap: KeyMap) -> tuple[str, Table] | None:
+    """("diffusers" or "original", how each tensor by diffusers name is made) of a file; None: not this family's.
+
+    Raises UserError for a file that is the family's by its names, but not whole (`trace`).
+    """
+    unused = {lead + name for name in getattr(keymap, "unused", ()) for lead in LEADS}
+    kept = {name: shape for name, shape in shapes.items() if name not in unused and not is_fp8_extra(name)}
+    names = {name: torch.empty(0) for name in kept}
+    for layout, convert in (("diffusers", keymap.to_original), ("original", keymap.from_original)):
+        try:
+            convert(names)
+        except KeyError:  # its names, but a part is missing: trace says which
+            pass
+        except UserError:
+            continue
+        if kept:
+            return layout, trace(kept, dict if layout == "diffusers" else keymap.from_original)
+    return None
+
+
 def marks_of(keymap: KeyMap, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Empty tensors by which ComfyUI tells a model from another of the same shapes."""
     marks = getattr(keymap, "marks", None)

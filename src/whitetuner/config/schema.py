@@ -64,17 +64,27 @@ class Model(Section):
     task: Literal["t2i", "edit", "i2v", "t2v"] = Field(
         "t2i", description="text to image, edit, image to video or text to video"
     )
-    path: PathText | None = Field(None, description='model folder in diffusers layout, or "builtin:nano"')
+    path: PathText | None = Field(
+        None,
+        description='model folder in diffusers layout, "builtin:nano", or the denoiser as one safetensors file',
+    )
     transformer: PathText | None = Field(
-        None, description="folder of the denoiser, instead of path/transformer"
+        None,
+        description="the denoiser, instead of path/transformer: a folder, or one safetensors file as ComfyUI has it",
     )
-    transformer_2: PathText | None = Field(None, description="folder of the second denoiser (WAN 2.2)")
-    vae: PathText | None = Field(None, description="folder of the VAE, instead of path/vae")
+    transformer_2: PathText | None = Field(
+        None, description="the second denoiser (WAN 2.2: low noise): a folder or a file"
+    )
+    vae: PathText | None = Field(None, description="the VAE, instead of path/vae: a folder or a file")
     text_encoder: PathText | None = Field(
-        None, description="folder of the text encoder, instead of path/text_encoder"
+        None, description="the text encoder, instead of path/text_encoder: a folder or a file"
     )
-    image_encoder: PathText | None = Field(None, description="folder of the image encoder (WAN 2.1)")
-    tokenizer: PathText | None = Field(None, description="folder of the tokenizer, instead of path/tokenizer")
+    image_encoder: PathText | None = Field(
+        None, description="the image encoder (WAN 2.1): a folder or a file"
+    )
+    tokenizer: PathText | None = Field(
+        None, description="folder of the tokenizer, instead of path/tokenizer; Qwen's come along"
+    )
     options: dict[str, Any] = Field(
         default_factory=dict, description="the family's own settings, listed below"
     )

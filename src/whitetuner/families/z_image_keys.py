@@ -8,7 +8,8 @@ Adapters keep the diffusers paths everywhere: ComfyUI knows them, and finds q, k
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,8 +57,15 @@ class ZImageKeys:
     #: In the released file, of no use: the last norm has no weight (diffusers leaves it out too).
     unused = ("norm_final.weight",)
 
-    def __init__(self, title: str, lists: Mapping[str, tuple[str, ...]], *, original: bool = True) -> None:
-        self.title, self.lists, self.original = title, lists, original
+    def __init__(
+        self,
+        title: str,
+        lists: Mapping[str, tuple[str, ...]],
+        *,
+        original: bool = True,
+        class_name: str = "ZImageTransformer2DModel",
+    ) -> None:
+        self.title, self.lists, self.original, self.class_name = title, lists, original, class_name
         self._flat = {
             path.replace(".", "_"): path
             for path in (*_TOP, *(f"{name}.#.{layer}" for name in lists for layer in lists[name]))
@@ -134,6 +142,30 @@ class ZImageKeys:
                 raise self._foreign(given)
             found[name] = tensor
         return found
+
+    def config(self, shapes: Mapping[str, Sequence[int]], names: Iterable[str] = ()) -> dict[str, Any]:
+        """config.json of a denoiser whose tensors, by diffusers name, have these shapes."""
+        width, patches = (int(n) for n in shapes["all_x_embedder.2-1.weight"])
+        head = int(shapes["layers.0.attention.norm_q.weight"][0])
+        found = [_BLOCK.fullmatch(name) for name in shapes]
+        depth = {
+            name: 1 + max((int(b[2]) for b in found if b and b[1] == name), default=-1) for name in self.lists
+        }
+        axes = [head // 4, head * 3 // 8, head * 3 // 8] if head % 16 == 0 else [head // 3] * 3
+        double = depth.get("double_stream_layers", 0)  # none: a file of V1, which V2 reads too
+        more = {"n_double_layers": double} if double else {}
+        return {
+            "_class_name": self.class_name if double else "ZImageTransformer2DModel",
+            "in_channels": patches // 4,
+            "dim": width,
+            "n_layers": depth["layers"] + double,
+            "n_refiner_layers": depth["noise_refiner"],
+            "n_heads": width // head,
+            "n_kv_heads": width // head,
+            "cap_feat_dim": int(shapes["cap_embedder.1.weight"][1]),
+            "axes_dims": axes,
+            **more,
+        }
 
     def _knows(self, name: str) -> bool:
         """Whether this is the name of a tensor of the denoiser in diffusers."""

@@ -20,8 +20,9 @@ from torch import nn
 
 from whitetuner.errors import UserError
 from whitetuner.memory.quantize import Kind, QuantLinear, quantize_linears, quantize_weight
+from whitetuner.memory.relaid import Relaid, open_weights
 from whitetuner.memory.skeleton import empty_module, float32_names, recast_of
-from whitetuner.memory.weights import FP8_EXTRAS, SCALE_NAMES, TensorFiles, first_five, weight_files
+from whitetuner.memory.weights import FP8_EXTRAS, SCALE_NAMES, TensorFiles, first_five
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def build_module(
     """
     module = empty_module(cls, config or folder, overrides)
     device = torch.device(device)
-    with TensorFiles(weight_files(folder)) as source:
+    with open_weights(folder) as source:
         scales = _scales(source)
         pairs = _target_names(
             module, [n for n in source if not _matches(n, FP8_EXTRAS) and n not in scales.values()]
@@ -134,7 +135,7 @@ def build_module(
 def rehearse_module(cls: type, folder: Path, *, keep_precise: Sequence[str] = ()) -> Any:
     """A BuildFn that reads no weight: the skeleton, held against the headers of its files."""
     module = empty_module(cls, folder)
-    with TensorFiles(weight_files(folder)) as source:
+    with open_weights(folder) as source:
         beside = {*_scales(source).values(), *(name for name in source if _matches(name, FP8_EXTRAS))}
         _checked(module, source, _target_names(module, [n for n in source if n not in beside]), (), folder)
     return module
@@ -171,7 +172,7 @@ def _target_names(module: nn.Module, source_names: list[str]) -> list[tuple[str,
 
 def _checked(
     module: nn.Module,
-    source: TensorFiles,
+    source: TensorFiles | Relaid,
     pairs: list[tuple[str, str]],
     ignore: Sequence[str],
     folder: Path,
@@ -310,7 +311,7 @@ def _fill_quantized(
     layer.scale = nn.Parameter(row_scale, requires_grad=False)
 
 
-def _scales(source: TensorFiles) -> dict[str, str]:
+def _scales(source: TensorFiles | Relaid) -> dict[str, str]:
     """`X.weight` -> name of its scale, for fp8 weights that have one."""
     found = {}
     for name, entry in source.entries.items():

@@ -8,7 +8,9 @@ size is read or written in the other layout one tensor at a time.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from whitetuner.errors import UserError
-from whitetuner.memory.weights import SCALE_NAMES, TensorEntry
+from whitetuner.memory.weights import SCALE_NAMES, TABLE, TensorEntry, TensorFiles, weight_files
 
 #: A layout's way to another: whole states by name, as a family's KeyMap has two.
 Convert = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
@@ -79,8 +81,8 @@ def trace(shapes: Mapping[str, Sequence[int]], convert: Convert) -> Table:
         taken = {piece.source for place in table.values() for piece in place.pieces}
         lost = [name for name in names if name not in taken and 0 not in shapes[name]]
         raise UserError(
-            "{name} has no partner: query, key and value belong together",
-            mend="the file is not whole; download it again",
+            "{name} is left over: it is there under two names, or its query, key and value are not all there",
+            mend="give a file as it was released, in one naming",
             name=lost[0] if lost else names[0],
         )
     return table
@@ -194,6 +196,47 @@ def _cat(parts: Sequence[Tensor]) -> Tensor:
 def _scale_name(weight: str, source: Mapping[str, Any]) -> str | None:
     stem = weight.removesuffix("weight")
     return next((stem + scale for scale in SCALE_NAMES if stem + scale in source), None)
+
+
+def write_table(folder: Path, file: Path, table: Table) -> None:
+    """Makes a component folder read its weights from a single file elsewhere."""
+    stat = file.stat()
+    document = {
+        "file": str(file.resolve()),
+        "bytes": stat.st_size,
+        "mtime_ns": stat.st_mtime_ns,
+        "tensors": {
+            name: [list(place.shape), [[p.source, p.start, p.stop] for p in place.pieces]]
+            for name, place in table.items()
+        },
+    }
+    (folder / TABLE).write_text(json.dumps(document), encoding="utf-8")
+
+
+@contextmanager
+def open_weights(folder: Path) -> Iterator[TensorFiles | Relaid]:
+    """The tensors of a component folder (or a file), each read when it is asked for.
+
+    Raises UserError as `weight_files` and `read_header`, and when a single file has changed since it was looked at.
+    """
+    files = weight_files(folder)
+    with TensorFiles(files) as source:
+        if not (folder / TABLE).is_file():
+            yield source
+            return
+        document = json.loads((folder / TABLE).read_text(encoding="utf-8"))
+        stat = files[0].stat()
+        if (stat.st_size, stat.st_mtime_ns) != (document["bytes"], document["mtime_ns"]):
+            raise UserError(
+                "the file has changed since it was looked at",
+                where=str(files[0]),
+                mend="start again; it is looked at anew",
+            )
+        table = {
+            name: Place(tuple(shape), tuple(Piece(*piece) for piece in pieces))
+            for name, (shape, pieces) in document["tensors"].items()
+        }
+        yield Relaid(source, table)
 
 
 def entries_of(tensors: Mapping[str, Tensor]) -> Mapping[str, TensorEntry]:

@@ -24,6 +24,9 @@ from safetensors import safe_open
 
 from whitetuner.errors import UserError
 
+#: In a component folder in place of weights: which rows of which tensors of one file elsewhere its tensors are
+#: (whitetuner.memory.relaid).
+TABLE = "weights.json"
 #: Stems under which diffusers and transformers store the weights of a component folder.
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 #: How the scale of a ready-made fp8 weight is named beside `X.weight` (ComfyUI scaled files, fp8 exporters).
@@ -74,6 +77,8 @@ def weight_files(folder: Path) -> list[Path]:
         if folder.suffix in _PICKLES:
             raise _pickle_error(folder)
         return [folder]
+    if (folder / TABLE).is_file():
+        return [Path(json.loads((folder / TABLE).read_text(encoding="utf-8"))["file"])]
     if not folder.is_dir():
         raise UserError(
             "there is no model folder here",

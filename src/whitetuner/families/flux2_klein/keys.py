@@ -8,7 +8,8 @@ diffusers scale before shift. Rules as in diffusers loaders/single_file_utils.py
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -160,6 +161,31 @@ class KleinKeys:
                 raise _foreign(given)
             found[f"{lead}transformer_blocks.{number}.{table[rest]}.weight"] = tensor
         return found
+
+    def config(self, shapes: Mapping[str, Sequence[int]], names: Iterable[str] = ()) -> dict[str, Any]:
+        """config.json of a transformer whose tensors, by diffusers name, have these shapes."""
+        width, channels = (int(n) for n in shapes["x_embedder.weight"])
+        head = int(shapes["transformer_blocks.0.attn.norm_q.weight"][0])
+        return {
+            "_class_name": "Flux2Transformer2DModel",
+            "in_channels": channels,
+            "num_layers": _blocks(shapes, ""),
+            "num_single_layers": _blocks(shapes, "single_"),
+            "attention_head_dim": head,
+            "num_attention_heads": width // head,
+            "joint_attention_dim": int(shapes["context_embedder.weight"][1]),
+            "timestep_guidance_channels": int(
+                shapes["time_guidance_embed.timestep_embedder.linear_1.weight"][1]
+            ),
+            "mlp_ratio": shapes["transformer_blocks.0.ff.linear_out.weight"][1] / width,
+            "axes_dims_rope": [head // 4] * 4,
+            "guidance_embeds": False,
+        }
+
+
+def _blocks(shapes: Mapping[str, Sequence[int]], lead: str) -> int:
+    found = (_BLOCK.match(name) for name in shapes if name.startswith(f"{lead}transformer_blocks."))
+    return 1 + max((int(one[2]) for one in found if one), default=-1)
 
 
 def _from_original_layer(name: str) -> str | None:

@@ -7,7 +7,7 @@ A full state of Edit-2511 has one empty tensor more there, by which ComfyUI know
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,6 +72,24 @@ class QwenImageKeys:
     def marks(self, config: Mapping[str, Any]) -> dict[str, Tensor]:
         """What a full file has besides: Edit-2511's mark, by its transformer's config.json (`zero_cond_t`)."""
         return {REFERENCES_AT_ZERO: torch.empty(0)} if config.get("zero_cond_t") else {}
+
+    def config(self, shapes: Mapping[str, Sequence[int]], names: Iterable[str] = ()) -> dict[str, Any]:
+        """config.json of a transformer whose tensors, by diffusers name, have these shapes. names: in the file, marks too"""
+        width, channels = (int(n) for n in shapes["img_in.weight"])
+        head = int(shapes["transformer_blocks.0.attn.norm_q.weight"][0])
+        numbers = (re.match(r"transformer_blocks\.(\d+)\.", name) for name in shapes)
+        sides = 2 * ((head * 7 // 16) // 2)  # 56 of the released 128; the rest is the frames'
+        return {
+            "_class_name": "QwenImageTransformer2DModel",
+            "in_channels": channels,
+            "out_channels": int(shapes["proj_out.weight"][0]) // 4,
+            "num_layers": 1 + max(int(one[1]) for one in numbers if one),
+            "attention_head_dim": head,
+            "num_attention_heads": width // head,
+            "joint_attention_dim": int(shapes["txt_in.weight"][1]),
+            "axes_dims_rope": [head - 2 * sides, sides, sides],
+            "zero_cond_t": any(name.endswith(REFERENCES_AT_ZERO) for name in names),
+        }
 
     def to_original(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same names. Raises UserError for one that is not Qwen-Image's."""

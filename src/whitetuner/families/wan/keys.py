@@ -7,7 +7,8 @@ Rules as in diffusers loaders/single_file_utils.py `convert_wan_transformer_to_d
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -94,6 +95,32 @@ class WanKeys:
         """Inverse of `to_original`, to the bit. `model.diffusion_model.` before the names is understood too."""
         bare = {name.removeprefix("model.").removeprefix("diffusion_model."): t for name, t in state.items()}
         return _all_renamed(bare, _FROM_ORIGINAL)
+
+    def config(self, shapes: Mapping[str, Sequence[int]], names: Iterable[str] = ()) -> dict[str, Any]:
+        """config.json of a denoiser whose tensors, by diffusers name, have these shapes."""
+        width, channels, *patch = (int(n) for n in shapes["patch_embedding.weight"])
+        looks = shapes.get("condition_embedder.image_embedder.ff.net.0.proj.weight")
+        added = shapes.get("blocks.0.attn2.add_k_proj.weight")
+        places = shapes.get("condition_embedder.image_embedder.pos_embed")
+        numbers = (_BLOCK.match(name) for name in shapes)
+        # The width of a head is in no shape: 128 in all releases; a model too narrow for that has two heads.
+        heads = width // 128 if width % 128 == 0 else 2
+        out = int(shapes["proj_out.weight"][0]) // (patch[0] * patch[1] * patch[2])
+        return {
+            "_class_name": "WanTransformer3DModel",
+            "patch_size": patch,
+            "num_attention_heads": heads,
+            "attention_head_dim": width // heads,
+            "in_channels": channels,
+            "out_channels": out,
+            "text_dim": int(shapes["condition_embedder.text_embedder.linear_1.weight"][1]),
+            "freq_dim": int(shapes["condition_embedder.time_embedder.linear_1.weight"][1]),
+            "ffn_dim": int(shapes["blocks.0.ffn.net.0.proj.weight"][0]),
+            "num_layers": 1 + max(int(one[1]) for one in numbers if one),
+            "image_dim": None if looks is None else int(looks[1]),
+            "added_kv_proj_dim": None if added is None else int(added[1]),
+            "pos_embed_seq_len": None if places is None else int(places[1]),
+        }
 
 
 def _numbered(name: str) -> tuple[str, str]:

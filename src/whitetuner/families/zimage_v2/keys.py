@@ -13,4 +13,5 @@ KEYS = ZImageKeys(
         "layers": MODULATED,
     },
     original=False,
+    class_name="ZImageV2Transformer2DModel",
 )
