@@ -100,7 +100,7 @@ def _testdata(given: argparse.Namespace) -> int:
 def _init(given: argparse.Namespace) -> int:
     from whitetuner import commands
 
-    return commands.init(given.preset, given.tiny, given.out)
+    return commands.init(given.preset, given.tiny, given.out, given.foreign, given.data, given.family)
 
 
 def _check(given: argparse.Namespace) -> int:

@@ -18,11 +18,24 @@ if TYPE_CHECKING:
     from whitetuner.runs.place import Place
 
 
-def init(preset: str | None, tiny: Path | None, out: Path | None) -> int:
-    """Prints or writes a commented config."""
+def init(
+    preset: str | None,
+    tiny: Path | None,
+    out: Path | None,
+    foreign: Path | None = None,
+    data: Path | None = None,
+    family: str | None = None,
+) -> int:
+    """Prints or writes a commented config; foreign: of another trainer, told on standard error what became of it."""
     from whitetuner.config.preset import preset_text, presets
 
-    if tiny is not None:
+    if foreign is not None:
+        from whitetuner.importers import reading
+
+        found = reading.import_config(foreign, data, family)
+        print(reading.report(found), file=sys.stderr)
+        text = reading.as_toml(found)
+    elif tiny is not None:
         from whitetuner.tiny import tiny_text
 
         text = tiny_text(tiny)

@@ -81,6 +81,17 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="a config that trains the tiny or embedded model on this folder",
     )
+    init.add_argument(
+        "--from",
+        dest="foreign",
+        type=Path,
+        metavar="FILE",
+        help="from a config of ai-toolkit, musubi-tuner, kohya or the original White Tuner (or a script with the command line)",
+    )
+    init.add_argument(
+        "--data", type=Path, metavar="FILE", help="--from: musubi-tuner's or kohya's data set file"
+    )
+    init.add_argument("--family", help="--from: where the file does not tell the model's family")
     init.add_argument("-o", "--out", type=Path, help="file to write (none: to the screen)")
 
     check = add("check", "look a config or a picture folder over: every problem at once")

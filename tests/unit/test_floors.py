@@ -21,7 +21,7 @@ SOURCE = Path(__file__).parents[2] / "src/whitetuner"
 FLOORS = [
     {"version", "errors", "paths", "records", "family", "diffusion"},
     {"config", "runs", "adapters", "memory", "install"},
-    {"families", "data", "train", "checkpoint", "nano"},
+    {"families", "data", "train", "checkpoint", "nano", "importers"},
     {
         "recipe",
         "assemble",
@@ -76,6 +76,7 @@ LIGHT = [
     "family",
     "cli",
     "parser",
+    "importers",
     "config",
     "runs",
     "install",

@@ -354,3 +354,16 @@ def test_names_that_are_no_utf8_go_to_the_page_and_come_back(tmp_path: Path, for
         "/api/path/list", content=request, headers={"content-type": "application/json"}
     ).json()
     assert os.fsencode(name) == b"\xc4\xe3" and os.fsencode(answer["files"][0][0]) == b"\xba\xc3.png"
+
+
+def test_another_trainers_config_is_imported_into_its_tab(form: Form) -> None:
+    job = "config: {name: cats, process: [{model: {arch: zimage, name_or_path: /m}, train: {steps: 7, odd: 1}}]}"
+    answer = form.post("imported", text=job, name="job.yaml")
+    assert answer["tab"] == "zimage-t2i" and answer["left"] == 1
+    assert answer["state"]["values"]["run.steps"] == "7" or answer["state"]["values"]["run.steps"] == 7
+    assert "# not carried over: train.odd = 1" in answer["state"]["text"]
+    assert "refused" in form.post(
+        "imported", text="config: {process: [{model: {arch: sdxl}}]}", name="a.yaml"
+    )
+    own = form.post("imported", text='[model]\nfamily = "wan"\ntask = "i2v"\n', name="")
+    assert own["tab"] == "wan-i2v" and own["left"] == 0

@@ -107,6 +107,7 @@ def test_the_licence_is_apache_2() -> None:
 #: Import name -> name of the package, where they differ.
 PACKAGES = {
     "PIL": "pillow",
+    "yaml": "pyyaml",
     "skimage": "scikit-image",
     "lycoris": "lycoris-lora",
     "pillow_heif": "pillow-heif",

@@ -20,7 +20,7 @@ from whitetuner.config.document import parse
 from whitetuner.config.preset import preset_text, presets
 from whitetuner.errors import UserError
 from whitetuner.gui import forms, made, plan_card
-from whitetuner.gui.asked import Told, body_of, is_json, plain
+from whitetuner.gui.asked import Told, body_of, is_json, plain, word_of
 from whitetuner.gui.commands_shown import commands
 from whitetuner.gui.document import NAME, changed, inner_value, with_row, without_row
 from whitetuner.gui.drafts import LARGEST_BYTES, Drafts
@@ -29,6 +29,7 @@ from whitetuner.gui.goals import goals
 from whitetuner.gui.pickers import Roots, ask, can_ask, listing
 from whitetuner.gui.told import each, parts, where
 from whitetuner.gui.training_tabs import Tab, tab_for, tab_of
+from whitetuner.importers.reading import as_toml, document_of, import_document, is_foreign
 
 #: No card has more memory.
 _LARGEST_GB = 10_000
@@ -173,14 +174,23 @@ class FormApi:
         return self._whole(_tab(tab), text_of(body), language)
 
     def imported(self, body: Body, language: str, tab: str) -> dict[str, Any]:
-        """A config file's text: it becomes the draft of the tab where it belongs. Raises UserError when it is no TOML."""
+        """A config file's text: it becomes the draft of the tab where it belongs; another trainer's is translated first.
+
+        body: text, name (of the file). Raises UserError when it is neither.
+        """
         text = text_of(body).lstrip("\ufeff").replace("\r\n", "\n")
+        name = word_of(body, "name") or NAME
+        there = document_of(text, name if Path(name).suffix else f"{name}.toml")
+        left = 0
+        if is_foreign(there):
+            found = import_document(there, name)
+            text, left = as_toml(found), len(found.left)
         values = parse(text, NAME)
         family, task = inner_value(values, "model.family"), inner_value(values, "model.task") or "t2i"
         home = tab_for(family, task) if isinstance(family, str) and isinstance(task, str) else None
         of = home or _tab(tab)
         self.drafts.keep(of.key, text)
-        return {"tab": of.key, "title": of.title(language), **self._whole(of, text, language)}
+        return {"tab": of.key, "title": of.title(language), "left": left, **self._whole(of, text, language)}
 
     def command(self, body: Body, language: str, tab: str) -> dict[str, Any]:
         """What to type instead."""

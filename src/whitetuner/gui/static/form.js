@@ -150,7 +150,7 @@ class Form {
     };
     group(words.built_in, found.presets, false);
     group(words.own_presets, found.own_presets.map((name) => [name, ""]), true);
-    const file = el("input", { type: "file", accept: ".toml,text/plain", class: "wt-hidden", tabindex: "-1", "aria-hidden": "true" });
+    const file = el("input", { type: "file", accept: ".toml,.yaml,.yml,.json,.sh,.bat,.ps1,text/plain", class: "wt-hidden", tabindex: "-1", "aria-hidden": "true" });
     file.addEventListener("change", () => file.files[0] && this.importFile(file.files[0]));
     const button = (label, run) => el("button", { type: "button", onclick: run }, label);
     const tasks = el("div", { class: "wt-tasks", role: "radiogroup" });
@@ -489,19 +489,24 @@ class Form {
     toast(fill(this.words.preset_saved, { name: answer.name }));
   }
 
+  /** How many settings of another trainer's config have no place here; they stand as comments on top of the text. */
+  left(answer) {
+    return answer.left ? ` ${fill(this.words.imported_left, { left: answer.left })}` : "";
+  }
+
   async importFile(file) {
     await this.settled();
     const before = this.state.text;
-    const answer = await this.ask("imported", { text: await file.text(), language: this.language });
+    const answer = await this.ask("imported", { text: await file.text(), name: file.name, language: this.language });
     if (!answer) return;
     if (answer.tab !== this.tab) {
-      toast(fill(this.words.imported_elsewhere, { title: answer.title }));
+      toast(fill(this.words.imported_elsewhere, { title: answer.title }) + this.left(answer));
       openTab(answer.tab, answer.title);
       reload(answer.tab);
       return;
     }
     this.take(answer);
-    toast(fill(this.words.imported, { name: file.name }), { label: this.words.undo, run: () => ((this.state.text = before), this.send().then(() => this.open())) });
+    toast(fill(this.words.imported, { name: file.name }) + this.left(answer), { label: this.words.undo, run: () => ((this.state.text = before), this.send().then(() => this.open())) });
   }
 
   async command() {
