@@ -5,39 +5,31 @@ As in diffusers pipelines/z_image/pipeline_z_image.py (`_encode_prompt`) and pip
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from torch import Tensor, nn
-from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3Model
+from torch import Tensor
 
 from whitetuner.errors import UserError
-from whitetuner.families.z_image_facts import ZImageOptions, read_config
+from whitetuner.families.files import files_of
+from whitetuner.families.qwen3_text import KEEP_PRECISE, Qwen3Text, first_layers
+from whitetuner.families.z_image_facts import read_config
 from whitetuner.family import BuildFn, Layout, ModelPaths, Reads, fingerprint_files
 from whitetuner.records import EncodeInput
 
 
-class TextEncoder:
+class TextEncoder(Qwen3Text):
     """Caption -> `prompt_embeds` (L, hidden): one row for each token of caption and template, no padding."""
 
-    name = "text"
     fields: Mapping[str, Layout] = {"prompt_embeds": "ragged"}
-    reads: frozenset[Reads] = frozenset({"caption"})
-
-    def __init__(self, paths: ModelPaths, options: ZImageOptions) -> None:
-        self.paths, self.options = paths, options
-        self._model: Qwen3Model | None = None
-        self._tokenizer: Qwen2TokenizerFast | None = None
+    title = "Z-Image"
+    thinking = True  # which adds nothing to the text
 
     def fingerprint(self) -> str:
-        files = _files(self.paths.component("text_encoder")) + _files(self.paths.component("tokenizer"))
-        return fingerprint_files(files, extra=f"z-image text 1: {self.options.max_sequence_length}")
+        return fingerprint_files(self.files(), extra=f"z-image text 1: {self.options.max_sequence_length}")
 
     def load(self, build: BuildFn) -> None:
         """Raises UserError when the folder is not one of a Qwen3."""
@@ -50,38 +42,18 @@ class TextEncoder:
                 mend="download the text_encoder folder of the model again",
                 layers=layers,
             )
-        kind = first_layers(self.layers_read(layers), layers)
-        self._model = build(kind, folder, keep_precise=("*norm*", "embed_tokens*"))
+        kind = first_layers(self.layers_read(layers), norm=False)
+        self._model = build(kind, folder, keep_precise=KEEP_PRECISE)
 
     def layers_read(self, layers: int) -> int:
         """The state before the last layer is the text."""
         return layers - 1
 
-    def text(self, caption: str) -> str:
-        """What the tokenizer is given: the caption as a chat message, thinking left on (which adds nothing)."""
-        return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": caption}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=True,
-        )
-
-    def count_tokens(self, caption: str) -> int:
-        """Tokens of a caption with its template; what exceeds max_sequence_length is cut. Needs no `load`."""
-        return len(self.tokenizer(self.text(caption))["input_ids"])
-
     @torch.no_grad()
     def encode(self, given: EncodeInput) -> dict[str, Tensor]:
         assert self._model is not None, "encode before load"
         device = self._model.embed_tokens.weight.device
-        # Padded and cut as the pipeline does, padding taken off after: another length would give other last bits.
-        tokens = self.tokenizer(
-            self.text(given.caption),
-            return_tensors="pt",
-            padding="max_length",
-            truncation=True,
-            max_length=self.options.max_sequence_length,
-        )
+        tokens = self.tokens(given.caption)
         mask = tokens["attention_mask"].bool()
         states = self._model(
             input_ids=tokens["input_ids"].to(device), attention_mask=mask.to(device), use_cache=False
@@ -91,46 +63,6 @@ class TextEncoder:
     def kept(self, states: Tensor, mask: Tensor) -> Tensor:
         """The rows of real tokens."""
         return states[mask]
-
-    def free(self) -> None:
-        self._model = None
-
-    @property
-    def tokenizer(self) -> Qwen2TokenizerFast:
-        """Read at first use. Raises UserError when it lacks the chat template."""
-        if self._tokenizer is None:
-            folder = self.paths.component("tokenizer")
-            found = Qwen2TokenizerFast.from_pretrained(folder, local_files_only=True)
-            if found.chat_template is None:
-                raise UserError(
-                    "the tokenizer has no chat template, which Z-Image wraps its prompts in",
-                    where=str(folder),
-                    mend="download the whole tokenizer folder again (chat_template.jinja is part of it)",
-                )
-            self._tokenizer = found
-        return self._tokenizer
-
-
-def first_layers(count: int, layers: int) -> type[Qwen3Model]:
-    """Qwen3 that builds and loads the first `count` of its `layers` layers, without the final norm: the state after them."""
-    left_out = "|".join(str(index) for index in range(count, layers))
-
-    class Qwen3FirstLayers(Qwen3Model):
-        # Both transformers' loader and ours leave out what matches: the other layers, the norm and the head.
-        _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
-            r"lm_head\.",
-            r"^(model\.)?norm\.",
-            rf"layers\.({left_out})\." if left_out else r"^$",
-        ]
-
-        def __init__(self, config: Qwen3Config) -> None:
-            config = copy.deepcopy(config)
-            config.num_hidden_layers = count
-            config.layer_types = config.layer_types[:count]
-            super().__init__(config)
-            self.norm = nn.Identity()
-
-    return Qwen3FirstLayers
 
 
 class LatentEncoder:
@@ -145,7 +77,7 @@ class LatentEncoder:
         self._vae: AutoencoderKL | None = None
 
     def fingerprint(self) -> str:
-        return fingerprint_files(_files(self.paths.component("vae")), extra="z-image vae 1")
+        return fingerprint_files(files_of(self.paths.component("vae")), extra="z-image vae 1")
 
     def load(self, build: BuildFn) -> None:
         self._vae = build(AutoencoderKL, self.paths.component("vae"), keep_precise=("*",))
@@ -171,8 +103,3 @@ class LatentEncoder:
 
     def free(self) -> None:
         self._vae = None
-
-
-def _files(component: Path) -> list[Path]:
-    """The files that a component is; one, when it is a single file."""
-    return [component] if component.is_file() else [path for path in component.iterdir() if path.is_file()]

@@ -6,46 +6,41 @@ As in diffusers pipelines/flux2/pipeline_flux2_klein.py (`_get_qwen3_prompt_embe
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLFlux2
 from PIL import Image
 from torch import Tensor
-from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3Model
 
 from whitetuner.errors import UserError
-from whitetuner.families.flux2_klein.spec import KleinOptions
+from whitetuner.families.files import files_of
+from whitetuner.families.qwen3_text import KEEP_PRECISE, Qwen3Text, first_layers
 from whitetuner.family import BuildFn, Layout, ModelPaths, Reads, fingerprint_files
 from whitetuner.records import EncodeInput
 
 
-class TextEncoder:
+class TextEncoder(Qwen3Text):
     """Caption -> `prompt_embeds` (L, layers * hidden), padding included: the model attends to it, without a
     mask.
     """
 
-    name = "text"
     fields: Mapping[str, Layout] = {"prompt_embeds": "stack"}
-    reads: frozenset[Reads] = frozenset({"caption"})
-
-    def __init__(self, paths: ModelPaths, options: KleinOptions) -> None:
-        self.paths, self.options = paths, options
-        self._model: Qwen3Model | None = None
-        self._tokenizer: Qwen2TokenizerFast | None = None
+    title = "FLUX.2 Klein"
+    thinking = False
 
     def fingerprint(self) -> str:
-        files = _files(self.paths.component("text_encoder")) + _files(self.paths.component("tokenizer"))
         options = f"{self.options.max_sequence_length} {self.options.text_encoder_out_layers}"
-        return fingerprint_files(files, extra=f"klein text 1: {options}")
+        return fingerprint_files(self.files(), extra=f"klein text 1: {options}")
 
     def load(self, build: BuildFn) -> None:
-        """Raises UserError when the options ask for a layer that the encoder does not have."""
+        """Raises UserError when the options ask for a layer that the encoder does not have.
+
+        One layer more than the last one read is built, because the hidden state of the very last is given out after the final
+        norm.
+        """
         folder, last = self.paths.component("text_encoder"), max(self.options.text_encoder_out_layers)
         try:
             layers = int(
@@ -66,32 +61,13 @@ class TextEncoder:
                 last=last,
                 layers=layers,
             )
-        self._model = build(first_layers(last + 1), folder, keep_precise=("*norm*", "embed_tokens*"))
-
-    def text(self, caption: str) -> str:
-        """What the tokenizer is given: the caption as a chat message, thinking switched off."""
-        return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": caption}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=False,
-        )
-
-    def count_tokens(self, caption: str) -> int:
-        """Tokens of a caption with its template; what exceeds max_sequence_length is cut. Needs no `load`."""
-        return len(self.tokenizer(self.text(caption))["input_ids"])
+        self._model = build(first_layers(last + 1, norm=True), folder, keep_precise=KEEP_PRECISE)
 
     @torch.no_grad()
     def encode(self, given: EncodeInput) -> dict[str, Tensor]:
         assert self._model is not None, "encode before load"
         device = self._model.embed_tokens.weight.device
-        tokens = self.tokenizer(
-            self.text(given.caption),
-            return_tensors="pt",
-            padding="max_length",
-            truncation=True,
-            max_length=self.options.max_sequence_length,
-        )
+        tokens = self.tokens(given.caption)
         states = self._model(
             input_ids=tokens["input_ids"].to(device),
             attention_mask=tokens["attention_mask"].to(device),
@@ -101,47 +77,6 @@ class TextEncoder:
         return {
             "prompt_embeds": torch.cat([states[k][0] for k in self.options.text_encoder_out_layers], -1).cpu()
         }
-
-    def free(self) -> None:
-        self._model = None
-
-    @property
-    def tokenizer(self) -> Qwen2TokenizerFast:
-        """Read at first use. Raises UserError when it lacks the chat template."""
-        if self._tokenizer is None:
-            folder = self.paths.component("tokenizer")
-            found = Qwen2TokenizerFast.from_pretrained(folder, local_files_only=True)
-            if found.chat_template is None:
-                raise UserError(
-                    "the tokenizer has no chat template, which FLUX.2 Klein wraps its prompts in",
-                    where=str(folder),
-                    mend="download the whole tokenizer folder again (chat_template.jinja is part of it)",
-                )
-            self._tokenizer = found
-        return self._tokenizer
-
-
-def first_layers(count: int) -> type[Qwen3Model]:
-    """Qwen3 that builds and loads its first `count` layers only: of 36, FLUX.2 Klein reads 27.
-
-    One more than the last layer read, because the hidden state of the very last is given out after the final
-    norm.
-    """
-
-    class Qwen3FirstLayers(Qwen3Model):
-        # Both transformers' loader and ours leave out what matches: the other layers and the head.
-        _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [
-            r"lm_head\.",
-            rf"layers\.(?!({'|'.join(map(str, range(count)))})\.)\d+\.",
-        ]
-
-        def __init__(self, config: Qwen3Config) -> None:
-            config = copy.deepcopy(config)
-            config.num_hidden_layers = min(count, config.num_hidden_layers)
-            config.layer_types = config.layer_types[: config.num_hidden_layers]
-            super().__init__(config)
-
-    return Qwen3FirstLayers
 
 
 class LatentEncoder:
@@ -158,7 +93,7 @@ class LatentEncoder:
         self._vae: AutoencoderKLFlux2 | None = None
 
     def fingerprint(self) -> str:
-        return fingerprint_files(_files(self.paths.component("vae")), extra="klein vae 1")
+        return fingerprint_files(files_of(self.paths.component("vae")), extra="klein vae 1")
 
     def load(self, build: BuildFn) -> None:
         self._vae = build(AutoencoderKLFlux2, self.paths.component("vae"), keep_precise=("*",))
@@ -201,7 +136,7 @@ class ReferenceEncoder(LatentEncoder):
     reads: frozenset[Reads] = frozenset({"conditions"})
 
     def fingerprint(self) -> str:
-        return fingerprint_files(_files(self.paths.component("vae")), extra="klein references 1")
+        return fingerprint_files(files_of(self.paths.component("vae")), extra="klein references 1")
 
     @torch.no_grad()
     def encode(self, given: EncodeInput) -> dict[str, Tensor]:
@@ -216,8 +151,3 @@ class ReferenceEncoder(LatentEncoder):
     def in_order(self, pictures: tuple[Image.Image, ...]) -> tuple[Image.Image, ...]:
         """As they were given: the first is "image 1" of the prompt."""
         return pictures
-
-
-def _files(component: Path) -> list[Path]:
-    """The files that a component is; one, when it is a single file."""
-    return [component] if component.is_file() else [path for path in component.iterdir() if path.is_file()]

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from whitetuner.families.glm_image.glyphs import files_of
+from whitetuner.families.files import files_of
 from whitetuner.families.glm_image.prior import references_of
 from whitetuner.family import BuildFn, Layout, ModelPaths, Reads, fingerprint_files
 from whitetuner.records import EncodeInput

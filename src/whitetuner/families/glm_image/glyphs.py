@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import ByT5Tokenizer, T5EncoderModel
 
+from whitetuner.families.files import files_of
 from whitetuner.families.glm_image.spec import GlmImageOptions, quote_fault
 from whitetuner.family import BuildFn, Layout, ModelPaths, Reads, fingerprint_files
 from whitetuner.records import EncodeInput
@@ -86,8 +86,3 @@ class GlyphEncoder:
             folder = self.paths.component("tokenizer")
             self._tokenizer = ByT5Tokenizer.from_pretrained(folder, local_files_only=True)
         return self._tokenizer
-
-
-def files_of(component: Path) -> list[Path]:
-    """The files that a component is; one, when it is a single file."""
-    return [component] if component.is_file() else [path for path in component.iterdir() if path.is_file()]

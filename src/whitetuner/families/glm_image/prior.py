@@ -23,7 +23,7 @@ from transformers.models.glm_image.modeling_glm_image import (
 )
 
 from whitetuner.errors import UserError
-from whitetuner.families.glm_image.glyphs import files_of
+from whitetuner.families.files import files_of
 from whitetuner.families.glm_image.spec import GlmImageOptions, language_model
 from whitetuner.family import BuildFn, Layout, ModelPaths, Reads, fingerprint_files
 from whitetuner.records import EncodeInput, Size

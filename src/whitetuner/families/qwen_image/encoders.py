@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2TokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from whitetuner.errors import UserError
+from whitetuner.families.files import files_of
 from whitetuner.families.qwen_image.spec import QwenImageOptions
 from whitetuner.family import BuildFn, Layout, ModelPaths, Reads, fingerprint_files
 from whitetuner.records import EncodeInput
@@ -60,7 +60,7 @@ class TextEncoder:
         self._tokenizer: Any = None
 
     def fingerprint(self) -> str:
-        files = _files(self.paths.component("text_encoder")) + _files(self.paths.component("tokenizer"))
+        files = files_of(self.paths.component("text_encoder")) + files_of(self.paths.component("tokenizer"))
         return fingerprint_files(files, extra=f"qwen-image text 1: {self.options.max_sequence_length}")
 
     def load(self, build: BuildFn) -> None:
@@ -139,7 +139,7 @@ class EditTextEncoder(TextEncoder):
 
     def fingerprint(self) -> str:
         parts = ("text_encoder", "tokenizer", "processor")
-        files = [file for part in parts for file in _files(self.paths.component(part))]
+        files = [file for part in parts for file in files_of(self.paths.component(part))]
         rule = "one picture" if self.variant == "edit" else "numbered pictures"
         return fingerprint_files(files, extra=f"qwen-image edit text 1: {rule}")
 
@@ -227,7 +227,7 @@ class LatentEncoder:
 
     def fingerprint(self) -> str:
         return fingerprint_files(
-            _files(self.paths.component("vae")), extra=f"qwen-image {self.name} 1: {sorted(self.fields)}"
+            files_of(self.paths.component("vae")), extra=f"qwen-image {self.name} 1: {sorted(self.fields)}"
         )
 
     def load(self, build: BuildFn) -> None:
@@ -294,8 +294,3 @@ def at_area(picture: Image.Image, area_px: int) -> Image.Image:
     width = math.sqrt(area_px * ratio)
     sides = (round(width / 32) * 32, round(width / ratio / 32) * 32)
     return picture.resize((max(32, sides[0]), max(32, sides[1])), Image.Resampling.LANCZOS)
-
-
-def _files(component: Path) -> list[Path]:
-    """The files that a component is; one, when it is a single file."""
-    return [component] if component.is_file() else [path for path in component.iterdir() if path.is_file()]

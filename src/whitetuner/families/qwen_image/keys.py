@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from whitetuner.errors import UserError
-from whitetuner.family import Naming
+from whitetuner.families.plain_keys import PlainKeys
 
 #: ComfyUI's mark of a model whose references are modulated as at sigma 0 (comfy/model_detection.py); shape [0].
 REFERENCES_AT_ZERO = "__index_timestep_zero__"
@@ -39,35 +39,14 @@ _NORMS = (
 )
 #: Path of each linear layer, # for the block's number.
 _LINEARS = (*_TOP, *(f"transformer_blocks.#.{name}" for name in _BLOCK_LINEARS))
-_FLAT = {path.replace(".", "_"): path for path in _LINEARS}
 _TENSORS = {
     *(f"{path}.{kind}" for path in _LINEARS for kind in ("weight", "bias")),
     *(f"{path}.weight" for path in _NORMS),
 }
-_PREFIXES = ("diffusion_model.", "transformer.", "")
 
 
-class QwenImageKeys:
-    """KeyMap of Qwen-Image. Adapters know linear layers only; full states know every tensor."""
-
-    def adapter_prefix(self, module_path: str, naming: Naming) -> str:
-        """diffusers: transformer.X; comfyui and lycoris: lycoris_X, which both programs read."""
-        if naming == "diffusers":
-            return f"transformer.{module_path}"
-        return "lycoris_" + module_path.replace(".", "_")
-
-    def module_path(self, prefix: str) -> str | None:
-        """Also of bare paths and of musubi-tuner's lora_unet_ names."""
-        for lead in ("lycoris_", "lora_unet_"):
-            if prefix.startswith(lead):
-                flat, number = _general(prefix.removeprefix(lead), "_")
-                return _FLAT[flat].replace("#", number) if flat in _FLAT else None
-        for lead in _PREFIXES:
-            if prefix.startswith(lead):
-                general, _ = _general(prefix.removeprefix(lead), ".")
-                if general in _LINEARS:
-                    return prefix.removeprefix(lead)
-        return None
+class QwenImageKeys(PlainKeys):
+    """KeyMap of Qwen-Image; ComfyUI and lycoris-lora both read lycoris_ names."""
 
     def marks(self, config: Mapping[str, Any]) -> dict[str, Tensor]:
         """What a full file has besides: Edit-2511's mark, by its transformer's config.json (`zero_cond_t`)."""
@@ -91,37 +70,6 @@ class QwenImageKeys:
             "zero_cond_t": any(name.endswith(REFERENCES_AT_ZERO) for name in names),
         }
 
-    def to_original(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same names. Raises UserError for one that is not Qwen-Image's."""
-        for name in state:
-            if _general(name, ".")[0] not in _TENSORS:
-                raise _foreign(name)
-        return dict(state)
-
-    def from_original(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Inverse of `to_original`; the mark is left out. `model.diffusion_model.` before the names is understood too.
-
-        Raises UserError for a name that is not Qwen-Image's.
-        """
-        found = {}
-        for given, tensor in state.items():
-            name = given.removeprefix("model.").removeprefix("diffusion_model.")
-            if name == REFERENCES_AT_ZERO:
-                continue
-            if _general(name, ".")[0] not in _TENSORS:
-                raise _foreign(given)
-            found[name] = tensor
-        return found
-
-
-def _general(path: str, between: str) -> tuple[str, str]:
-    """(path with # for the block's number, that number). A path with a # of its own is none of ours."""
-    if "#" in path:
-        return "", ""
-    lead = f"transformer_blocks{between}"
-    block = re.fullmatch(rf"{re.escape(lead)}(\d+)({re.escape(between)}.+)", path)
-    return (path, "") if block is None else (f"{lead}#{block[2]}", block[1])
-
 
 def _foreign(name: str) -> UserError:
     return UserError(
@@ -132,4 +80,4 @@ def _foreign(name: str) -> UserError:
     )
 
 
-KEYS = QwenImageKeys()
+KEYS = QwenImageKeys(_LINEARS, _TENSORS, comfyui="lycoris_", foreign=_foreign, left_out=(REFERENCES_AT_ZERO,))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import ftfy
@@ -23,6 +22,7 @@ from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from whitetuner.errors import UserError
+from whitetuner.families.files import files_of
 from whitetuner.families.wan.spec import FRAMES_STEP, TEXT_TOKENS
 from whitetuner.family import BuildFn, Layout, ModelPaths, Reads, fingerprint_files
 from whitetuner.records import EncodeInput
@@ -41,7 +41,10 @@ class TextEncoder:
         self._tokenizer: Any = None
 
     def fingerprint(self) -> str:
-        files = [*_files(self.paths.component("text_encoder")), *_files(self.paths.component("tokenizer"))]
+        files = [
+            *files_of(self.paths.component("text_encoder")),
+            *files_of(self.paths.component("tokenizer")),
+        ]
         return fingerprint_files(files, extra="wan text 1")
 
     def load(self, build: BuildFn) -> None:
@@ -102,7 +105,7 @@ class LatentEncoder:
         self._vae: Any = None
 
     def fingerprint(self) -> str:
-        files = _files(self.paths.component("vae"))
+        files = files_of(self.paths.component("vae"))
         return fingerprint_files(files, extra=f"wan {self.name} 1: {sorted(self.fields)}")
 
     def load(self, build: BuildFn) -> None:
@@ -194,7 +197,7 @@ class ImageEncoder:
 
     def fingerprint(self) -> str:
         parts = ("image_encoder", "image_processor")
-        files = [file for part in parts for file in _files(self.paths.component(part))]
+        files = [file for part in parts for file in files_of(self.paths.component(part))]
         return fingerprint_files(files, extra="wan clip 1")
 
     def load(self, build: BuildFn) -> None:
@@ -250,8 +253,3 @@ def moments_of(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
     return mean, deviation
-
-
-def _files(component: Path) -> list[Path]:
-    """The files that a component is; one, when it is a single file."""
-    return [component] if component.is_file() else [path for path in component.iterdir() if path.is_file()]
