@@ -235,14 +235,16 @@ def families(*, as_json: bool) -> int:
     specs = [registry.spec(name) for name in registry.FAMILIES]
     if as_json:
         rows = [
-            {"name": s.name, "title": s.title, "tasks": s.tasks, "variants": dict(s.variants)} for s in specs
+            {key: getattr(s, key) for key in ("name", "title", "tasks")}
+            | {"variants": dict(s.variants), "licences": dict(s.licence)}
+            for s in specs
         ]
         print(json.dumps(rows, indent=1))
         return 0
     for s in specs:
         print(f"{s.name}  ({s.title}; tasks: {', '.join(s.tasks)})")
         for name, text in s.variants.items():
-            print(f"    {name:<12} {text}")
+            print(f"    {name:<12} {text}  [{s.licence.get(name, 'licence not known')}]")
     return 0
 
 

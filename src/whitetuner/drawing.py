@@ -30,7 +30,14 @@ from whitetuner.rehearsal import check_weights
 from whitetuner.resolve import choose_device, choose_dtype
 from whitetuner.runs.film import can_write, contact_sheet, write_film
 from whitetuner.runs.folder import RunFolder
-from whitetuner.scenes import check_frames, check_given, reference_resolution, size_beside, target_resolution
+from whitetuner.scenes import (
+    check_frames,
+    check_given,
+    reference_resolution,
+    refuse_faulty,
+    size_beside,
+    target_resolution,
+)
 
 #: Longest side that is drawn; larger ones are a slip of the finger that would ask for terabytes.
 LARGEST_PX = 8192
@@ -70,6 +77,8 @@ def sample(
     family, spec = subject.family, subject.family.spec
     variant = spec.variant_of(family.options, family.paths)
     task = task_for(spec, variant, bool(images), subject.trained)
+    for text in (prompt, negative):
+        refuse_faulty(family, text)
     check_given(images, family, "--image")
     check_weights(family)
     given = {part: load_adapter(file, family.keys) for part, file in subject.adapters.items()}

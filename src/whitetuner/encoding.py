@@ -105,7 +105,9 @@ def encoding_of(
     earlier: Mapping[str, Any] | None = None,
 ) -> Encoding:
     """What a run does on this device. earlier: `resolved` of run.json, whose choice an "auto" keeps. Reads config files only."""
-    before = (earlier or {}).get("encoder_base")
+    before = (
+        earlier.get("encoder_base", {}) if earlier else None
+    )  # a run older than this choice had none quantised
     return encoding_on(
         config.memory.encoder_base,
         family,
@@ -113,7 +115,7 @@ def encoding_of(
         dtype,
         card_bytes(device, config.memory.limit_gb),
         size=family.spec.default_size,
-        before=before if isinstance(before, dict) else None,
+        before=before,
     )
 
 

@@ -113,6 +113,7 @@ class FamilySpec:
     template_tokens: tokens that the prompt template adds to a caption, of options.max_sequence_length
     sample_steps, sample_cfg: what pictures are drawn with when nothing is said; cfg 1 is no guidance
     sampling_of: (steps, cfg) for the model at hand where that is drawn otherwise (a distilled one); `sampling` asks it
+    licence:    variant -> of its weights, as its publisher says, or that this was not verified; `families` shows it
     comfyui_loads: whether ComfyUI loads this model, and so its adapters
     tiny_options: options that suit the random tiny model (short texts)
     """

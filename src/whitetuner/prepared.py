@@ -154,8 +154,12 @@ def cache_only(config: Config) -> tuple[int, float]:
     began = time.perf_counter()
     resolved = resolve(config)
     build = phase_build(config, resolved, print)
+    encoding = encoding_of(config, resolved.family, resolved.device, resolved.dtype)
+    for line in encoding.words():
+        print(line)
     try:
-        return len(prepare_data(config, resolved, build).items), time.perf_counter() - began
+        made = prepare_data(config, resolved, build, encoding=encoding)
+        return len(made.items), time.perf_counter() - began
     finally:
         build.release()
 

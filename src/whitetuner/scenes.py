@@ -21,6 +21,8 @@ def check_previews(config: Config, family: Family) -> None:
     """Raises UserError for the first preview that this model cannot draw: its size, its given pictures."""
     for index, prompt in enumerate(config.preview.prompts):
         where = f"preview.prompts[{index}]"
+        for text in (prompt.text, prompt.negative):
+            refuse_faulty(family, text)
         if prompt.size is not None:
             check_size(Size(*prompt.size), family.stride(), f"{where}.size", "[{}, {}]")
         if config.model.task == "i2v" and not prompt.images:
@@ -46,6 +48,13 @@ def check_previews(config: Config, family: Family) -> None:
             )
         check_given(_paths(prompt), family, f"{where}.images")
         inputs_of(prompt.text, prompt, config, family)
+
+
+def refuse_faulty(family: Family, text: str) -> None:
+    """Raises UserError for a text that this model cannot take."""
+    fault = family.spec.caption_fault(text)
+    if fault is not None:
+        raise fault
 
 
 def check_frames(frames: int, spec: FamilySpec, where: str) -> None:

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from subjects import Subject, plain_build
 
+from whitetuner import drawing
 from whitetuner.adapters.attach import Adapter, attach
 from whitetuner.adapters.choose import choose
 from whitetuner.adapters.shapes import AdapterSettings, Kind
@@ -53,6 +54,7 @@ from whitetuner.memory.swap.engine import SwapEngine
 from whitetuner.models import check_model, check_size
 from whitetuner.records import Batch, EncodeInput, Item, Size
 from whitetuner.rehearsal import cache_bytes
+from whitetuner.scenes import check_previews
 from whitetuner.tiny import tiny_values
 from whitetuner.train.step import StepSettings, loss_at
 
@@ -236,11 +238,12 @@ def swapped(
     return found
 
 
-@pytest.mark.parametrize("task", SPEC.tasks)
-@pytest.mark.parametrize("field", ["prior_tokens", "glyph_embeds", "reference_latents", "reference_tokens"])
+@pytest.mark.parametrize(
+    ("task", "field"),
+    [(task, field) for task in SPEC.tasks for field in ("prior_tokens", "glyph_embeds")]
+    + [("edit", "reference_latents"), ("edit", "reference_tokens")],
+)
 def test_another_ones_condition_is_another_loss(t2i: Subject, edit: Subject, task: str, field: str) -> None:
-    if task == "t2i" and "reference" in field:
-        pytest.skip("nothing is given")
     subject = {"t2i": t2i, "edit": edit}[task]
     for own, others in swapped(subject, field, ('it says "HELLO"', 'it says "OTHER"')):
         assert abs(own - others) > BEYOND_ROUNDING * own, field
@@ -540,6 +543,20 @@ def test_check_names_captions_with_unbalanced_quotes(
     next(iter(sorted(data.glob("*.txt")))).write_text('it says "HELLO', encoding="utf-8")
     assert main(["check", str(config)]) != 0
     assert 'it says "HELLO' in capsys.readouterr().out
+
+
+def test_prompts_with_unbalanced_quotes_are_told_before_anything_loads(
+    t2i: Subject, folder: Path, tmp_path: Path
+) -> None:
+    values = tiny_values("glm-image", folder, tmp_path, tmp_path)
+    for key in ("text", "negative"):
+        prompt = {"text": "plain", key: 'it says "HELLO'}
+        config = load_config(None, base={**values, "preview.prompts": [prompt]}).config
+        with pytest.raises(UserError, match="no counterpart"):
+            check_previews(config, t2i.family)
+    with pytest.raises(UserError, match="no counterpart"):
+        drawing.sample(str(folder), prompt='it says "HELLO', out=tmp_path / "x.png", size=Size(64, 64))
+    assert not (tmp_path / "x.png").exists()
 
 
 def test_an_edit_without_given_pictures_is_told(edit: Subject) -> None:

@@ -21,7 +21,7 @@ from whitetuner.data.scenery import paint, portrait_of, scenes
 from whitetuner.errors import UserError, UserErrors
 from whitetuner.evidence import checkpoint, digest, losses
 from whitetuner.families import registry
-from whitetuner.family import ModelPaths, prompts_only
+from whitetuner.family import FamilySpec, ModelPaths, prompts_only
 from whitetuner.memory.build import build_module
 from whitetuner.prepared import encoded_twice
 from whitetuner.records import Size
@@ -35,6 +35,15 @@ EDITORS = [
     for variant, task in registry.spec(name).pairs()
     if task == "edit"
 ]
+#: Those whose folder tells for which task it is, with a variant that is for the other one.
+APART = [
+    (name, variant)
+    for name, variant in EDITORS
+    if ("t2i",) in registry.spec(name).variant_tasks.values()
+    and registry.spec(name).variant_of is not FamilySpec.__dataclass_fields__["variant_of"].default
+]
+#: Those that take so many given pictures and no more.
+LIMITED = [(name, variant) for name, variant in EDITORS if variant in registry.spec(name).most_references]
 PROMPT = "put the thing of image 2 into image 1"
 
 
@@ -228,21 +237,16 @@ def test_what_does_not_go_together_is_refused_before_anything_loads(
     place: dict[str, Any], change: dict[str, Any], words: str
 ) -> None:
     values = {key: value for key, value in {**place, **change}.items() if value is not None}
-    task = values["model.task"]
-    if task not in registry.spec(place["model.family"]).tasks:
-        pytest.skip("a family without text to image")
     with pytest.raises((UserError, UserErrors), match=words):
         train(values, "refused")
     assert not (Path(place["run.output_dir"]) / "refused").exists()
 
 
+@pytest.mark.parametrize("place", APART, ids="-".join, indirect=True)
 def test_a_model_for_the_other_task_is_told(place: dict[str, Any], tmp_path: Path) -> None:
     """Where variants of a family are for different tasks; where one model does both, both are trained."""
     spec = registry.spec(place["model.family"])
     others = [variant for variant, tasks in spec.variant_tasks.items() if tasks == ("t2i",)]
-    config = load_config(None, base=place).config
-    if not others or spec.variant_of(config.model_options(), ModelPaths(Path(place["model.path"]))) is None:
-        pytest.skip("one model does both")
     unedited = {key: value for key, value in place.items() if key not in ("data.target", "data.conditions")}
     with pytest.raises(UserError, match="which is for edit, not for t2i"):
         train({**unedited, "model.task": "t2i", "data.images": place["data.target"]}, "as-t2i")
@@ -256,12 +260,11 @@ def test_a_model_for_the_other_task_is_told(place: dict[str, Any], tmp_path: Pat
         drawing.sample(place["model.path"], out=tmp_path / "x.png", size=Size(64, 64))
 
 
+@pytest.mark.parametrize("place", LIMITED, ids="-".join, indirect=True)
 def test_more_given_pictures_than_the_model_takes_are_refused(place: dict[str, Any], tmp_path: Path) -> None:
     model = load_config(None, base=place).config
     spec = registry.spec(model.model.family)
     most = spec.references_at_most(model.model_options(), ModelPaths(Path(place["model.path"])))
-    if most is None:
-        pytest.skip("takes any number")
     both = [str(Path(place["data.target"]).parent / f"condition_{number}") for number in (1, 2)]
     with pytest.raises(UserErrors, match=f"takes at most {most}"):
         train({**place, "data.conditions": both}, "many")

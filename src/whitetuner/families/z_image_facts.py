@@ -58,7 +58,8 @@ SETTINGS = {
 SHIFT = 3.0
 #: <|im_start|>user\n ... <|im_end|>\n<|im_start|>assistant\n
 TEMPLATE_TOKENS = 8
-LICENCE = dict.fromkeys(VARIANTS, "Apache-2.0")
+#: The publisher's repository on GitHub names none; the model cards of base and Turbo are tagged so, by others' lists of them.
+LICENCE = dict.fromkeys(VARIANTS, "Apache-2.0 by its model card; not verified at the source")
 SOURCES = (
     "diffusers pipelines/z_image/pipeline_z_image.py",
     "diffusers models/transformers/transformer_z_image.py",

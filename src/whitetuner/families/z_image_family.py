@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from whitetuner.families import z_image_merge as merge
+from whitetuner.families.drawing import AtHome, ending_when_told
 from whitetuner.families.z_image_encoders import LatentEncoder, TextEncoder
 from whitetuner.families.z_image_facts import ZImageOptions, is_turbo
 from whitetuner.family import BuildFn, Encoder, FamilySpec, KeyMap, ModelPaths
@@ -94,6 +95,7 @@ class ZImageFamily:
             tokenizer=None,
             transformer=modules["transformer"],
         )
+        pipe.home = _anchor(modules["transformer"]).device
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -119,13 +121,6 @@ class ZImageFamily:
         compute = _anchor(transformer)
         guided = negative is not None and cfg > 1 and not is_turbo(self.options, self.paths)
 
-        def after_step(
-            pipe: ZImagePipeline, index: int, timestep: Tensor, values: dict[str, Tensor]
-        ) -> dict[str, Tensor]:
-            if on_step is not None and not on_step(index):
-                pipe._interrupt = True
-            return values
-
         pipe = self.pipeline(modules, decoder)
         with merge.without(transformer, self.merged(), compute):
             latent = pipe(
@@ -136,7 +131,7 @@ class ZImageFamily:
                 num_inference_steps=steps,
                 guidance_scale=cfg - 1 if guided else 0.0,  # the pipeline adds its guidance to the prompted 1
                 generator=torch.Generator("cpu").manual_seed(seed),
-                callback_on_step_end=after_step,
+                callback_on_step_end=ending_when_told(on_step),
                 output_type="latent",
             ).images
         # Decoded here: the decoder may be of another dtype, or wait on another device, than the denoiser.
@@ -148,12 +143,8 @@ class ZImageFamily:
         )
 
 
-class _Pipeline(ZImagePipeline):
-    """Works where the denoiser computes; diffusers would look where the VAE lies, which may be parked elsewhere."""
-
-    @property
-    def _execution_device(self) -> torch.device:
-        return _anchor(self.transformer).device
+class _Pipeline(AtHome, ZImagePipeline):
+    pass
 
 
 def _anchor(transformer: Any) -> Tensor:

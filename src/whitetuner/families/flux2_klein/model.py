@@ -21,6 +21,7 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor, nn
 
+from whitetuner.families.drawing import AtHome, ending_when_told
 from whitetuner.families.flux2_klein.encoders import LatentEncoder, ReferenceEncoder, TextEncoder
 from whitetuner.families.flux2_klein.keys import KEYS
 from whitetuner.families.flux2_klein.spec import SPEC, KleinOptions, is_distilled
@@ -132,6 +133,7 @@ class Model:
             transformer=modules["transformer"],
             is_distilled=is_distilled(self.options, self.paths),
         )
+        pipe.home = _anchor(modules["transformer"]).device
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -154,13 +156,6 @@ class Model:
         """
         compute = _anchor(modules["transformer"])
 
-        def after_step(
-            pipe: Flux2KleinPipeline, index: int, timestep: Tensor, values: dict[str, Tensor]
-        ) -> dict[str, Tensor]:
-            if on_step is not None and not on_step(index):
-                pipe._interrupt = True
-            return values
-
         pipe = self.pipeline(modules, decoder)
         if "reference_latents" in prompt:
             pipe.references = (prompt["reference_latents"], self.reference_ids(prompt["reference_sizes"]))
@@ -173,7 +168,7 @@ class Model:
             num_inference_steps=steps,
             guidance_scale=1.0 if negative is None else cfg,
             generator=torch.Generator("cpu").manual_seed(seed),
-            callback_on_step_end=after_step,
+            callback_on_step_end=ending_when_told(on_step),
             output_type="latent",
         ).images
         # Decoded here: the decoder may be of another dtype, or wait on another device, than the denoiser.
@@ -186,17 +181,10 @@ class Model:
 _PLACEHOLDER = Image.new("RGB", (64, 64))
 
 
-class _Pipeline(Flux2KleinPipeline):
-    """Works where the denoiser computes; diffusers would look where the VAE lies, which may be parked elsewhere.
-
-    references: tokens (N, C) and positions (N, 4), encoded before; they stand in for what it would make of pictures
-    """
+class _Pipeline(AtHome, Flux2KleinPipeline):
+    """references: tokens (N, C) and positions (N, 4), encoded before; they stand in for what it would make of pictures"""
 
     references: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def _execution_device(self) -> torch.device:
-        return _anchor(self.transformer).device
 
     def prepare_image_latents(
         self, images: Any, batch_size: int, generator: Any, device: Any, dtype: Any

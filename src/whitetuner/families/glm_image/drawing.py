@@ -5,23 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from diffusers import GlmImagePipeline
 from torch import Tensor
 
+from whitetuner.families.drawing import AtHome
 
-class DrawingPipeline(GlmImagePipeline):
-    """Works where the denoiser computes; diffusers would look where the VAE lies, which may be parked elsewhere.
 
-    unwanted: (1, L, D) embedded texts of the unguided side, of any length; None: no guidance
-    """
+class DrawingPipeline(AtHome, GlmImagePipeline):
+    """unwanted: (1, L, D) embedded texts of the unguided side, of any length; None: no guidance"""
 
-    home = torch.device("cpu")
     unwanted: Tensor | None = None
-
-    @property
-    def _execution_device(self) -> torch.device:
-        return self.home
 
     def encode_prompt(self, *args: Any, prompt_embeds: Tensor, **given: Any) -> tuple[Tensor, Tensor | None]:
         """Encoded already. (As arguments of a call the two would have to be of one length.)"""

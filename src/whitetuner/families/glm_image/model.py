@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from whitetuner.diffusion.sigmas import generator_for
 from whitetuner.errors import UserError
+from whitetuner.families.drawing import ending_when_told
 from whitetuner.families.glm_image.drawing import DrawingPipeline, Guided
 from whitetuner.families.glm_image.encoders import LatentEncoder, ReferenceEncoder, moments_of
 from whitetuner.families.glm_image.glyphs import GlyphEncoder
@@ -230,13 +231,6 @@ class Model:
         pipe.home = compute.device
         pipe.unwanted = None if negative is None else negative["glyph_embeds"][None].to(compute)
 
-        def after_step(
-            pipe: Any, index: int, timestep: Tensor, values: dict[str, Tensor]
-        ) -> dict[str, Tensor]:
-            if on_step is not None and not on_step(index):
-                pipe._interrupt = True
-            return values
-
         latent = pipe(
             prompt_embeds=prompt["glyph_embeds"][None].to(compute),
             prior_token_ids=self.spread(prior[None]).to(compute.device),
@@ -245,7 +239,7 @@ class Model:
             height=size.height,
             num_inference_steps=steps,
             generator=torch.Generator("cpu").manual_seed(seed),
-            callback_on_step_end=after_step,
+            callback_on_step_end=ending_when_told(on_step),
             output_type="latent",
         ).images
         # Decoded here: the decoder may be of another dtype, or wait on another device, than the denoiser.

@@ -183,7 +183,10 @@ SPEC = FamilySpec(
     tiny_options={"max_sequence_length": 64},
     sample_steps=50,  # GlmImagePipeline.__call__ defaults
     sample_cfg=1.5,
-    licence=dict.fromkeys(("t2i", "edit"), "MIT"),
+    # By copies of its model card; the publisher's repository on GitHub names none.
+    licence=dict.fromkeys(
+        ("t2i", "edit"), "MIT, its picture tokenizer (of X-Omni) Apache-2.0; not verified at the source"
+    ),
     sources=(
         "diffusers pipelines/glm_image/pipeline_glm_image.py",
         "diffusers models/transformers/transformer_glm_image.py",

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from whitetuner.errors import UserError
+from whitetuner.families.drawing import AtHome, ending_when_told
 from whitetuner.families.qwen_image.encoders import (
     EditTextEncoder,
     LatentEncoder,
@@ -164,13 +165,6 @@ class Model:
                 mend="draw in 2 steps or more (50 is the model's own number)",
             )
 
-        def after_step(
-            pipe: QwenImagePipeline, index: int, timestep: Tensor, values: dict[str, Tensor]
-        ) -> dict[str, Tensor]:
-            if on_step is not None and not on_step(index):
-                pipe._interrupt = True
-            return values
-
         compute = _anchor(modules["transformer"])
         texts = {"": prompt} if negative is None or cfg <= 1 else {"": prompt, "negative_": negative}
         embeds = {
@@ -188,7 +182,7 @@ class Model:
             height=size.height,
             num_inference_steps=steps,
             generator=torch.Generator("cpu").manual_seed(seed),
-            callback_on_step_end=after_step,
+            callback_on_step_end=ending_when_told(on_step),
             output_type="latent",
         ).images
         # Decoded here: the decoder may be of another dtype, or wait on another device, than the denoiser.
@@ -238,15 +232,7 @@ class _BesideReferences:
         return (self.model.denoise(self.transformer, hidden_states, self.references, shapes, **given),)
 
 
-class _Pipeline(QwenImagePipeline):
-    """Works where the denoiser computes; diffusers would look where the VAE lies, which may be parked elsewhere."""
-
-    home = torch.device("cpu")
-
-    @property
-    def _execution_device(self) -> torch.device:
-        return self.home
-
+class _Pipeline(AtHome, QwenImagePipeline):
     def encode_prompt(self, *args: Any, prompt_embeds: Tensor, **given: Any) -> tuple[Tensor, None]:
         """Encoded already, and whole: an edit's text holds its pictures and may be longer than the 1024 tokens of text."""
         return prompt_embeds, None

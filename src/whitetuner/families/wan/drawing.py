@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from whitetuner.errors import UserError
+from whitetuner.families.drawing import AtHome, ending_when_told
 from whitetuner.families.wan.encoders import moments_of
 from whitetuner.families.wan.spec import BOUNDARIES
 from whitetuner.records import Size
@@ -42,11 +43,6 @@ def draw(
     pipe = pipeline(model, modules, decoder, prompt)
     compute = _anchor(next(iter(modules.values())))
 
-    def after_step(pipe: Any, index: int, timestep: Tensor, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        if on_step is not None and not on_step(index):
-            pipe._interrupt = True
-        return values
-
     texts = {"": prompt} if negative is None or cfg <= 1 else {"": prompt, "negative_": negative}
     embeds = {
         f"{name}prompt_embeds": model.text([fields["prompt_embeds"]]).to(compute)
@@ -67,7 +63,7 @@ def draw(
         num_frames=size.frames,
         num_inference_steps=steps,
         generator=torch.Generator("cpu").manual_seed(seed),
-        callback_on_step_end=after_step,
+        callback_on_step_end=ending_when_told(on_step),
         output_type="latent",
     ).frames
     return decoded(decoder, latent, pipe)
@@ -133,15 +129,7 @@ def _scheduler(model: Model) -> Any:
     return getattr(diffusers, name).from_pretrained(folder, local_files_only=True)
 
 
-class _AtHome:
-    """Works where the denoiser computes; diffusers would look where the VAE lies, which may be parked elsewhere."""
-
-    home = torch.device("cpu")
-
-    @property
-    def _execution_device(self) -> torch.device:
-        return self.home
-
+class _Encoded(AtHome):
     def encode_prompt(
         self, *args: Any, prompt_embeds: Tensor, negative_prompt_embeds: Tensor | None, **given: Any
     ) -> tuple[Tensor, Tensor | None]:
@@ -149,11 +137,11 @@ class _AtHome:
         return prompt_embeds, negative_prompt_embeds
 
 
-class _FromText(_AtHome, WanPipeline):
+class _FromText(_Encoded, WanPipeline):
     pass
 
 
-class _FromPicture(_AtHome, WanImageToVideoPipeline):
+class _FromPicture(_Encoded, WanImageToVideoPipeline):
     """first: (1, C, T or 1, H, W) latents of the first frame;  mask: (1, 4, T, H, W), None for the 5B."""
 
     first: Tensor
