@@ -8,6 +8,7 @@ from whitetuner.companions import companion_of
 from whitetuner.config.schema import Config
 from whitetuner.diffusion.sigmas import SigmaSettings
 from whitetuner.family import Family, Part
+from whitetuner.memory.swap.arena import Arenas
 from whitetuner.planning import Way, denoiser_build, fit_denoiser, shelf_folder
 from whitetuner.rehearsal import adapter_for, optimizer_for
 from whitetuner.resolve import Resolved
@@ -18,21 +19,33 @@ from whitetuner.train.team import Team
 
 
 def assemble(
-    config: Config, family: Family, resolved: Resolved, way: Way, tell: Callable[[str, str], None]
+    config: Config,
+    family: Family,
+    resolved: Resolved,
+    way: Way,
+    tell: Callable[[str, str], None],
+    arenas: Arenas | None = None,
 ) -> Team:
-    """The team of a run, as new. tell: (level, text). Raises UserError for what does not go together."""
+    """The team of a run, as new. tell: (level, text). Raises UserError for what does not go together.
+
+    arenas: what waits on the host is shared with other ranks of this machine, and read by one of them
+    """
     device, parts = resolved.device, family.spec.parts(family.options)
     # Parts of a family are of one architecture: what fits one fits each while the others are away.
     lists = parts[0].block_lists
     turns = len(parts) > 1
-    modules = family.load(denoiser_build(way, device, resolved.dtype, lists, turns))
+    absent = arenas is not None and not arenas.leader
+    modules = family.load(denoiser_build(way, device, resolved.dtype, lists, turns, absent))
     learners = []
     for part in parts:
         module = modules[part.name]
         adapter, limits = adapter_for(config, family, part, module, device)
         for limit in limits:
             tell("warning", str(limit))
-        fitted = fit_denoiser(config, way, module, part, device, lambda text: tell("info", text), turns)
+        arena = None if arenas is None else arenas.of(part.name)
+        fitted = fit_denoiser(
+            config, way, module, part, device, lambda text: tell("info", text), turns, arena
+        )
         parameters = list(adapter.parameters())
         optimizer = optimizer_for(config, parameters)
         ema = Ema(parameters, config.optimizer.ema) if config.optimizer.ema else None

@@ -32,6 +32,7 @@ from whitetuner.memory.plan import BASES, Plan, Wishes, make_plan, weigh
 from whitetuner.memory.quantize import Kind, require_bitsandbytes
 from whitetuner.memory.recompute import chunk_tokens
 from whitetuner.memory.skeleton import sketch_module
+from whitetuner.memory.swap.arena import Arena
 from whitetuner.memory.swap.layout import spread_count
 from whitetuner.memory.swap.shelf import Shelf
 from whitetuner.records import Batch, Item, Size
@@ -289,11 +290,19 @@ def cap_memory(config: Config, device: torch.device) -> None:
 
 
 def denoiser_build(
-    way: Way, device: torch.device, dtype: torch.dtype, lists: Sequence[str], turns: bool = False
+    way: Way,
+    device: torch.device,
+    dtype: torch.dtype,
+    lists: Sequence[str],
+    turns: bool = False,
+    absent: bool = False,
 ) -> Build:
-    """Blocks that will wait on the host are never all on the card, nor, where several models take turns, all models."""
+    """Blocks that will wait on the host are never all on the card, nor, where several models take turns, all models.
+
+    absent: another rank of this machine reads them
+    """
     host = () if way.residents is None and not turns else tuple(f"{name}.*" for name in lists)
-    return Build(dtype=dtype, device=device, quantize=way.quantize, host=host)
+    return Build(dtype=dtype, device=device, quantize=way.quantize, host=host, host_absent=absent)
 
 
 def fit_denoiser(
@@ -304,10 +313,11 @@ def fit_denoiser(
     device: torch.device,
     tell: Callable[[str], None],
     turns: bool = False,
+    arena: Arena | None = None,
 ) -> Fitted:
     """Puts the way on a denoiser with its adapter.
 
-    turns: another one has the device in between; tell: hears what waits on the host, now and later
+    turns: another one has the device in between; tell: hears what waits on the host, now and later; arena: shared by ranks
     """
     folder = shelf_folder(config, way)
     memory = config.memory
@@ -325,10 +335,12 @@ def fit_denoiser(
         movable=turns and device.type != "cpu",
         tell=tell,
         shelf=None if folder is None else Shelf(folder),
+        arena=arena,
     )
     if fitted.engine is not None:
         streamed = len(fitted.engine.layouts) - len(fitted.engine.residents)
-        tell(f"{streamed} blocks wait on the host; {fitted.engine.pinned}")
+        shared = "" if arena is None else f"; {arena.sentence()}"
+        tell(f"{streamed} blocks wait on the host; {fitted.engine.pinned}{shared}")
     return fitted
 
 

@@ -241,7 +241,8 @@ class Session:
         for note in self.data.notes:
             self._message("info", note)
         self.tell(events.Phase(name="load"))
-        self.team = assemble(config, self.family, self.resolved, self.way, self._message)
+        arenas = sharing.arenas_of(ranks, config, self.resolved, self.way, self._message)
+        self.team = assemble(config, self.family, self.resolved, self.way, self._message, arenas)
         if checkpoint is not None:
             self.team.load(checkpoint.tensors, checkpoint.documents)
             for path in self.store.set_aside_after(checkpoint.step) if ranks.first else ():

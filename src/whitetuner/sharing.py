@@ -17,6 +17,8 @@ from whitetuner.data.order import Shares
 from whitetuner.data.scan import Scan
 from whitetuner.errors import EXIT_ENVIRONMENT, UserError
 from whitetuner.family import Family
+from whitetuner.memory.swap.arena import Arenas, Link, kind_for
+from whitetuner.memory.weights import weight_files
 from whitetuner.planning import Shape, Way, way_of
 from whitetuner.prepared import Progress, data_hash, find_items
 from whitetuner.resolve import Resolved
@@ -162,6 +164,46 @@ def words_of(shares: Shares, config: Config) -> list[str]:
     if pieces < shares.world:
         told.append(f"{shares.world - pieces} of {shares.world} ranks have nothing to do")
     return told
+
+
+def arenas_of(
+    ranks: Ranks, config: Config, resolved: Resolved, way: Way, tell: Callable[[str, str], None]
+) -> Arenas | None:
+    """What the ranks of this machine share of the weights that wait on the host; None where there is nothing to share.
+
+    Full training writes its weights, and experts on disk leave the host: then each rank has its own.
+    """
+    family = resolved.family
+    turns = len(family.spec.parts(family.options)) > 1 and resolved.device.type == "cuda"
+    streams = (way.residents is not None or turns) and resolved.device.type in ("cpu", "cuda")
+    rows = ranks.told(streams and not way.on_disk and config.method.kind != "full")
+    mates = [rank for rank in ranks.ranks_here if rows[rank]]
+    if ranks.rank not in mates or len(mates) == 1:
+        return None
+
+    def link_of(name: str) -> Link:
+        key = f"arena/{name}"
+        return Link(
+            leader=ranks.rank == mates[0],
+            others=len(mates) - 1,
+            say=lambda word, text: ranks.say(f"{key}/{word}", text),
+            from_leader=lambda word: ranks.said(f"{key}/{word}", mates[0]),
+            from_all=lambda word: [ranks.said(f"{key}/{word}", rank) for rank in mates],
+        )
+
+    kind, why = kind_for(link_of("probe"), _weights_bytes(family))
+    if not kind:
+        text = f"each of the {len(mates)} ranks of this machine holds its own copy of the weights that wait on the host: {why}"
+        tell("warning", text)
+        return None
+    return Arenas(kind, link_of, ranks.rank == mates[0])
+
+
+def _weights_bytes(family: Family) -> int:
+    """Of the denoisers' files: more than what they take when they are quantised."""
+    parts = family.spec.parts(family.options)
+    folders = [family.paths.component(part.name) for part in parts]
+    return sum(file.stat().st_size for one in folders for file in weight_files(one))
 
 
 def residency(

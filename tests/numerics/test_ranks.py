@@ -19,8 +19,10 @@ from whitetuner import recipe
 from whitetuner.adapters.attach import attach
 from whitetuner.adapters.shapes import AdapterSettings
 from whitetuner.config.load import load_config
+from whitetuner.data.samples import make_testdata
 from whitetuner.evidence import checkpoint, digest, losses
 from whitetuner.families import registry
+from whitetuner.memory.swap.arena import Arena, Link, kind_for
 from whitetuner.runs import events
 from whitetuner.tiny import tiny_values
 from whitetuner.train.distributed import Ranks
@@ -196,21 +198,60 @@ def test_a_killed_rank_ends_the_run_by_name_and_a_resume_is_as_if_nothing_happen
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(registry.FAMILIES))
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(
+    ("name", "world"), [*((name, 2) for name in registry.FAMILIES), (next(iter(registry.FAMILIES)), 4)]
+)
 def test_every_family_learns_the_same_on_ranks(place: dict[str, Any], name: str, world: int) -> None:
-    """Each rank one micro-batch and swap, against a process that accumulates them; four ranks add in the same order."""
+    """With swap and accumulation, against a process that accumulates all of it."""
     folder = Path(place["run.output_dir"]) / f"{name}-{world}"
     registry.make_tiny(name, str(folder / "model"))
+    data = Path(place["data.images"])
+    if "t2i" not in registry.spec(name).tasks_of(next(iter(registry.spec(name).variants))):
+        data = folder / "data"
+        make_testdata("video", data, 3, 0)
     own = {
-        **tiny_values(name, folder / "model", Path(place["data.images"]), folder),
+        **tiny_values(name, folder / "model", data, folder),
         **{key: place[key] for key in ("save.every", "preview.every", "validation.every", "log.tensorboard")},
         "run.steps": STEPS,
         "data.batch_size": 1,
         "memory.blocks_to_swap": 1,
-        "optimizer.gradient_accumulation": 2 if world == 2 else 1,
+        "optimizer.gradient_accumulation": 4 // world,
     }
     several = run({**own, "run.name": "several"}, world)
     one = alone(own, "one", optimizer__gradient_accumulation=4)
     for found, wanted in zip(losses(several), losses(one), strict=True):
         assert found[2] == wanted[2] and found[3] == pytest.approx(wanted[3], rel=1e-4, abs=1e-5)
+
+
+def arena_of(ranks: Ranks, world: int, room: int, kinds: list[str] | None = None) -> Any:
+    if kinds is not None and "memfd" not in kinds:
+        del os.memfd_create  # as on systems without it, or where processes do not see each other
+    link = Link(
+        ranks.first,
+        world - 1,
+        lambda key, text: ranks.say(f"a/{key}", text),
+        lambda key: ranks.said(f"a/{key}", 0),
+        lambda key: [ranks.said(f"a/{key}", rank) for rank in range(world)],
+    )
+    kind, why = kind_for(link, 1 << 20, lambda: room)
+    if not kind:
+        return why
+    arena = Arena(link, kind)
+    masters = arena.masters([4096, 0, 256])
+    if ranks.first:
+        for number, one in enumerate(masters):
+            one.fill_(number + 1)
+    arena.filled()
+    left = list(Path("/dev/shm").glob("whitetuner-*")) if kind == "file" and ranks.first else []
+    return kind, [one.tolist() for one in masters], left
+
+
+@pytest.mark.parametrize("kinds", [["memfd"], ["file"]])
+def test_what_one_rank_writes_all_read(tmp_path: Path, kinds: list[str]) -> None:
+    told = forked_ranks.together(3, partial(arena_of, world=3, room=1 << 30, kinds=kinds), tmp_path)
+    assert told == [(kinds[0], [[1] * 4096, [], [3] * 256], [])] * 3  # and nothing is left in /dev/shm
+
+
+def test_a_small_dev_shm_is_said(tmp_path: Path) -> None:
+    told = forked_ranks.together(2, partial(arena_of, world=2, room=1 << 10, kinds=["file"]), tmp_path)
+    assert told[0] == told[1] and "GB free, the model needs" in told[0]

@@ -9,7 +9,7 @@ one read: neither host nor device holds the bf16 model whole when a quantised on
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -39,6 +39,7 @@ class Build:
     quantize: Kind | None = None
     host: Sequence[str] = field(default=())
     freeze: bool = True
+    host_absent: bool = False
 
     def __call__(self, cls: type, folder: Path, *, keep_precise: Sequence[str] = ()) -> Any:
         return build_module(
@@ -50,6 +51,7 @@ class Build:
             quantize=self.quantize,
             host=self.host,
             freeze=self.freeze,
+            host_absent=self.host_absent,
         )
 
 
@@ -63,6 +65,7 @@ def build_module(
     quantize: Kind | None = None,
     host: Sequence[str] = (),
     freeze: bool = True,
+    host_absent: bool = False,
     overrides: Mapping[str, Any] | None = None,
     ignore: Sequence[str] = (),
     config: Path | None = None,
@@ -76,6 +79,8 @@ def build_module(
     host:         fnmatch patterns of names that end up on the CPU though `device` is another (blocks to be
                   swapped)
     freeze:       requires_grad False everywhere (else True for floating parameters)
+    host_absent:  what matches `host` is not read: memory that nobody touches stands for it until it is bound to another
+                  process' copy (swap/arena.py)
     overrides:    values that replace those of config.json;  ignore: patterns of tensors in the file to leave
                   out
     config:       folder of config.json when it is not `folder`
@@ -103,6 +108,8 @@ def build_module(
         holders = _holders(module)
         first_value: dict[int, torch.Tensor] = {}
         for source_name, name in pairs:
+            if host_absent and _matches(name, host):
+                continue
             tensor = source[source_name]
             home = torch.device("cpu") if _matches(name, host) else device
             scale = source[scales[source_name]] if source_name in scales else None
@@ -121,6 +128,8 @@ def build_module(
             if tensor.is_floating_point():
                 wanted = torch.float32 if name in precise else dtype
             _assign(holders, first_value, owner, name, _own(tensor, wanted, home))
+    if host_absent:
+        _stand_in(module, holders, precise, dtype)
     for child in module.modules():
         for key, buffer in child._buffers.items():
             if buffer is not None and buffer.device != device and key in child._non_persistent_buffers_set:
@@ -277,6 +286,27 @@ def _assign(
             child._parameters[attribute] = parameter
         else:
             child._buffers[attribute] = tensor
+
+
+def _stand_in(
+    module: nn.Module,
+    holders: dict[str, list[tuple[nn.Module, str, bool]]],
+    precise: Collection[str],
+    dtype: torch.dtype,
+) -> None:
+    """Tensors of the right size, whose memory is never touched, for all that was not read."""
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.is_meta:
+            layer = module.get_submodule(name.rpartition(".")[0])
+            wanted = tensor.dtype
+            if wanted.is_floating_point and not isinstance(layer, QuantLinear):
+                wanted = torch.float32 if name in precise else dtype
+            absent = torch.empty(tensor.shape, dtype=wanted)
+            for child, attribute, is_parameter in holders[name]:
+                if is_parameter:
+                    child._parameters[attribute] = nn.Parameter(absent, requires_grad=False)
+                else:
+                    child._buffers[attribute] = absent
 
 
 def _fill_quantized(

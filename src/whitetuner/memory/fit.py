@@ -16,6 +16,7 @@ from whitetuner.memory.kernels import Compiled, compile_blocks, set_attention
 from whitetuner.memory.machine import GIB
 from whitetuner.memory.offload import InputsOnHost
 from whitetuner.memory.recompute import Recompute, checkpoint_blocks
+from whitetuner.memory.swap.arena import Arena
 from whitetuner.memory.swap.backend import Backend, Counters, CpuBackend
 from whitetuner.memory.swap.device import DeviceBackend
 from whitetuner.memory.swap.engine import SwapEngine
@@ -130,6 +131,7 @@ def fit(
     backend: Backend | None = None,
     tell: Callable[[str], None] = log.warning,
     shelf: Shelf | None = None,
+    arena: Arena | None = None,
 ) -> Fitted:
     """Makes a module with its adapters ready to train on a device.
 
@@ -140,6 +142,7 @@ def fit(
     backend:   of the swap; None: the device's own
     tell:      hears of blocks that leave the device later, for want of memory
     shelf:     of a movable one, see Fitted
+    arena:     of the blocks that wait on the host, shared with other processes
     The module may lie on the host; what has to be on the device is brought there.
     """
     device = torch.device(device)
@@ -158,7 +161,7 @@ def fit(
     # On a CPU nothing is streamed unless asked for: running out of memory there is no OutOfMemoryError.
     swap = backend or (backend_for(device) if streams or device.type != "cpu" else None)
     if streams and stays is not None and swap is not None:
-        engine = SwapEngine(module, block_lists, stays, swap, slots=slots).attach()
+        engine = SwapEngine(module, block_lists, stays, swap, slots=slots).attach(arena)
         log.info(engine.pinned)
     if engine is None:
         module.to(device)

@@ -9,6 +9,7 @@ fails says so where the others come next, so that all end for the same reason.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ T = TypeVar("T")
 BUCKET_BYTES = 64 * 2**20
 #: A collective ends when its ranks do (see watch.py), not by the clock: one rank may draw previews for half an hour.
 PATIENCE = timedelta(days=30)
+#: Between looks for a word of another rank.
+_LOOK_EVERY_S = 0.02
 _FINE, _FAILED, _STOPPED = 0.0, 1.0, 2.0
 
 
@@ -87,6 +90,13 @@ class Ranks:
 
     def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
         """Rank 0's values, in place."""
+
+    def say(self, key: str, text: str) -> None:
+        """Leaves a word for others, under a key that is used once."""
+
+    def said(self, key: str, rank: int) -> str:
+        """What a rank has said under a key, as soon as it has."""
+        raise AssertionError("a process on its own hears nobody")
 
 
 class Several(Ranks):
@@ -191,6 +201,15 @@ class Several(Ranks):
     def _key(self, kind: str) -> str:
         self._calls += 1
         return f"{kind}/{self._calls}"
+
+    def said(self, key: str, rank: int) -> str:
+        """What a rank has said, or will say: comes back when it has. A rank that is lost meanwhile ends this process (watch)."""
+        while not self._store.check([f"{key}/{rank}"]):
+            time.sleep(_LOOK_EVERY_S)
+        return self._store.get(f"{key}/{rank}").decode()
+
+    def say(self, key: str, text: str) -> None:
+        self._store.set(f"{key}/{self.rank}", text)
 
     # -- tensors ---------------------------------------------------------------------------------------------------
 

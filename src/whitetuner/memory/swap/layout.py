@@ -88,6 +88,24 @@ def _tensors(block: nn.Module) -> Iterable[torch.Tensor]:
     yield from block.buffers()
 
 
+def small_of(layouts: Sequence[BlockLayout]) -> list[torch.Tensor]:
+    """The frozen tensors of the blocks that do not move, each once."""
+    moving = {id(entry.tensor) for layout in layouts for entry in layout.entries}
+    found = {id(t): t for layout in layouts for t in _tensors(layout.block) if not t.requires_grad}
+    return [tensor for key, tensor in found.items() if key not in moving]
+
+
+@torch.no_grad()
+def carry(tensors: Sequence[torch.Tensor], flat: torch.Tensor, *, write: bool) -> None:
+    """Into a flat uint8 buffer one after another, or out of it."""
+    offset = 0
+    for tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        part = flat[offset : offset + size].view(tensor.dtype).view(tensor.shape)
+        (part if write else tensor.data).copy_(tensor.data if write else part)
+        offset += padded(size)
+
+
 def padded(num_bytes: int) -> int:
     """Rounded up to a multiple of ALIGN."""
     return -(-num_bytes // ALIGN) * ALIGN
