@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 
-from whitetuner.errors import EXIT_ENVIRONMENT, EXIT_FAILED, EXIT_STOPPED, EXIT_USE, UserError, out_of_memory
+from whitetuner.errors import (
+    EXIT_ENVIRONMENT,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    EXIT_USE,
+    FULL,
+    UserError,
+    out_of_memory,
+)
 from whitetuner.parser import NOT_LANDED, make_parser
 
 Word = Callable[[argparse.Namespace], int]
@@ -50,10 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except OSError as error:
-        if error.filename is None or error.strerror is None:
+        full = error.errno in FULL
+        if error.strerror is None or (error.filename is None and not full):
             raise  # not the system speaking of a file: a fault of ours, to be seen whole
-        mend = "make room there" if error.errno == errno.ENOSPC else "look at this path and its rights"
-        print(f"error: {error.filename}: {error.strerror}\n  -> {mend}", file=sys.stderr)
+        mend = "make room there" if full else "look at this path and its rights"
+        print(f"error: {error.filename or given.word}: {error.strerror}\n  -> {mend}", file=sys.stderr)
         return EXIT_ENVIRONMENT
 
 

@@ -6,6 +6,11 @@ another language (the template is the key of the translation) and so that a valu
 
 from __future__ import annotations
 
+import errno
+
+#: errno of a disk, or of this user's share of it, that is full; EFBIG: a limit on file size (FAT, ulimit).
+FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)
+
 #: Exit codes of the command line (docs/cli.md): a failed run, wrong use or config, an unfit environment, stopped and saved.
 EXIT_FAILED, EXIT_USE, EXIT_ENVIRONMENT, EXIT_STOPPED = 1, 2, 3, 130
 

@@ -255,7 +255,8 @@ class Session:
         config = self.config
         self._batches = self._closing.enter_context(self.data.loader(self.step))
         if config.log.tensorboard and self.ranks.first:
-            self.board = Board(self.folder.tensorboard, self.data.steps, self.ranks.world)
+            warn = partial(self._message, "warning")
+            self.board = Board(self.folder.tensorboard, self.data.steps, self.ranks.world, warn)
             self._closing.callback(self.board.close)
         self.tell(events.Phase(name="train", total=self.data.steps))
         self._began_at = self.step
@@ -326,6 +327,7 @@ class Session:
         """A checkpoint of now. Raises UserError when it cannot be written; earlier ones stay."""
         began = time.perf_counter()
         tensors, documents = self.team.save()
+        self.folder.sync_events()
         path = self.store.save(
             self.step, tensors, documents, {"config": self.loaded.document()}, self.loaded.metadata()
         )

@@ -88,6 +88,19 @@ def test_a_damaged_checkpoint_is_named_and_the_last_whole_one_used(tmp_path: Pat
     assert len(told) == 1 and "checkpoint-2" in str(told[0])
 
 
+@pytest.mark.parametrize(
+    "old, new", [('"step": 7', '"step": 8'), ('"a": 1', '"a": 3'), ('"run_id": "r', '"run_id": "s')]
+)
+def test_a_digit_that_flipped_in_the_state_document_is_told(tmp_path: Path, old: str, new: str) -> None:
+    path = save(Store(tmp_path, "run", keep=5), 7)
+    state = path / "training_state.json"
+    text = state.read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    state.write_text(text.replace(old, new), encoding="utf-8")
+    with pytest.raises(DamagedCheckpoint, match="was changed"):
+        read(path, "run")
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     path = save(Store(tmp_path, "other", keep=5), 1)
     with pytest.raises(DamagedCheckpoint, match="another run"):
@@ -99,6 +112,7 @@ def test_names_that_lead_outside_are_refused(tmp_path: Path) -> None:
     state = json.loads((path / "training_state.json").read_text(encoding="utf-8"))
     (tmp_path / "secret.json").write_text("{}", encoding="utf-8")
     state["files"]["../../secret.json"] = {"sha256": "", "bytes": 2}
+    state["sha256"] = store_module._own_hash(state)  # as somebody would who means it
     (path / "training_state.json").write_text(json.dumps(state), encoding="utf-8")
     with pytest.raises(DamagedCheckpoint, match="outside"):
         read(path, "run")

@@ -2,8 +2,9 @@
 
 Layout of one (docs/run-folder.md):
     checkpoint-500/{lokr/lokr.safetensors, accelerate_state/..., training_state.json}
-training_state.json holds the step, the run's id and the sha256 of every other file. It is part of the folder that is renamed
-into place, so a checkpoint that can be seen under its final name was written whole; the hashes tell later damage.
+training_state.json holds the step, the run's id, the sha256 of every other file and one of itself. It is part of the folder
+that is renamed into place, so a checkpoint that can be seen under its final name was written whole; the hashes tell later
+damage.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from whitetuner.errors import EXIT_FAILED, UserError
+from whitetuner.errors import EXIT_FAILED, FULL, UserError
 
 STATE_FILE = "training_state.json"
 FORMAT = 1
+#: Key of the document's hash over all its other values.
+OWN_HASH = "sha256"
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ class Store:
                 if path.is_file()
             }
             whole = {**state, "format": FORMAT, "step": step, "run_id": self.run_id, "files": files}
+            whole[OWN_HASH] = _own_hash(whole)
             (temporary / STATE_FILE).write_text(json.dumps(whole, indent=1, sort_keys=True), encoding="utf-8")
             for path in temporary.rglob("*"):
                 _sync(path)
@@ -133,7 +137,7 @@ class Store:
         kept = {
             key: value
             for key, value in checkpoint.state.items()
-            if key not in ("files", "run_id", "format", "step")
+            if key not in ("files", "run_id", "format", "step", OWN_HASH)
         }
         return self.save(
             checkpoint.step, checkpoint.tensors, checkpoint.documents, {**kept, **state}, metadata
@@ -215,6 +219,8 @@ def read(path: Path, run_id: str | None = None) -> Checkpoint:
             raise ValueError("it names no files")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged("training_state.json is damaged ({reason})", reason=error) from error
+    if state.get(OWN_HASH) != _own_hash(state):
+        raise damaged("{name} was changed after it was saved (its hash differs)", name=STATE_FILE)
     if run_id is not None and state.get("run_id") != run_id:
         raise damaged("this checkpoint belongs to another run ({other})", other=state.get("run_id"))
     tensors: dict[str, dict[str, torch.Tensor]] = {}
@@ -236,6 +242,11 @@ def read(path: Path, run_id: str | None = None) -> Checkpoint:
         elif file.suffix == ".json":
             documents[name] = json.loads(file.read_text(encoding="utf-8"))
     return Checkpoint(path, step, state, tensors, documents)
+
+
+def _own_hash(state: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in state.items() if key != OWN_HASH}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _run_id(path: Path) -> str | None:
@@ -269,7 +280,7 @@ def _sync(path: Path) -> None:
 
 def _is_disk_full(error: Exception) -> bool:
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+        return error.errno in FULL
     return "No space left" in str(error) or "os error 28" in str(
         error
     )  # safetensors reports the errno as text

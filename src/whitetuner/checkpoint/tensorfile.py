@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from whitetuner.adapters.files import DTYPES
-from whitetuner.errors import EXIT_FAILED, UserError
+from whitetuner.errors import EXIT_FAILED, FULL, UserError
 from whitetuner.memory.relaid import entries_of
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -73,7 +73,7 @@ def write_tensors(
         temporary.replace(path)
     except OSError as error:
         _drop(temporary)
-        full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+        full = error.errno in FULL
         raise UserError(
             "the file could not be written: {reason}",
             where=str(path),

@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 
-from whitetuner.data.entries import FULL, read_entry, write_entry
+from whitetuner.data.entries import read_entry, write_entry
 from whitetuner.data.folders import CACHE_TAG
 from whitetuner.data.inputs import Facts, Inputs
-from whitetuner.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError, UserErrors
+from whitetuner.errors import EXIT_ENVIRONMENT, EXIT_FAILED, FULL, UserError, UserErrors
 from whitetuner.family import BuildFn, Encoder, Layout
 from whitetuner.records import EncodeInput, Item, Sample
 
@@ -302,7 +302,9 @@ def _prepare(folder: Path) -> None:
         raise UserError(
             "the cache folder cannot be written ({reason})",
             where=str(folder),
-            mend="mend its rights, or set data.cache_dir to another folder",
+            mend="make room there, or set data.cache_dir to another disk"
+            if error.errno in FULL
+            else "mend its rights, or set data.cache_dir to another folder",
             code=EXIT_ENVIRONMENT,
             reason=error.strerror or error,
         ) from error

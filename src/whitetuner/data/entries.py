@@ -6,7 +6,6 @@ fsync per file: after a power cut a file may be short or empty, and reading it s
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
 import os
@@ -18,9 +17,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-
-#: The disk, or this user's share of it, is full; EFBIG: a limit on file size (FAT, ulimit).
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _numbers = itertools.count()
 

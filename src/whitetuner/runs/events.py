@@ -184,6 +184,16 @@ class EventLog:
         finally:
             os.close(handle)
 
+    def sync(self) -> None:
+        """Onto the disk: what a power cut leaves of the file is then at least this. Raises OSError as `append`."""
+        if not self.path.exists():
+            return
+        handle = os.open(self.path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
     def mend(self) -> None:
         """Cuts a torn last line off."""
         if not self.path.exists():

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
-from whitetuner.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError
+from whitetuner.errors import EXIT_ENVIRONMENT, EXIT_FAILED, FULL, UserError
 from whitetuner.runs.events import Ended, Event, EventLog, Failed, RunStarted, StepDone, last_of
 from whitetuner.runs.files import write_atomically
 
@@ -74,10 +74,15 @@ class RunFolder:
                 config=_quoted(config or folder.config_file),
                 other=_quoted(_free_name(path)),
             ) from error
+        except OSError as error:
+            raise folder._unwritable(error) from error
         try:
             if folder.is_run() and not resume:
                 folder._refuse_or_clear(config or folder.config_file)
-            write_atomically(folder.control / "pid", str(os.getpid()))
+            try:
+                write_atomically(folder.control / "pid", str(os.getpid()))
+            except OSError as error:
+                raise folder._unwritable(error) from error
             for word in WISHES:
                 (folder.control / word).unlink(missing_ok=True)
             yield folder
@@ -92,13 +97,18 @@ class RunFolder:
             probe.write_text("", encoding="utf-8")
             probe.unlink()
         except OSError as error:
-            raise UserError(
-                "the output folder cannot be written ({reason})",
-                where=str(self.path),
-                mend="set run.output_dir to a folder you may write to",
-                code=EXIT_ENVIRONMENT,
-                reason=error.strerror or error,
-            ) from error
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            "the output folder cannot be written ({reason})",
+            where=str(self.path),
+            mend="make room there, or set run.output_dir to a folder on another disk"
+            if error.errno in FULL
+            else "set run.output_dir to a folder you may write to",
+            code=EXIT_ENVIRONMENT,
+            reason=error.strerror or error,
+        )
 
     def _refuse_or_clear(self, config: Path) -> None:
         ended = self._ended()
@@ -144,8 +154,18 @@ class RunFolder:
         )
 
     def append(self, event: Event) -> None:
-        try:
+        with self._writing_down():
             self._log.append(event)
+
+    def sync_events(self) -> None:
+        """What happened so far, onto the disk: a checkpoint must not outlive the steps that led to it in a power cut."""
+        with self._writing_down():
+            self._log.sync()
+
+    @contextmanager
+    def _writing_down(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise UserError(
                 "what happens cannot be written down any more ({reason})",

@@ -1,0 +1,119 @@
+"""The long attacks, with a table of what came of them:
+
+    python tests/chaos kills --out benchmarks/results/chaos_kills.json       100 signals per kind, 20 of them into cold starts
+    python tests/chaos disk --out benchmarks/results/chaos_disk.json         a full disk at each write, staying full and for once
+
+Exit code 1 when anything was lost, differed, or was not told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from full_disk import EVERYTHING, attack, writes_of
+from ground import KINDS, Ground
+from kills import Tally
+from kills import attack as kill
+
+#: Of a run of forty steps: a start that is forked is at work at once, a cold one has to load first.
+WARM_S, COLD_S = 1.1, 14.0
+
+
+def kills(folder: Path, kind: str, count: int) -> dict[str, Any]:
+    ground = Ground(
+        folder, kind, pictures=12, steps=40, **{"save.every": 2, "save.keep": 2, "validation.every": 10}
+    )
+    whole, warm, cold = ground.whole(), Tally(), Tally()
+    seed = 0
+    while warm.kills < count:
+        kill(ground, whole, f"warm-{seed}", min(5, count - warm.kills), seed, WARM_S, False, warm)
+        seed += 1
+    while cold.kills < count // 5:
+        kill(ground, whole, f"cold-{seed}", min(5, count // 5 - cold.kills), seed, COLD_S, True, cold)
+        seed += 1
+    return {
+        "forked": _told(warm),
+        "cold": _told(cold),
+        "ok": not (warm.lost or warm.unlike or cold.lost or cold.unlike),
+    }
+
+
+def _told(tally: Tally) -> dict[str, Any]:
+    return {
+        "signals": tally.kills,
+        "runs": tally.runs,
+        "hit while": dict(tally.doing.most_common()),
+        "runs unlike the one left alone": tally.unlike,
+        "checkpoints lost": tally.lost,
+    }
+
+
+def disk(folder: Path, kind: str, count: int) -> dict[str, Any]:
+    ground = Ground(folder, kind, pictures=2, steps=4, **EVERYTHING)
+    whole, found = ground.whole(), []
+    writes = writes_of(ground)
+    for number, one in enumerate(writes):
+        name = "".join(chr(ord("a") + int(digit)) for digit in str(number))
+        found += [attack(ground, whole, one, stays, name + "xy"[stays]) for stays in (True, False)]
+    return {
+        "writes": len(writes),
+        "attacks": len(found),
+        "exit codes": dict(sorted(Counter(str(one.code) for one in found).items())),
+        "calls": dict(Counter(one.call for one in writes)),
+        "messages": dict(Counter(_alike(one.message) for one in found if one.code).most_common()),
+        "wrong": [
+            f"{one.write} {'stays' if one.stays else 'once'}: {one.wrong}" for one in found if one.wrong
+        ],
+        "ok": not any(one.wrong for one in found),
+    }
+
+
+def _alike(message: str) -> str:
+    """Without the place and the numbers of this one."""
+    text = message.partition(": ")[2].partition("\n")[0]
+    return "".join("N" if char.isdigit() else char for char in text)
+
+
+ATTACKS: dict[str, Callable[[Path, str, int], dict[str, Any]]] = {"kills": kills, "disk": disk}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("attack", choices=ATTACKS)
+    parser.add_argument("--kind", choices=KINDS, action="append", help="default: all")
+    parser.add_argument("--count", type=int, default=100, help="signals per kind (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="write the table there as JSON")
+    given = parser.parse_args()
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+    result: dict[str, Any] = {"what": f"{given.attack} into runs of a tiny FLUX.2 klein", "kinds": {}}
+    for kind in given.kind or KINDS:
+        with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+            os.environ["WHITETUNER_STATE"] = str(Path(folder) / "state")
+            began = time.perf_counter()
+            found = ATTACKS[given.attack](Path(folder), kind, given.count)
+            result["kinds"][kind] = {**found, "minutes": round((time.perf_counter() - began) / 60, 1)}
+    result["ok"] = all(one["ok"] for one in result["kinds"].values())
+    result["command"] = f"python tests/chaos {' '.join(sys.argv[1:])}"
+    result |= {"python": platform.python_version(), "system": platform.platform(), "cores": os.cpu_count()}
+    text = json.dumps(result, indent=1, ensure_ascii=False)
+    print(text)
+    if given.out:
+        given.out.write_text(text + "\n", encoding="utf-8")
+    return 0 if result["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
