@@ -36,11 +36,13 @@ class Write:
 
 @dataclass
 class Disk:
-    """folders: what lies on it; full_at: the call that finds it full (None: none does); stays: and every later one, too."""
+    """folders: what lies on it; full_at: the call that finds it full (None: none does); stays: and every later one, too;
+    reason: the errno it answers with."""
 
     folders: Sequence[Path]
     full_at: Write | None = None
     stays: bool = True
+    reason: int = errno.ENOSPC
     seen: list[Write] = field(default_factory=list)
     hit: bool = False
     _count: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -72,6 +74,15 @@ class Disk:
             return True
         return self.hit and self.stays
 
+    def refusal(self, path: Any = None) -> OSError:
+        named = [] if path is None else [os.fsdecode(path)]
+        return OSError(self.reason, os.strerror(self.reason), *named)
+
+    @property
+    def takes_half(self) -> bool:
+        """A disk takes what it can before it is full, and refuses the rest with the next call."""
+        return self.reason == errno.ENOSPC and self.full_at == self.seen[-1]
+
     def opened(self, handle: int, path: Any) -> None:
         name = self.file(path)
         if name is not None:
@@ -93,10 +104,6 @@ _ALIKE = (
 )
 
 
-def no_room(path: Any = None) -> OSError:
-    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *([] if path is None else [os.fsdecode(path)]))
-
-
 @contextmanager
 def on(disk: Disk) -> Iterator[Disk]:
     """Everything under the disk's folders is written to it, as long as this lasts."""
@@ -105,18 +112,16 @@ def on(disk: Disk) -> Iterator[Disk]:
     class Raw(io.FileIO):
         def __init__(self, file: Any, mode: str) -> None:
             if disk.asks("create" if not Path(file).exists() else "open", disk.file(file)):
-                raise no_room(file)
+                raise disk.refusal(file)
             super().__init__(file, mode)
             disk.opened(self.fileno(), file)
 
         def write(self, data: Any) -> int:
             if disk.asks("write", disk.file(self.name)):
                 half = bytes(memoryview(data).cast("B")[: memoryview(data).nbytes // 2])
-                if half and disk.full_at == disk.seen[-1]:
-                    return super().write(
-                        half
-                    )  # the disk takes what it can; the rest is refused with the next call
-                raise no_room()
+                if half and disk.takes_half:
+                    return super().write(half)
+                raise disk.refusal()
             return super().write(data)
 
         def close(self) -> None:
@@ -143,7 +148,7 @@ def on(disk: Disk) -> Iterator[Disk]:
     def os_open(path: Any, flags: int, *rest: Any, **named: Any) -> int:
         makes = flags & os.O_CREAT and not Path(path).exists()
         if makes and disk.asks("create", disk.file(path)):
-            raise no_room(path)
+            raise disk.refusal(path)
         handle = real_os["open"](path, flags, *rest, **named)
         disk.opened(handle, path)
         return handle
@@ -155,15 +160,15 @@ def on(disk: Disk) -> Iterator[Disk]:
     def os_write(handle: int, data: Any) -> int:
         if disk.asks("write", disk.of(handle)):
             half = bytes(data)[: len(data) // 2]
-            if half and disk.full_at == disk.seen[-1]:
+            if half and disk.takes_half:
                 return int(real_os["write"](handle, half))
-            raise no_room()
+            raise disk.refusal()
         return int(real_os["write"](handle, data))
 
     def by_handle(name: str, which: int) -> Callable[..., Any]:
         def call(*given: Any) -> Any:
             if disk.asks(name, disk.of(given[which])):
-                raise no_room()
+                raise disk.refusal()
             return real_os[name](*given)
 
         return call
@@ -172,7 +177,7 @@ def on(disk: Disk) -> Iterator[Disk]:
         def call(*given: Any, **named: Any) -> Any:
             there = name == "mkdir" and Path(given[which]).is_dir()
             if not there and disk.asks(name, disk.file(given[which])):
-                raise no_room(given[which])
+                raise disk.refusal(given[which])
             return real_os[name](*given, **named)
 
         return call
@@ -183,7 +188,8 @@ def on(disk: Disk) -> Iterator[Disk]:
         if disk.asks("save_file", disk.file(path)):
             real_save(tensors, path, metadata=metadata)
             real_os["truncate"](path, path.stat().st_size // 2)
-            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+            reason = f"{os.strerror(disk.reason)} (os error {disk.reason})"
+            raise SafetensorError(f"Error while serializing: I/O error: {reason}")
         real_save(tensors, path, metadata=metadata)
 
     with pytest.MonkeyPatch.context() as patch:

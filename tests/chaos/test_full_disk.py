@@ -12,7 +12,6 @@ from disk import Write
 from full_disk import EVERYTHING, attack, writes_of
 from ground import KINDS, Facts, Ground
 
-
 Place = tuple[Ground, Facts, list[Write]]
 
 

@@ -148,7 +148,8 @@ def _told_by(job: Job) -> str:
     """The state as the run's folder tells it."""
     folder = RunFolder(Path(job.run))
     began = last_of(folder.events, (RunStarted,)) if folder.is_run() else None
-    silent = began is None or began.time < job.asked_at  # this start left no word in the run's folder (yet)
+    # This start left no word in the run's folder (yet). The time alone does not tell: clocks are set back.
+    silent = began is None or (began.pid != job.pid and began.time < job.asked_at)
     if silent and job.alive and not job.error:
         return "starting"
     if silent and not (job.error or job.waiting) and not Path(job.run).exists():
