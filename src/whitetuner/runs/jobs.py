@@ -149,7 +149,7 @@ def _told_by(job: Job) -> str:
     folder = RunFolder(Path(job.run))
     began = last_of(folder.events, (RunStarted,)) if folder.is_run() else None
     # This start left no word in the run's folder (yet). The time alone does not tell: clocks are set back.
-    silent = began is None or (began.pid != job.pid and began.time < job.asked_at)
+    silent = not isinstance(began, RunStarted) or (began.pid != job.pid and began.time < job.asked_at)
     if silent and job.alive and not job.error:
         return "starting"
     if silent and not (job.error or job.waiting) and not Path(job.run).exists():

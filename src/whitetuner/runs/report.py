@@ -45,6 +45,7 @@ def write_report(path: Path, status: str | None = None) -> Path:
     document = folder.document()
     steps = [event for event in happened if isinstance(event, events.StepDone)]
     validation = [event for event in happened if isinstance(event, events.Validation)]
+    last = next((event for event in reversed(happened) if not isinstance(event, events.Message)), None)
     previews, preview_steps = _previews(
         folder, [event for event in happened if isinstance(event, events.Preview)]
     )
@@ -59,7 +60,7 @@ def write_report(path: Path, status: str | None = None) -> Path:
         began=_clock(document["began"]) if "began" in document else "",
         random=document.get("resolved", {}).get("random_weights", False),
         facts=_facts(steps, validation),
-        failure=happened[-1].reason if happened and isinstance(happened[-1], events.Failed) else "",
+        failure=last.reason if isinstance(last, events.Failed) else "",
         loss=_loss(
             steps,
             validation,
