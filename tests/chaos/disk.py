@@ -22,7 +22,9 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
+from whitetuner import recipe
 from whitetuner.checkpoint import store
+from whitetuner.runs import board
 
 
 @dataclass(frozen=True, order=True)
@@ -193,6 +195,9 @@ def on(disk: Disk) -> Iterator[Disk]:
         real_save(tensors, path, metadata=metadata)
 
     with pytest.MonkeyPatch.context() as patch:
+        # How often is written must not hang on how fast the machine is at this moment.
+        patch.setattr(recipe, "PROGRESS_EVERY_S", float("inf"))
+        patch.setattr(board, "FLUSH_S", 0.0)
         patch.setattr(io, "open", opened)
         patch.setattr(builtins, "open", opened)
         patch.setattr(os, "open", os_open)

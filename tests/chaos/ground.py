@@ -25,7 +25,7 @@ from whitetuner.families import registry
 from whitetuner.runs import events
 from whitetuner.tiny import tiny_values
 
-#: What is attacked. Values are changes of the config.
+#: What is attacked: changes of the config.
 KINDS: dict[str, dict[str, Any]] = {
     "adapters": {},
 }

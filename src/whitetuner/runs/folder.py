@@ -79,6 +79,8 @@ class RunFolder:
         try:
             if folder.is_run() and not resume:
                 folder._refuse_or_clear(config or folder.config_file)
+            for left in (*path.glob(".*.writing"), *folder.control.glob(".*.writing")):
+                left.unlink(missing_ok=True)  # of a process that was killed in the middle of it
             try:
                 write_atomically(folder.control / "pid", str(os.getpid()))
             except OSError as error:
