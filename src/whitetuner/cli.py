@@ -17,7 +17,7 @@ from whitetuner.errors import (
     UserError,
     out_of_memory,
 )
-from whitetuner.parser import NOT_LANDED, make_parser
+from whitetuner.parser import make_parser
 
 Word = Callable[[argparse.Namespace], int]
 
@@ -63,16 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         mend = "make room there" if full else "look at this path and its rights"
         print(f"error: {error.filename or given.word}: {error.strerror}\n  -> {mend}", file=sys.stderr)
         return EXIT_ENVIRONMENT
-
-
-def _not_landed(given: argparse.Namespace) -> int:
-    raise UserError(
-        "'{word}' is not there yet ({feature})",
-        where="whitetuner",
-        mend="see the support table in README.md for what works today",
-        word=given.word,
-        feature=NOT_LANDED[given.word],
-    )
 
 
 def _demo(given: argparse.Namespace) -> int:
@@ -172,10 +162,10 @@ def _families(given: argparse.Namespace) -> int:
     return commands.families(as_json=given.json)
 
 
-def _export(given: argparse.Namespace) -> int:
-    from whitetuner import commands
+def _file(given: argparse.Namespace) -> int:
+    from whitetuner import file_commands
 
-    return commands.export(given.source, given.target, given.to, given.family)
+    return file_commands.WORDS[given.word](given)
 
 
 def _doctor(given: argparse.Namespace) -> int:
@@ -224,13 +214,12 @@ WORDS: dict[str, Word] = {
     "watch": _watch,
     "sample": _sample,
     "families": _families,
-    "export": _export,
+    **dict.fromkeys(("export", "merge", "extract", "resize"), _file),
     "caption": _caption,
     "doctor": _doctor,
     "inspect": _inspect,
     "jobs": _jobs,
     "gui": _gui,
-    **dict.fromkeys(NOT_LANDED, _not_landed),
 }
 
 

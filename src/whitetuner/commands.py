@@ -288,36 +288,6 @@ def sample(given: argparse.Namespace) -> int:
     return 0
 
 
-def export(source: Path, target: Path, naming: str, family_name: str | None) -> int:
-    """Renames an adapter file's keys for another program."""
-    from whitetuner.adapters.files import load_adapter
-    from whitetuner.checkpoint.export import export_adapter
-    from whitetuner.checkpoint.inspect import inspect_file
-    from whitetuner.families import registry
-
-    if target.exists() and source.exists() and target.samefile(source):
-        raise UserError("OUT is the same file as IN", where=str(target), mend="give another name for OUT")
-    if family_name is None:
-        found = inspect_file(source, {name: registry.keys(name) for name in registry.FAMILIES})
-        family_name = found.get("family")
-        if found["what"] != "adapter" or "cannot_be_read" in found:
-            load_adapter(
-                source, registry.keys(next(iter(registry.FAMILIES)))
-            )  # says what is wrong with the file
-        if family_name is None:
-            raise UserError(
-                "the file does not tell which model it is for",
-                where=str(source),
-                mend="add --family; known: {known}",
-                known=", ".join(registry.FAMILIES),
-            )
-    keys = registry.keys(family_name)
-    settings, tensors = load_adapter(source, keys)
-    export_adapter(tensors, settings, keys, path=target, naming=naming)  # type: ignore[arg-type]
-    print(f"wrote {target} ({naming} names, {len(tensors)} tensors)")
-    return 0
-
-
 def caption(given: argparse.Namespace) -> int:
     """Writes missing captions; exit code 1 when pictures could not be read."""
     from rich.progress import Progress
@@ -356,10 +326,9 @@ def caption(given: argparse.Namespace) -> int:
 
 def inspect(file: Path, *, as_json: bool) -> int:
     """Says what a safetensors file is."""
-    from whitetuner.checkpoint.inspect import inspect_file
-    from whitetuner.families import registry
+    from whitetuner.file_words import told_of
 
-    found = inspect_file(file, {name: registry.keys(name) for name in registry.FAMILIES})
+    found = told_of(file)
     if as_json:
         print(json.dumps(found, indent=1, ensure_ascii=False, default=str))
     else:

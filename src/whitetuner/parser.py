@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from whitetuner.gui.settings import add_arguments
 from whitetuner.version import __version__
 
-#: Words of the contract whose feature is not there yet: they say so and exit with 2.
-NOT_LANDED = {
-    "merge": "merging an adapter into a model",
-}
-
 GROUPS = {
     "Try": ("demo", "selftest", "tiny", "testdata"),
     "Train": ("init", "check", "plan", "cache", "train", "stop", "fork", "gui"),
     "Look": ("sample", "watch", "jobs", "families", "doctor"),
-    "Files": ("export", "merge", "inspect", "caption"),
+    "Files": ("export", "merge", "extract", "resize", "inspect", "caption"),
 }
 
 
@@ -181,15 +177,7 @@ def make_parser() -> argparse.ArgumentParser:
     families = add("families", "list the model families")
     families.add_argument("--json", action="store_true")
 
-    export = add("export", "rename an adapter file for another program")
-    export.add_argument("source", type=Path, metavar="IN")
-    export.add_argument("target", type=Path, metavar="OUT")
-    export.add_argument("--to", required=True, choices=("comfyui", "diffusers", "lycoris"))
-    export.add_argument("--family", help="needed only when the file does not tell")
-
-    inspect = add("inspect", "say what a safetensors file is")
-    inspect.add_argument("file", type=Path)
-    inspect.add_argument("--json", action="store_true")
+    _files(add)
 
     jobs = add("jobs", "list the runs on this machine")
     jobs.add_argument("--json", action="store_true")
@@ -227,11 +215,60 @@ def make_parser() -> argparse.ArgumentParser:
         help="write a file for bug reports, without captions or pictures",
     )
     doctor.add_argument("--run", type=Path, metavar="RUN", help="for --bundle: the run it is about")
-
-    for name, feature in NOT_LANDED.items():
-        one = add(name, f"{feature} (not yet)")
-        one.add_argument("rest", nargs=argparse.REMAINDER)
     return parser
+
+
+def _files(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    """The words about files of adapters and models."""
+    namings, kinds = ("comfyui", "diffusers", "lycoris"), ("fp32", "bf16", "fp16")
+
+    export = add("export", "write an adapter or a whole model in the names of another program")
+    export.add_argument("source", type=Path, metavar="IN", help="adapter file, model file or model folder")
+    export.add_argument(
+        "target", type=Path, metavar="OUT", help="file; --to diffusers: for a model a folder, too"
+    )
+    export.add_argument("--to", required=True, choices=namings)
+    export.add_argument("--family", help="needed only when an adapter file does not tell")
+    export.add_argument(
+        "--dtype", choices=kinds, help="of a model's numbers (default: as they are, fp8 as bf16)"
+    )
+
+    merge = add("merge", "add an adapter to a model's weights")
+    merge.add_argument("base", type=Path, metavar="BASE", help="model file or folder")
+    merge.add_argument("adapter", type=Path, metavar="ADAPTER", help="LoKr or LoRA file of any naming")
+    merge.add_argument(
+        "target", type=Path, metavar="OUT", help="file in BASE's layout, or a diffusers folder"
+    )
+    merge.add_argument("--strength", type=float, default=1.0)
+    merge.add_argument("--dtype", choices=kinds, help="of the numbers (default: BASE's, fp8 as bf16)")
+    merge.add_argument(
+        "--part",
+        default="transformer",
+        choices=("transformer", "transformer_2"),
+        help="of a WAN 2.2 folder: the expert for much noise, or for little",
+    )
+
+    extract = add("extract", "make an adapter of what two models differ in, and say how exact it is")
+    extract.add_argument("tuned", type=Path, metavar="TUNED", help="the trained model: file or folder")
+    extract.add_argument("base", type=Path, metavar="BASE", help="what it was trained from")
+    extract.add_argument("target", type=Path, metavar="OUT")
+    extract.add_argument("--kind", choices=("lora", "lokr"), default="lora")
+    extract.add_argument("--rank", type=int, default=32)
+    extract.add_argument("--factor", type=int, default=8, help="LoKr only (default: %(default)s)")
+    extract.add_argument("--full-matrix", action="store_true", help="LoKr only: W2 whole")
+    extract.add_argument("--to", default="comfyui", choices=namings)
+
+    resize = add("resize", "write an adapter in another rank or kind, and say how exact it is")
+    resize.add_argument("source", type=Path, metavar="IN")
+    resize.add_argument("target", type=Path, metavar="OUT")
+    resize.add_argument("--rank", type=int, required=True)
+    resize.add_argument("--kind", choices=("lora", "lokr"), help="default: as it is")
+    resize.add_argument("--factor", type=int, help="LoKr only (default: as it is)")
+    resize.add_argument("--family", help="needed only when the file does not tell")
+
+    inspect = add("inspect", "say what a safetensors file is, and which programs load it")
+    inspect.add_argument("file", type=Path)
+    inspect.add_argument("--json", action="store_true")
 
 
 def _settings(parser: argparse.ArgumentParser) -> None:

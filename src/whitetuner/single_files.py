@@ -22,7 +22,7 @@ from whitetuner.errors import UserError
 from whitetuner.families import registry
 from whitetuner.families.part_files import PART_FILES, PartFile, Shapes
 from whitetuner.families.part_settings import FROM, SETTINGS
-from whitetuner.family import FamilySpec
+from whitetuner.family import FamilySpec, KeyMap
 from whitetuner.runs.state import state_folder
 from whitetuner.version import __version__
 
@@ -138,18 +138,24 @@ def _denoiser(spec: FamilySpec, file: Path, shapes: Shapes) -> tuple[dict[str, A
                 whence=whence(spec, "transformer"),
             )
         made = {key: place.shape for key, place in table.items()}
-        infer = getattr(keymap, "config", None)
-        if infer is None:
-            raise UserError(
-                "{title} is read from its folder only",
-                where=str(file),
-                mend="give {whence}",
-                title=spec.title,
-                whence=whence(spec, "transformer"),
-            )
-        return _held_against(file, infer, made, list(shapes)), table
+        return told_config(file, keymap, made, list(shapes)), table
     other = _part_file(shapes, None)
     raise _unknown(spec, "transformer", file, shapes, other)
+
+
+def told_config(file: Path, keymap: KeyMap, shapes: Shapes, names: list[str]) -> dict[str, Any]:
+    """config.json of a denoiser, from its shapes by diffusers name. names: in the file, marks too.
+
+    Raises UserError for a family whose shapes do not tell it, and for a file without the tensors that do.
+    """
+    infer = getattr(keymap, "config", None)
+    if infer is None:
+        raise UserError(
+            "a single file of this family does not tell its settings",
+            where=str(file),
+            mend="give the folder in diffusers layout (config.json beside the weights)",
+        )
+    return _held_against(file, infer, shapes, names)
 
 
 def _encoder(spec: FamilySpec, part: str, file: Path, shapes: Shapes) -> tuple[dict[str, Any], Any]:

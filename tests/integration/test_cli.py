@@ -13,7 +13,7 @@ from PIL import Image
 
 from whitetuner.cli import WORDS, main
 from whitetuner.families import registry
-from whitetuner.parser import GROUPS, NOT_LANDED, make_parser
+from whitetuner.parser import GROUPS, make_parser
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,12 +46,6 @@ def test_every_word_is_in_a_group_and_has_help(capsys: pytest.CaptureFixture[str
         assert caught.value.code == 0
     assert main([]) == 2
     assert "Try:" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("word", sorted(NOT_LANDED))
-def test_words_that_are_not_there_yet_say_so(word: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([word]) == 2
-    assert "not there yet" in capsys.readouterr().err
 
 
 def test_the_run_left_what_the_seed_promised(place: Path) -> None:
@@ -114,6 +108,35 @@ def test_export_and_inspect(place: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert main(["inspect", str(target), "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
         assert found["family"] == "flux2-klein" and found["kind"] == "lokr"
+        assert found["training"]["trained_by"].startswith("White Tuner")
+
+
+def test_merge_extract_and_resize(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter, base = str(place / "out" / "猫" / "final" / "猫.safetensors"), str(place / "model")
+    one, folder = str(place / "merged.safetensors"), str(place / "merged")
+    assert (
+        main(["merge", base, adapter, one]) == 0 and main(["export", one, folder, "--to", "diffusers"]) == 0
+    )
+    assert (place / "merged" / "config.json").is_file()
+    capsys.readouterr()
+    assert main(["inspect", one, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["what"] == "model" and "ComfyUI" in found["read_by"] and found["naming"] == "original"
+    again, small = str(place / "again.safetensors"), str(place / "small.safetensors")
+    assert main(["extract", folder, base, again, "--kind", "lokr", "--rank", "2", "--factor", "2"]) == 0
+    assert "relative error" in capsys.readouterr().out
+    assert main(["resize", again, small, "--rank", "1"]) == 0
+    assert "relative error" in capsys.readouterr().out
+    for wrong in (
+        ["merge", base, adapter, adapter],
+        ["merge", base, one, str(place / "x.safetensors")],
+        ["export", one, str(place / "x.safetensors"), "--to", "lycoris"],
+        ["extract", base, base, str(place / "x.safetensors")],
+        ["extract", folder, base, str(place / "x.safetensors"), "--full-matrix"],
+        ["export", str(place / "none"), str(place / "x.safetensors"), "--to", "comfyui"],
+    ):
+        assert main(wrong) == 2
+    assert not (place / "x.safetensors").exists() and "Traceback" not in capsys.readouterr().err
 
 
 def test_watch_and_stop(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from whitetuner.adapters.files import read_safetensors
+from whitetuner.adapters.files import load_adapter, read_safetensors
 from whitetuner.adapters.shapes import AdapterSettings
 from whitetuner.adapters.state import SCALE_CARRIERS, by_module, file_suffix, rank_of
 from whitetuner.checkpoint.tensorfile import write_tensors
@@ -31,11 +31,15 @@ from whitetuner.version import __version__
 
 @dataclass(frozen=True)
 class Exported:
-    """A written and re-read file. modules: layers in it, all of them known by name to the program; sha256 of the file."""
+    """A written and re-read file.
+
+    modules: layers in it; known: how many of them are found again by their names in it, tensor for tensor; sha256 of the file
+    """
 
     path: Path
     naming: Naming
     modules: int
+    known: int
     tensors: int
     sha256: str
 
@@ -80,7 +84,7 @@ def export_adapter(
             )
     sha256 = write_tensors(path, tensors, {**describe_file(settings, modules), **(metadata or {})})
     _read_back(path, tensors)
-    return Exported(path, naming, len(modules), len(tensors), sha256)
+    return Exported(path, naming, len(modules), _known(path, keymap, set(modules)), len(tensors), sha256)
 
 
 def check_names(paths: Iterable[str], keymap: KeyMap, naming: Naming) -> None:
@@ -136,6 +140,22 @@ def _suffix(name: str, naming: Naming) -> str:
     if naming == "diffusers":
         return file_suffix(name)
     return {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight"}.get(name, name)
+
+
+def _known(path: Path, keymap: KeyMap, wanted: set[str]) -> int:
+    """Layers that the file's own names lead to. Raises UserError (exit code 1) unless they are those that were written."""
+    found = set(by_module(load_adapter(path, keymap)[1]))
+    if found != wanted:
+        raise UserError(
+            "{count} of {total} layers are not found again by their names in the file (such as {name})",
+            where=str(path),
+            mend="leave them out of method.targets, and tell us",
+            code=EXIT_FAILED,
+            count=len(found ^ wanted),
+            total=len(wanted),
+            name=min(found ^ wanted),
+        )
+    return len(found)
 
 
 def _read_back(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -14,8 +14,10 @@ from whitetuner.adapters.files import read_header, read_safetensors, sort_tensor
 from whitetuner.adapters.names import FOREIGN, parse, resolve, style_of, targets
 from whitetuner.adapters.shapes import reading_limits
 from whitetuner.adapters.state import ModuleState, describe, infer_settings, rank_of
+from whitetuner.checkpoint.original import LEADS, known_layout
 from whitetuner.errors import UserError
 from whitetuner.family import KeyMap
+from whitetuner.memory.weights import is_fp8_extra
 
 #: Whose naming -> programs that read it, if their model has these names.
 READERS: Mapping[str, tuple[str, ...]] = {
@@ -50,7 +52,8 @@ def inspect_file(path: Path, keymaps: Mapping[str, KeyMap]) -> dict[str, Any]:
         found |= _adapter(path, read_safetensors(path)[0], keymaps)
     elif tensors:
         found |= _model(tensors, keymaps)
-    return {**found, "metadata": metadata}
+    told = _settings_told(metadata)
+    return {**found, **({"training": told} if told else {}), "metadata": metadata}
 
 
 def _adapter(path: Path, tensors: Mapping[str, Tensor], keymaps: Mapping[str, KeyMap]) -> dict[str, Any]:
@@ -95,20 +98,50 @@ def _low_rank(module: ModuleState) -> bool:
 
 
 def _model(tensors: Mapping[str, Tensor], keymaps: Mapping[str, KeyMap]) -> dict[str, Any]:
-    """A whole denoiser: in diffusers names if `to_original` knows them all, in the original if `from_original` does.
-
-    The tensors are shapes only (device "meta"), so that a model of any size is converted in no time.
-    """
-    for name, keymap in keymaps.items():
-        for layout, convert in (("diffusers", keymap.to_original), ("original", keymap.from_original)):
-            for lead in ("", "model.diffusion_model."):
-                bare = {
-                    key.removeprefix(lead): tensor for key, tensor in tensors.items() if key.startswith(lead)
-                }
-                try:
-                    converted = convert(bare)
-                except (KeyError, UserError):  # not this family, or not this layout
-                    continue
-                if converted:
-                    return {"what": "model", "family": name, "naming": layout, "prefix": lead}
+    """A whole denoiser of a family, or another part of a model; the tensors are shapes only (device "meta")."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if not is_fp8_extra(name)}
+    scaled = {"scales": "fp8 with scales"} if len(shapes) < len(tensors) else {}
+    for family, keymap in keymaps.items():
+        try:
+            found = known_layout(shapes, keymap)
+        except UserError as error:
+            return {"what": "model", "family": family, "cannot_be_read": error.what, **scaled}
+        if found is not None:
+            layout = found[0]
+            readers = ["White Tuner", "diffusers"] if layout == "diffusers" else ["White Tuner"]
+            if layout == "original" and getattr(keymap, "in_comfyui", True):
+                readers += ["ComfyUI", "diffusers (from_single_file)"]
+            prefix = next((lead for lead in LEADS if lead and next(iter(shapes)).startswith(lead)), "")
+            tensors_known = f"{len(shapes)} of {len(shapes)}"
+            return {
+                "what": "model",
+                "family": family,
+                "naming": layout,
+                "prefix": prefix,
+                "names_known": tensors_known,
+                "read_by": readers,
+                **scaled,
+            }
     return {}
+
+
+def _settings_told(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What the file says of its training: ours, and kohya's keys, which most programs write."""
+    told = {
+        name: metadata[key]
+        for name, key in (
+            ("trained_by", "whitetuner_version"),
+            ("steps", "ss_steps"),
+            ("base_model", "ss_base_model_version"),
+            ("base_model", "modelspec.architecture"),
+            ("learning_rate", "ss_learning_rate"),
+            ("optimizer", "ss_optimizer"),
+            ("resolution", "ss_resolution"),
+            ("network_args", "ss_network_args"),
+            ("trigger", "modelspec.trigger_phrase"),
+        )
+        if metadata.get(key)
+    }
+    if "trained_by" in told:
+        told["trained_by"] = f"White Tuner {told['trained_by']}"
+    return told

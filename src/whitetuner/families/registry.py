@@ -55,6 +55,11 @@ def keys(name: str) -> KeyMap:
     return import_module(f"{FAMILIES[name]}.keys").KEYS
 
 
+def keymaps() -> dict[str, KeyMap]:
+    """Every family's key map: what a file is told with."""
+    return {name: keys(name) for name in FAMILIES}
+
+
 def sketch(name: str) -> Sketch:
     """What the plan needs of the family without its files. Imports torch."""
     spec(name)

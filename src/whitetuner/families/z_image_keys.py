@@ -66,6 +66,7 @@ class ZImageKeys:
         class_name: str = "ZImageTransformer2DModel",
     ) -> None:
         self.title, self.lists, self.original, self.class_name = title, lists, original, class_name
+        self.in_comfyui = original  # V2 is known to no other program
         self._flat = {
             path.replace(".", "_"): path
             for path in (*_TOP, *(f"{name}.#.{layer}" for name in lists for layer in lists[name]))

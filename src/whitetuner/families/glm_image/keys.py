@@ -42,4 +42,11 @@ def _foreign(name: str) -> UserError:
     )
 
 
-KEYS = PlainKeys(_LINEARS, _TENSORS, comfyui="diffusion_model.", foreign=_foreign)
+class GlmImageKeys(PlainKeys):
+    """KeyMap of GLM-Image."""
+
+    #: ComfyUI has no GLM-Image (Comfy-Org/ComfyUI issue 13161).
+    in_comfyui = False
+
+
+KEYS = GlmImageKeys(_LINEARS, _TENSORS, comfyui="diffusion_model.", foreign=_foreign)
