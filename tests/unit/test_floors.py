@@ -78,7 +78,6 @@ LIGHT = [
     "records",
     "family",
     "cli",
-    "file_commands",
     "parser",
     "importers",
     "config",
