@@ -27,9 +27,9 @@ from whitetuner.families import registry
 from whitetuner.family import Family, ModelPaths, Part
 from whitetuner.memory.blocks import blocks_of
 from whitetuner.memory.measure import StepCost
-from whitetuner.memory.plan import Weights, weigh
 from whitetuner.memory.quantize import Kind, quantize_linears
 from whitetuner.memory.skeleton import sketch_module
+from whitetuner.memory.weigh import Weights, weigh
 from whitetuner.planning import Shape, Sketched
 from whitetuner.records import Batch, Item, Size
 from whitetuner.rehearsal import adapter_settings

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+
+import torch
 
 from whitetuner.companions import companion_of
 from whitetuner.config.schema import Config
@@ -10,12 +13,13 @@ from whitetuner.diffusion.sigmas import SigmaSettings
 from whitetuner.family import Family, Part
 from whitetuner.memory.swap.arena import Arenas
 from whitetuner.planning import Way, denoiser_build, fit_denoiser, shelf_folder
-from whitetuner.rehearsal import adapter_for, optimizer_for
+from whitetuner.rehearsal import adapter_for, optimizer_for, trained_of
 from whitetuner.resolve import Resolved
 from whitetuner.train.ema import Ema
-from whitetuner.train.learner import Learner
+from whitetuner.train.learner import Learner, Learns
 from whitetuner.train.step import StepSettings
 from whitetuner.train.team import Team
+from whitetuner.train.whole import WholeLearner, WholeSettings
 
 
 def assemble(
@@ -36,9 +40,13 @@ def assemble(
     turns = len(parts) > 1
     absent = arenas is not None and not arenas.leader
     modules = family.load(denoiser_build(way, device, resolved.dtype, lists, turns, absent))
-    learners = []
+    learners: list[Learns] = []
+    turns_on = device if turns and device.type != "cpu" else None
     for part in parts:
         module = modules[part.name]
+        if config.method.kind == "full":
+            learners.append(_whole(config, resolved, way, part, module, tell, turns_on))
+            continue
         adapter, limits = adapter_for(config, family, part, module, device)
         for limit in limits:
             tell("warning", str(limit))
@@ -49,7 +57,6 @@ def assemble(
         parameters = list(adapter.parameters())
         optimizer = optimizer_for(config, parameters)
         ema = Ema(parameters, config.optimizer.ema) if config.optimizer.ema else None
-        turns_on = device if turns and device.type != "cpu" else None
         learners.append(Learner(part, module, adapter, config.method.kind, optimizer, ema, fitted, turns_on))
     planned = way.plan is None or way.plan.previews
     return Team(learners, companion_of(config, family, resolved, tell, shelf_folder(config, way), planned))
@@ -69,3 +76,27 @@ def step_settings(config: Config, shift: float, part: Part) -> StepSettings:
         part_range=part.sigma_range,
     )
     return StepSettings(config.run.seed, sigmas, noise.loss_weighting, noise.noise_offset)
+
+
+def _whole(
+    config: Config,
+    resolved: Resolved,
+    way: Way,
+    part: Part,
+    module: torch.nn.Module,
+    tell: Callable[[str, str], None],
+    turns_on: torch.device | None,
+) -> WholeLearner:
+    """A denoiser that learns with its own weights."""
+    o, device, precision = config.optimizer, resolved.device, resolved.precision
+    trained = trained_of(config, module)
+    turns = turns_on is not None
+    fitted = fit_denoiser(config, way, module, part, device, lambda text: tell("info", text), turns)
+    settings = WholeSettings(
+        config.run.seed,
+        precision,  # type: ignore[arg-type]  # checked by the schema
+        o.clip,
+        at_once=":" in o.name,
+    )
+    make = partial(optimizer_for, config)
+    return WholeLearner(part, module, trained, make, settings, fitted, device, o.ema, turns_on)

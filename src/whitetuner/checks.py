@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from whitetuner.config.kinds import refuse_quantised_full, refuse_wrong_data
+from whitetuner.config.full import refuse_wrong_full
+from whitetuner.config.kinds import refuse_wrong_data
 from whitetuner.config.landed import refuse_not_landed
 from whitetuner.config.load import load_config
 from whitetuner.config.schema import Config
@@ -93,7 +94,7 @@ def check_config(
     spec = registry.spec(config.model.family)
     advice: list[UserError] = []
     looks = (
-        lambda: refuse_quantised_full(config),
+        lambda: refuse_wrong_full(config),
         lambda: refuse_not_landed(config),
         lambda: refuse_wrong_data(config),
     )

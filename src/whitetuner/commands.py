@@ -149,17 +149,17 @@ def plan(given: argparse.Namespace) -> int:
 
     on = plan_view.machines(given.vram, given.host, given.measure)
     released = given.what.partition(":")[0] in registry.FAMILIES and not Path(given.what).exists()
-    idle = {"--set": given.overrides} if released else {"--size": given.size, "--task": given.task}
+    idle = {} if released else {"--size": given.size, "--task": given.task}
     for where, value in idle.items():
         if value:
             raise UserError(
                 "this changes nothing in the plan of a {kind}",
                 where=where,
-                mend="leave it out: --size and --task are for a FAMILY, --set is for a CONFIG",
-                kind="family" if released else "config",
+                mend="leave it out: --size and --task are for a FAMILY",
+                kind="config",
             )
     if released:
-        found = plan_view.of_family(given.what, size_of(given.size), given.task, on)
+        found = plan_view.of_family(given.what, size_of(given.size), given.task, on, given.overrides)
     elif not Path(given.what).exists() and not given.what.endswith(".toml"):
         raise UserError(
             "neither a config file nor a model family",

@@ -22,11 +22,11 @@ from whitetuner.memory.beside import Beside
 from whitetuner.memory.build import Build
 from whitetuner.memory.machine import GIB
 from whitetuner.memory.phases import PhaseBuild, device_budget
-from whitetuner.memory.plan import weigh
 from whitetuner.memory.quantize import Kind
 from whitetuner.memory.skeleton import sketch_module
 from whitetuner.memory.swap.engine import SwapEngine
 from whitetuner.memory.swap.shelf import Shelf
+from whitetuner.memory.weigh import weigh
 from whitetuner.resolve import Resolved
 
 #: Of the host's free memory; the rest is for the pages of files, the decoder and the user.

@@ -155,7 +155,12 @@ def _of_run(run: RunFolder, adapter: Path | None) -> Subject:
     options = config.model_options()
     family = registry.load(spec.name, spec.whole(options), ModelPaths(folder))
     check_model(spec, family.paths, family.options)
-    if adapter is None:
+    if adapter is None and config.method.kind == "full":
+        files = {}
+        parts = spec.parts(registry.load(spec.name, options, family.paths).options)
+        single = {part.name: run.final_model(part.name) for part in parts}
+        family = registry.load(spec.name, spec.whole(options), ModelPaths(folder, single))
+    elif adapter is None:
         kind = config.method.kind
         learned = spec.parts(registry.load(spec.name, options, family.paths).options)
         files = {part.name: run.final_adapter(kind, part.file(kind)) for part in learned}

@@ -19,9 +19,10 @@ from whitetuner.config.schema import Config
 from whitetuner.family import BuildFn, Encoder, Family, passes_of
 from whitetuner.memory.machine import CONTEXT_BYTES, GIB
 from whitetuner.memory.phases import PhaseBuild, held_within, longest_list
-from whitetuner.memory.plan import Weights, in_seconds, weigh
+from whitetuner.memory.plan import in_seconds
 from whitetuner.memory.quantize import Kind, QuantLinear
 from whitetuner.memory.skeleton import sketch_module
+from whitetuner.memory.weigh import Weights, weigh
 from whitetuner.records import Size
 
 _QUANTISED: dict[str, Kind] = {"int8": "int8", "fp8": "fp8"}

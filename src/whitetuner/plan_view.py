@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from whitetuner.config.full import dtype_wanted
 from whitetuner.config.landed import refuse_not_landed
 from whitetuner.config.load import load_config
 from whitetuner.encoding import chosen, look_at
@@ -68,7 +69,8 @@ def of_config(path: Path, overrides: Sequence[str], on: Sequence[Machine]) -> di
     memory = config.memory
     # As on a card, unless the run itself will be on the CPU (memory.vram_gb then tries a plan out).
     device = torch.device("cpu" if memory.device == "cpu" else "cuda")
-    dtype = choose_dtype("bf16" if memory.base == "bf16" else memory.dtype, device)
+    asked = dtype_wanted(config) or ("bf16" if memory.base == "bf16" else memory.dtype)
+    dtype = choose_dtype(asked, device)
     part = family.spec.parts(family.options)[0]
     sketched = Sketched(family, part, family.stride(), dtype)
     items = find_items(config, family).items
@@ -97,8 +99,10 @@ def of_config(path: Path, overrides: Sequence[str], on: Sequence[Machine]) -> di
     }
 
 
-def of_family(text: str, size: Size | None, task: str | None, on: Sequence[Machine]) -> dict[str, Any]:
-    """The same of a released model: FAMILY or FAMILY:VARIANT at its usual settings."""
+def of_family(
+    text: str, size: Size | None, task: str | None, on: Sequence[Machine], overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The same of a released model: FAMILY or FAMILY:VARIANT at its usual settings; overrides: KEY=VALUE of the config."""
     name, _, variant = text.partition(":")
     spec = registry.spec(name)
     if task is not None and task not in spec.tasks:
@@ -120,7 +124,7 @@ def of_family(text: str, size: Size | None, task: str | None, on: Sequence[Machi
             task=task,
             tasks=", ".join(spec.tasks_of(variant)),
         )
-    found = plan_released(name, variant or None, on, _trained_at(size, spec.stride_px), task)
+    found = plan_released(name, variant or None, on, _trained_at(size, spec.stride_px), task, overrides)
     return {
         "what": found.title,
         "shape": str(found.shape),

@@ -17,7 +17,7 @@ import torch
 from whitetuner.adapters.attach import attach
 from whitetuner.adapters.choose import choose
 from whitetuner.companions import beside_of
-from whitetuner.config.kinds import refuse_quantised_full
+from whitetuner.config.full import precision_of, refuse_wrong_full
 from whitetuner.config.schema import Config
 from whitetuner.encoding import Encoding, encoding_of
 from whitetuner.errors import UserError
@@ -28,15 +28,17 @@ from whitetuner.memory.build import Build
 from whitetuner.memory.fit import Fitted, fit
 from whitetuner.memory.machine import CONTEXT_BYTES, GIB, Machine, this_machine, typical_machine
 from whitetuner.memory.measure import StepCost, measure_alike, measure_step
-from whitetuner.memory.plan import BASES, Plan, Wishes, make_plan, weigh
+from whitetuner.memory.plan import BASES, Plan, Wishes, make_plan
 from whitetuner.memory.quantize import Kind, require_bitsandbytes
 from whitetuner.memory.recompute import chunk_tokens
 from whitetuner.memory.skeleton import sketch_module
 from whitetuner.memory.swap.arena import Arena
 from whitetuner.memory.swap.layout import spread_count
 from whitetuner.memory.swap.shelf import Shelf
+from whitetuner.memory.weigh import Remembered, weigh
 from whitetuner.records import Batch, Item, Size
-from whitetuner.rehearsal import adapter_settings
+from whitetuner.rehearsal import adapter_settings, trained_of
+from whitetuner.train.precision import BESIDE
 
 #: The seed's names of bases.
 _OTHER_NAMES = {"qint8": "int8", "qfloat8": "fp8"}
@@ -44,6 +46,8 @@ _QUANTISED: dict[str, Kind] = {"int8": "int8", "fp8": "fp8", "nf4": "nf4"}
 #: Bytes that an optimizer keeps for each trained number (docs of each; adafactor's factored moments are next to nothing).
 _STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 1, "prodigy": 16}
 _OTHER_STATE_BYTES = 8
+#: The same in full training, of large weights: 8-bit states have a scale for 256 numbers, Adafactor a row and a column.
+_WHOLE_STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.04, "adafactor": 0.02}
 #: Clips of more tokens go through Part.token_wise in pieces of so many, and what those save is saved of one piece.
 #: Sums over tokens are rounded in another order.
 LONG_TOKENS, PIECE_TOKENS = 16384, 4096
@@ -101,15 +105,18 @@ class Sketched:
     dtype: torch.dtype
 
     def module(self, config: Config, quantize: Kind | None) -> torch.nn.Module:
-        """The denoiser without weights, with the config's adapter on it."""
+        """The denoiser without weights, with the config's adapter on it, or with what trains of it in full training."""
         module = self.family.load(partial(sketch_module, dtype=self.dtype, quantize=quantize))[self.part.name]
+        if config.method.kind == "full":
+            trained_of(config, module)
+            return module
         paths = choose(module, config.method.targets or list(self.family.spec.adapter_targets))
         attach(module, paths, adapter_settings(config), seed=0, device="meta")
         return module
 
     def cost(self, config: Config, shape: Shape) -> StepCost:
         """Of one forward and backward of this shape."""
-        family, module = self.family, self.module(config, None)
+        family, module, whole = self.family, self.module(config, None), config.method.kind == "full"
         in_pieces(module, self.part, pieces_of(self.family, [shape], self.stride_px))
         task = config.model.task
         fields = registry.sketch(family.spec.name).blank(
@@ -136,8 +143,8 @@ class Sketched:
             return said.square().mean()
 
         if self.part.token_wise:  # a video's blocks are of one shape, and of thousands of operators each
-            return measure_alike(module, self.part.block_lists[0], step)
-        return measure_step(module, self.part.block_lists, step)
+            return measure_alike(module, self.part.block_lists[0], step, drop_gradients=whole)
+        return measure_step(module, self.part.block_lists, step, drop_gradients=whole)
 
 
 def way_of(
@@ -223,10 +230,14 @@ class Reckoning:
 
     def __init__(self, config: Config, sketched: Sketched, shape: Shape, asked: str | None = None) -> None:
         memory, lists = config.memory, sketched.part.block_lists
-        bases = [asked] if asked else [name_of(sketched.dtype), "int8"]
+        kept = remembered(config, sketched.dtype) if config.method.kind == "full" else None
+        bases = [asked] if asked else [name_of(sketched.dtype), *(["int8"] if kept is None else [])]
         self.shape = shape
-        self.weights = {base: weigh(sketched.module(config, _QUANTISED.get(base)), lists) for base in bases}
+        self.weights = {
+            base: weigh(sketched.module(config, _QUANTISED.get(base)), lists, kept=kept) for base in bases
+        }
         self.cost = sketched.cost(config, shape)
+        self.learns = None if kept is None else _learns(config, name_of(sketched.dtype))
         self.wishes = Wishes(
             base=asked,
             blocks_to_swap=None if memory.blocks_to_swap == "auto" else memory.blocks_to_swap,
@@ -240,13 +251,35 @@ class Reckoning:
     def plan(self, machine: Machine) -> Plan:
         """Raises UserError when nothing fits, with the least that would."""
         try:
-            return make_plan(self.weights, self.cost, machine, self.wishes)
+            plan = make_plan(self.weights, self.cost, machine, self.wishes)
+            return plan if self.learns is None else replace(plan, why=self.learns)
         except UserError:
             beside = self.wishes.beside
             if not beside.drawing_bytes:
                 raise
             wishes = replace(self.wishes, beside=replace(beside, drawing_bytes=0))
             return replace(make_plan(self.weights, self.cost, machine, wishes), previews=False)
+
+
+def _learns(config: Config, dtype: str) -> str:
+    """Full training in a sentence of the plan."""
+    return (
+        f"full training: {precision_of(config, dtype)} weights, {config.optimizer.name}; each block is updated as its backward "
+        "ends, so that the gradients of one block live at a time"
+    )
+
+
+def remembered(config: Config, dtype: torch.dtype) -> Remembered:
+    """Bytes that full training with this config keeps and moves for each number that trains."""
+    o, precision = config.optimizer, precision_of(config, name_of(dtype))
+    bf16 = precision != "fp32"
+    return Remembered(
+        state=_WHOLE_STATE_BYTES.get(o.name, _OTHER_STATE_BYTES) + BESIDE[precision],
+        average=(4 + dtype.itemsize) if o.ema else 0,  # and the weights kept while it is shown
+        sums=4 if o.gradient_accumulation > 1 else 0,
+        copies=(8 if bf16 else 0) + (8 if o.name not in ("adamw", "adamw8bit") else 0),
+        touched=100 if bf16 else 40,
+    )
 
 
 def largest(shapes: Sequence[Shape], sketched: Sketched) -> Shape:
@@ -265,7 +298,7 @@ def asked_base(config: Config) -> str | None:
 
     Raises UserError for a quantised base under full training, whose weights must stay precise.
     """
-    refuse_quantised_full(config)
+    refuse_wrong_full(config)
     given = config.memory.base
     if given == "auto":
         return None
@@ -315,7 +348,7 @@ def fit_denoiser(
     turns: bool = False,
     arena: Arena | None = None,
 ) -> Fitted:
-    """Puts the way on a denoiser with its adapter.
+    """Puts the way on a denoiser with its adapter, or with its own weights training.
 
     turns: another one has the device in between; tell: hears what waits on the host, now and later; arena: shared by ranks
     """
@@ -333,6 +366,7 @@ def fit_denoiser(
         attention=memory.attention,
         slots=way.slots,
         movable=turns and device.type != "cpu",
+        trained=config.method.kind == "full",
         tell=tell,
         shelf=None if folder is None else Shelf(folder),
         arena=arena,

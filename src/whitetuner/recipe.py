@@ -18,7 +18,7 @@ from whitetuner import sharing
 from whitetuner.assemble import assemble, step_settings
 from whitetuner.between import previews_of, validation_of
 from whitetuner.checkpoint.store import Store
-from whitetuner.config.kinds import refuse_quantised_full
+from whitetuner.config.full import refuse_wrong_full
 from whitetuner.config.landed import refuse_not_landed
 from whitetuner.config.load import Loaded, dump_config
 from whitetuner.data.loader import Loader
@@ -109,7 +109,7 @@ class Session:
         config = loaded.config
         with ExitStack() as stack:
             with ranks.phase():
-                refuse_quantised_full(config)
+                refuse_wrong_full(config, ranks.world)
                 refuse_not_landed(config)
                 sharing.same_config(ranks, config)
                 resolved = resolve(config, ranks.local)

@@ -6,7 +6,9 @@ hours of encoding.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -37,10 +39,14 @@ def rehearse(config: Config, family: Family, *, here: bool = True) -> None:
     check_previews(config, family)
     modules = family.load(rehearse_module)
     for part in family.spec.parts(family.options):
-        adapter, _ = adapter_for(config, family, part, modules[part.name], torch.device("cpu"))
+        if config.method.kind == "full":
+            trained = list(trained_of(config, modules[part.name]).values())
+        else:
+            adapter, _ = adapter_for(config, family, part, modules[part.name], torch.device("cpu"))
+            trained = list(adapter.parameters())
         if here:
             set_attention(modules[part.name], config.memory.attention)
-        optimizer_for(config, list(adapter.parameters()))
+        optimizer_for(config, trained)
 
 
 def cache_bytes(
@@ -103,7 +109,7 @@ def adapter_for(
 
 def adapter_settings(config: Config) -> AdapterSettings:
     """The config's [method]."""
-    assert config.method.kind != "full", "refused as not landed before"
+    assert config.method.kind != "full", "full training has no adapter"
     return AdapterSettings(
         kind=config.method.kind,
         rank=config.method.rank,
@@ -113,9 +119,55 @@ def adapter_settings(config: Config) -> AdapterSettings:
     )
 
 
-def optimizer_for(config: Config, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The config's optimizer over these parameters."""
+def trained_of(config: Config, module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Full training: what of the denoiser learns, by name, in its order; the rest is frozen. Sets requires_grad.
+
+    method.targets are fnmatch patterns of parameters, of modules or of what they are in ("transformer_blocks.3"). Raises
+    UserError for one that matches nothing.
+    """
+    patterns = config.method.targets
+    names = [name for name, p in module.named_parameters() if p.is_floating_point()]
+    chosen = set(names)
+    if patterns is not None:
+        chosen = set()
+        for pattern in patterns:
+            found = {name for name in names if any(fnmatchcase(one, pattern) for one in _above(name))}
+            if not found:
+                known = sorted({one for name in names for one in _above(name)})
+                near = difflib.get_close_matches(pattern, known, n=3, cutoff=0.3) or known[:3]
+                raise UserError(
+                    "'{pattern}' matches nothing in this model; the nearest: {near}",
+                    where="method.targets",
+                    mend='name modules or weights as the model calls them, e.g. "transformer_blocks.*.attn.*"; unset: everything',
+                    pattern=pattern,
+                    near=", ".join(near),
+                )
+            chosen |= found
+    trained = {}
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in chosen)
+        if name in chosen:
+            trained[name] = parameter
+    return trained
+
+
+def _above(name: str) -> list[str]:
+    """ "a.b.weight" -> itself, "a.b", "a"."""
+    pieces = name.split(".")
+    return [".".join(pieces[:count]) for count in range(len(pieces), 0, -1)]
+
+
+def optimizer_for(
+    config: Config, parameters: Sequence[torch.nn.Parameter], decay: bool = True
+) -> torch.optim.Optimizer:
+    """The config's optimizer over these parameters. decay: whether weight decay acts on them."""
     o = config.optimizer
     return make_optimizer(
-        o.name, parameters, lr=o.lr, weight_decay=o.weight_decay, betas=o.betas, eps=o.eps, args=o.args
+        o.name,
+        parameters,
+        lr=o.lr,
+        weight_decay=o.weight_decay if decay else 0.0,
+        betas=o.betas,
+        eps=o.eps,
+        args=o.args,
     )

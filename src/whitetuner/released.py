@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from whitetuner.config.full import dtype_wanted, refuse_wrong_full
 from whitetuner.config.load import load_config
 from whitetuner.encoding import Encoding, chosen, look_at
 from whitetuner.errors import UserError
@@ -18,8 +19,9 @@ from whitetuner.families import registry
 from whitetuner.family import Family, ModelPaths
 from whitetuner.memory.machine import Machine
 from whitetuner.memory.plan import Plan
-from whitetuner.planning import Reckoning, Shape, Sketched
+from whitetuner.planning import Reckoning, Shape, Sketched, asked_base
 from whitetuner.records import Size
+from whitetuner.resolve import choose_dtype
 
 
 def released(name: str, variant: str | None, folder: Path) -> tuple[Family, str]:
@@ -62,20 +64,27 @@ def plan_released(
     machines: Sequence[Machine],
     size: Size | None = None,
     task: str | None = None,
+    overrides: Sequence[str] = (),
 ) -> Released:
-    """From the family's released configs alone: no files, no weights. size: None: the family's own."""
+    """From the family's released configs alone: no files, no weights. size: None: the family's own.
+
+    overrides: KEY=VALUE of the config. Raises UserError for what it cannot take.
+    """
     spec = registry.spec(name)
     with tempfile.TemporaryDirectory(prefix="whitetuner-plan-") as folder:
         family, variant = released(name, variant, Path(folder))
         task = task or spec.tasks_of(variant)[0]
         values = {"run.name": "plan", "model.family": name, "model.task": task, "model.path": folder}
-        config = load_config(None, base=values).config
+        config = load_config(None, overrides, base=values).config
+        refuse_wrong_full(config)
         stride = spec.variant_strides.get(variant, spec.stride_px)
-        sketched = Sketched(family, spec.parts(family.options)[0], stride, torch.bfloat16)
+        # As on a card: what `auto` comes to there.
+        dtype = choose_dtype(dtype_wanted(config) or config.memory.dtype, torch.device("cuda"))
+        sketched = Sketched(family, spec.parts(family.options)[0], stride, dtype)
         size = size or spec.default_size
         given = (size._replace(frames=1),) if task in ("edit", "i2v") else ()
         shape = Shape(size, config.data.batch_size, given)
-        reckoning = Reckoning(config, sketched, shape)
+        reckoning = Reckoning(config, sketched, shape, asked_base(config))
         known = getattr(registry.sketch(name), "ENCODERS", {})
         looked = look_at(
             [one for one in family.encoders(task) if one.name in known], torch.bfloat16, "int8", shape.size

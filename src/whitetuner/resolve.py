@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from whitetuner.config.full import dtype_wanted, precision_of
 from whitetuner.config.kinds import refuse_wrong_data
 from whitetuner.config.schema import Config
 from whitetuner.errors import EXIT_ENVIRONMENT, UserError
@@ -20,15 +21,20 @@ from whitetuner.models import is_random, model_paths
 
 @dataclass(frozen=True)
 class Resolved:
-    """family: with options and paths; device; dtype of the frozen weights that are not quantised."""
+    """family: with options and paths; device; dtype of the frozen weights that are not quantised, or of those that train.
+
+    precision: of full training, see config/full.py
+    """
 
     family: Family
     device: torch.device
     dtype: torch.dtype
+    precision: str | None = None
 
     def facts(self) -> dict[str, Any]:
         """What goes into run.json and must be the same on resume."""
-        return {
+        more = {} if self.precision is None else {"precision": self.precision}
+        return more | {
             "dtype": str(self.dtype).removeprefix("torch."),
             "device_type": self.device.type,
             "random_weights": is_random(self.family.paths),
@@ -45,7 +51,9 @@ def resolve(config: Config, local_rank: int = 0) -> Resolved:
     memory = config.memory
     # base = "bf16" says the same of the frozen weights as dtype does, unless dtype says otherwise.
     asked = "bf16" if memory.base == "bf16" and memory.dtype == "auto" else memory.dtype
-    return Resolved(open_family(config), device, choose_dtype(asked, device))
+    dtype = choose_dtype(dtype_wanted(config) or asked, device)
+    precision = precision_of(config, "fp32" if dtype == torch.float32 else "bf16")
+    return Resolved(open_family(config), device, dtype, precision if config.method.kind == "full" else None)
 
 
 def open_family(config: Config) -> Family:

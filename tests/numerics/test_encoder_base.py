@@ -24,9 +24,9 @@ from whitetuner.family import ModelPaths
 from whitetuner.memory.build import Build
 from whitetuner.memory.machine import GIB
 from whitetuner.memory.phases import PhaseBuild, held_within
-from whitetuner.memory.plan import Weights
 from whitetuner.memory.quantize import QuantLinear
 from whitetuner.memory.swap.backend import CpuBackend
+from whitetuner.memory.weigh import Weights
 from whitetuner.prepared import Prepared, phase_build, prepare_data
 from whitetuner.records import EncodeInput, Size
 from whitetuner.resolve import resolve

@@ -11,9 +11,9 @@ from transformers import Qwen3Config, Qwen3Model
 from whitetuner.errors import UserError
 from whitetuner.memory.build import Build
 from whitetuner.memory.phases import PhaseBuild, longest_list
-from whitetuner.memory.plan import weigh
 from whitetuner.memory.skeleton import sketch_module
 from whitetuner.memory.swap.backend import Backend, CpuBackend
+from whitetuner.memory.weigh import weigh
 
 torch.set_num_threads(1)
 

@@ -23,10 +23,11 @@ from whitetuner.families import registry
 from whitetuner.memory.beside import Beside, has_room
 from whitetuner.memory.machine import CONTEXT_BYTES, GIB, Machine, typical_machine
 from whitetuner.memory.measure import BlockCost, StepCost, measure_step
-from whitetuner.memory.plan import Plan, Weights, Wishes, corrected, make_plan, weigh
+from whitetuner.memory.plan import Plan, Wishes, corrected, make_plan
 from whitetuner.memory.quantize import quantize_linears
 from whitetuner.memory.swap.backend import CpuBackend
 from whitetuner.memory.swap.engine import SwapEngine
+from whitetuner.memory.weigh import Weights, weigh
 from whitetuner.records import Size
 from whitetuner.released import plan_released
 

@@ -70,7 +70,7 @@ def test_a_failed_copy_is_told_and_not_computed_with() -> None:
     backend: Backend = Driver(0).backend()
     net = build(Setup())
     engine = SwapEngine(net, LISTS, 0, backend, smallest_bytes=0).attach()
-    backend.load(torch.empty(3, dtype=torch.uint8), torch.zeros(5, dtype=torch.uint8), None)
+    backend.load(torch.empty(3, dtype=torch.uint8), torch.zeros(5, dtype=torch.uint8), ())
     with pytest.raises(RuntimeError, match="copy of a swapped block failed"):
         backend.drain()
     assert engine.attached

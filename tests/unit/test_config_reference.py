@@ -69,29 +69,14 @@ def test_every_option_is_read_by_the_program_or_refused() -> None:
     assert not unread
 
 
-@pytest.mark.parametrize("key", sorted(not_landed()))
-def test_an_option_whose_feature_is_not_there_is_refused(key: str) -> None:
-    other: dict[str, object] = {
-        "model.task": "i2v",
-        "method.kind": "full",
-        "memory.vram_gb": 12,
-        "memory.base": "int8",
-        "memory.blocks_to_swap": 4,
-        "memory.activation_offload": True,
-        "memory.compile": True,
-        "memory.attention": "flash",
-        "data.num_frames": 5,
-        "data.fps": 16,
-    }
-    form = {key: other.get(key, "somewhere")}
-    config = load_config(None, base={"model.family": "flux2-klein", **form}).config
-    with pytest.raises(UserError, match="not there yet"):
-        refuse_not_landed(config)
-
-
 def test_defaults_are_never_refused_and_sets_are_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(landed._REFUSED, "data.videos", ((), "a data set to come"))
-    refuse_not_landed(load_config(None, base={"model.family": "flux2-klein"}).config)
+    monkeypatch.setitem(landed._REFUSED, "method.kind", (("lora",), "a method to come"))
+    refuse_not_landed(load_config(None, base={"model.family": "flux2-klein", "method.kind": "lora"}).config)
+    with pytest.raises(UserError, match="not there yet"):
+        refuse_not_landed(
+            load_config(None, base={"model.family": "flux2-klein", "method.kind": "full"}).config
+        )
     config = load_config(
         None, base={"model.family": "flux2-klein", "data.sets": [{"images": "a"}, {"videos": "b"}]}
     ).config

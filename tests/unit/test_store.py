@@ -159,7 +159,8 @@ def test_every_way_to_be_killed_while_saving_leaves_a_whole_checkpoint(
 
         return call
 
-    monkeypatch.setattr(store_module, "save_file", counted(store_module.save_file))
+    monkeypatch.setattr(store_module, "write_whole", counted(store_module.write_whole))
+    monkeypatch.setattr(Path, "replace", counted(Path.replace))
     monkeypatch.setattr(store_module, "_sync", counted(store_module._sync))
     monkeypatch.setattr(Path, "rename", counted(Path.rename))
     monkeypatch.setattr(Path, "write_text", counted(Path.write_text))

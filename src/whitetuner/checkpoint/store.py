@@ -15,16 +15,18 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 
+from whitetuner.checkpoint.tensorfile import write_whole
 from whitetuner.errors import EXIT_FAILED, FULL, UserError
+from whitetuner.memory.relaid import entries_of
+from whitetuner.memory.weights import read_header
 
 STATE_FILE = "training_state.json"
 FORMAT = 1
@@ -41,6 +43,29 @@ class Checkpoint:
     state: Mapping[str, Any]
     tensors: Mapping[str, Mapping[str, torch.Tensor]]
     documents: Mapping[str, Any]
+
+
+class Saved(Mapping[str, torch.Tensor]):
+    """The tensors of a checkpoint's file, each read when it is asked for: a model's need not fit into memory twice.
+
+    The file is open only while one is read, so that the folder can be renamed and removed on every system.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.entries = file, read_header(file)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self.entries:
+            raise KeyError(name)
+        with safe_open(str(self.file), framework="pt", device="cpu") as source:
+            tensor: torch.Tensor = source.get_tensor(name)
+        return tensor.clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
 
 
 class DamagedCheckpoint(UserError):
@@ -70,7 +95,7 @@ class Store:
         """
         final, temporary = self.folder / f"checkpoint-{step}", self.folder / f".checkpoint-{step}.writing"
         needed = (
-            sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()) + 65536
+            sum(entry.num_bytes for group in tensors.values() for entry in entries_of(group).values()) + 65536
         )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -78,23 +103,21 @@ class Store:
             free = shutil.disk_usage(self.folder).free
             if free < needed:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            digests: dict[str, str] = {}
             for name, group in tensors.items():
-                target = temporary / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                kept = {key: tensor.detach().to("cpu").contiguous() for key, tensor in group.items()}
-                save_file(kept, target, metadata={"format": "pt", **(metadata or {})})
+                digests[name] = write_whole(temporary / name, group, {"format": "pt", **(metadata or {})})
             for name, document in documents.items():
                 target = temporary / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_text(json.dumps(document, indent=1, sort_keys=True), encoding="utf-8")
-            files = {
-                path.relative_to(temporary).as_posix(): {
-                    "sha256": _sha256(path),
-                    "bytes": path.stat().st_size,
-                }
-                for path in sorted(temporary.rglob("*"))
-                if path.is_file()
-            }
+            files = {}
+            for path in sorted(temporary.rglob("*")):
+                if path.is_file():
+                    name = path.relative_to(temporary).as_posix()
+                    files[name] = {
+                        "sha256": digests.get(name) or _sha256(path),
+                        "bytes": path.stat().st_size,
+                    }
             whole = {**state, "format": FORMAT, "step": step, "run_id": self.run_id, "files": files}
             whole[OWN_HASH] = _own_hash(whole)
             (temporary / STATE_FILE).write_text(json.dumps(whole, indent=1, sort_keys=True), encoding="utf-8")
@@ -223,7 +246,7 @@ def read(path: Path, run_id: str | None = None) -> Checkpoint:
         raise damaged("{name} was changed after it was saved (its hash differs)", name=STATE_FILE)
     if run_id is not None and state.get("run_id") != run_id:
         raise damaged("this checkpoint belongs to another run ({other})", other=state.get("run_id"))
-    tensors: dict[str, dict[str, torch.Tensor]] = {}
+    tensors: dict[str, Mapping[str, torch.Tensor]] = {}
     documents: dict[str, Any] = {}
     for name, (size, digest) in known.items():
         file = path / name
@@ -238,7 +261,7 @@ def read(path: Path, run_id: str | None = None) -> Checkpoint:
         if _sha256(file) != digest:
             raise damaged("{name} was changed after it was saved (its hash differs)", name=name)
         if file.suffix == ".safetensors":
-            tensors[name] = load_file(file)
+            tensors[name] = Saved(file)
         elif file.suffix == ".json":
             documents[name] = json.loads(file.read_text(encoding="utf-8"))
     return Checkpoint(path, step, state, tensors, documents)

@@ -35,10 +35,35 @@ def write_tensors(
 ) -> str:
     """Writes the file beside its place, then renames it; returns its sha256. Folders are made.
 
+    dtypes: as of `write_whole`. Raises UserError (exit code 1) when the disk is full or not writable; an older file of that
+    name is then still there.
+    """
+    try:
+        return write_whole(path, tensors, metadata, dtypes)
+    except OSError as error:
+        full = error.errno in FULL
+        need = sum(entry.num_bytes for entry in entries_of(tensors).values())
+        raise UserError(
+            "the file could not be written: {reason}",
+            where=str(path),
+            mend="free {megabytes} MB and try again" if full else "make the folder writable and try again",
+            code=EXIT_FAILED,
+            reason=error.strerror or error,
+            megabytes=(need >> 20) + 1,
+        ) from error
+
+
+def write_whole(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> str:
+    """The file whole or not at all, as `write_tensors`. Raises OSError.
+
     One tensor at a time goes through memory, so that a model larger than what is free can be written from its parts: the
     mapping's `entries` (whitetuner.memory.weights), where it has them, tell the header, and each tensor is asked for once.
     dtypes: of the tensors that are written as something else than they are
-    Raises UserError (exit code 1) when the disk is full or not writable; an older file of that name is then still there.
     """
     entries, dtypes = entries_of(tensors), dtypes or {}
     kinds = {name: dtypes.get(name, entry.dtype) for name, entry in entries.items()}
@@ -71,17 +96,6 @@ def write_tensors(
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
-        _drop(temporary)
-        full = error.errno in FULL
-        raise UserError(
-            "the file could not be written: {reason}",
-            where=str(path),
-            mend="free {megabytes} MB and try again" if full else "make the folder writable and try again",
-            code=EXIT_FAILED,
-            reason=error.strerror or error,
-            megabytes=(end >> 20) + 1,
-        ) from error
     except BaseException:  # a source that fails in the middle, Ctrl-C: no half file stays
         _drop(temporary)
         raise

@@ -25,17 +25,6 @@ def refuse_wrong_data(config: Config) -> None:
         raise UserErrors(errors) if len(errors) > 1 else errors[0]
 
 
-def refuse_quantised_full(config: Config) -> None:
-    """Raises UserError for full training over a quantised base, whose weights cannot hold what is learned."""
-    if config.method.kind == "full" and config.memory.base not in ("auto", "bf16"):
-        raise UserError(
-            "full training changes the weights themselves, and {base} cannot hold such small changes",
-            where="memory.base",
-            mend='set memory.base = "bf16" (or "auto"), or train an adapter (method.kind = "lokr")',
-            base=config.memory.base,
-        )
-
-
 def _wrong(task: str, one: DataSet, where: str) -> UserError | None:
     if task == "edit" and one.target is None:
         return UserError(

@@ -12,9 +12,7 @@ from whitetuner.config.told import field_of
 from whitetuner.errors import UserError, UserErrors
 
 #: Option -> (values that work today besides its default, the feature that other values ask for).
-_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "method.kind": (("lora",), "full fine-tuning"),
-}
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {}
 
 
 def not_landed() -> dict[str, tuple[Any, ...]]:

@@ -32,7 +32,12 @@ class Method(Section):
     targets: list[str] | None = Field(
         None,
         min_length=1,
-        description="patterns (fnmatch) of the modules that learn; unset: the family's own",
+        description="patterns (fnmatch) of the modules that learn; unset: the family's own; full: everything",
+    )
+    precision: Literal["auto", "bf16_stochastic", "kahan", "fp32_master", "fp32"] = Field(
+        "auto",
+        description="full: how weights keep small steps (bf16 rounded at random; bf16 and 2 bytes more a weight, the rest of "
+        "the sum or of a float32 weight; float32); auto: bf16_stochastic, where weights are fp32: fp32",
     )
     init_from: PathText | None = Field(None, description="adapter file to begin from")
 
@@ -101,6 +106,11 @@ class Optimizer(Section):
     )
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="linear, cosine: they end at this share of lr")
     max_grad_norm: float = Field(1.0, ge=0, description="gradients are scaled down to this norm; 0: never")
+    clip: Literal["previous", "block"] = Field(
+        "previous",
+        description="full: max_grad_norm is held against the whole gradient's norm of the step before (the first step is not "
+        "scaled), or against each block's own",
+    )
     gradient_accumulation: int = Field(1, ge=1, le=4096, description="passes whose gradients make one step")
     ema: float = Field(
         0.0,

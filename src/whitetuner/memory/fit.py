@@ -36,6 +36,7 @@ class Fitted:
     swap:   the backend that blocks are streamed with once memory runs out; None: the device has no second memory
     tell:   hears, in a sentence, when blocks leave the device for want of memory
     shelf:  where the blocks wait while another model has its turn; None: in host memory
+    trained: the blocks' own weights train, and move
     """
 
     module: nn.Module
@@ -46,6 +47,7 @@ class Fitted:
     swap: Backend | None = None
     tell: Callable[[str], None] = log.warning
     shelf: Shelf | None = None
+    trained: bool = False
 
     def run(self, step: Callable[[], T], forget: Callable[[], None]) -> T:
         """A whole optimizer step without the optimizer's; again with fewer residents when memory runs out."""
@@ -56,7 +58,9 @@ class Fitted:
                 pass  # the traceback, which holds the broken step's tensors, must be gone before blocks leave
             forget()
             count = len(self.recompute.runs)
-            self.engine = SwapEngine(self.module, self.block_lists, count, self.swap).attach()
+            self.engine = SwapEngine(
+                self.module, self.block_lists, count, self.swap, trained=self.trained
+            ).attach()
             shrink(self.engine, self.tell)
         return step() if self.engine is None else with_room(step, self.engine, forget, self.tell)
 
@@ -128,17 +132,19 @@ def fit(
     attention: str = "auto",
     slots: int = 2,
     movable: bool = False,
+    trained: bool = False,
     backend: Backend | None = None,
     tell: Callable[[str], None] = log.warning,
     shelf: Shelf | None = None,
     arena: Arena | None = None,
 ) -> Fitted:
-    """Makes a module with its adapters ready to train on a device.
+    """Makes a module, with its adapters or with its own weights training, ready for a device.
 
     residents: blocks that stay on the device (plan.Choice.residents); None: all, without a swap engine
     plain:     blocks that are not computed again (plan.Choice.plain)
     movable:   another model takes turns with this one on the device: its blocks can leave as a whole (make_room), even
                where all of them stay while it runs
+    trained:   the module's own weights train (those with requires_grad), and move with their blocks
     backend:   of the swap; None: the device's own
     tell:      hears of blocks that leave the device later, for want of memory
     shelf:     of a movable one, see Fitted
@@ -161,8 +167,10 @@ def fit(
     # On a CPU nothing is streamed unless asked for: running out of memory there is no OutOfMemoryError.
     swap = backend or (backend_for(device) if streams or device.type != "cpu" else None)
     if streams and stays is not None and swap is not None:
-        engine = SwapEngine(module, block_lists, stays, swap, slots=slots).attach(arena)
+        engine = SwapEngine(
+            module, block_lists, stays, swap, slots=slots, trained=trained
+        ).attach(arena)
         log.info(engine.pinned)
     if engine is None:
         module.to(device)
-    return Fitted(module, tuple(block_lists), recompute, kernels, engine, swap, tell, shelf)
+    return Fitted(module, tuple(block_lists), recompute, kernels, engine, swap, tell, shelf, trained)

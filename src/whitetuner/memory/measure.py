@@ -75,19 +75,25 @@ class StepCost:
 
 
 def measure_step(
-    module: nn.Module, block_lists: Sequence[str], step: Callable[[], torch.Tensor], *, fake: bool = True
+    module: nn.Module,
+    block_lists: Sequence[str],
+    step: Callable[[], torch.Tensor],
+    *,
+    fake: bool = True,
+    drop_gradients: bool = False,
 ) -> StepCost:
     """Runs `step` (it returns the scalar loss) with and without recomputation, and measures.
 
     module: on any device, the meta device too; what trains must require gradients. Left as it was.
     step:   may read real tensors; with `fake` they are turned into tensors without content where they meet
             the model
+    drop_gradients: of each weight as soon as it is there, as full training does (memory/fused.py)
     fake:   False runs the real thing, for tests
     """
     blocks = blocks_of(module, block_lists)
     with _without_content(module) if fake else _as_it_is():
-        plain = _run(module, block_lists, blocks, step, "none")
-        again = _run(module, block_lists, blocks, step, "all")
+        plain = _run(module, block_lists, blocks, step, "none", drop_gradients)
+        again = _run(module, block_lists, blocks, step, "all", drop_gradients)
     costs = [
         BlockCost(path, plain.saved[i], again.saved[i], plain.flops_of_block[i])
         for i, (path, _) in enumerate(blocks)
@@ -103,7 +109,9 @@ def measure_step(
     )
 
 
-def measure_alike(module: nn.Module, block_list: str, step: Callable[[], torch.Tensor]) -> StepCost:
+def measure_alike(
+    module: nn.Module, block_list: str, step: Callable[[], torch.Tensor], *, drop_gradients: bool = False
+) -> StepCost:
     """As measure_step for one list of blocks of one shape: told from a run with three of them and one with five.
 
     Every block more adds what the one before added, so forty blocks of a video model are measured in seconds. With few blocks,
@@ -114,12 +122,12 @@ def measure_alike(module: nn.Module, block_list: str, step: Callable[[], torch.T
     blocks = getattr(owner, name)
     kinds = {tuple((key, tensor.shape) for key, tensor in block.named_parameters()) for block in blocks}
     if len(blocks) <= _FEW[1] or len(kinds) > 1:
-        return measure_step(module, (block_list,), step)
+        return measure_step(module, (block_list,), step, drop_gradients=drop_gradients)
     found = []
     for count in _FEW:
         setattr(owner, name, nn.ModuleList(blocks[:count]))
         try:
-            found.append(measure_step(module, (block_list,), step))
+            found.append(measure_step(module, (block_list,), step, drop_gradients=drop_gradients))
         finally:
             setattr(owner, name, blocks)
     few, more = found
@@ -153,6 +161,7 @@ def _run(
     blocks: Sequence[tuple[str, nn.Module]],
     step: Callable[[], torch.Tensor],
     which: str,
+    drop_gradients: bool = False,
 ) -> _Seen:
     count = len(blocks)
     seen = _Seen([0] * count, [0] * count, [0] * count, [0] * count)
@@ -181,6 +190,7 @@ def _run(
         return tapped
 
     before = {parameter: parameter.grad for parameter in module.parameters() if parameter.requires_grad}
+    drops = [p.register_post_accumulate_grad_hook(_drop) for p in before] if drop_gradients else []
     handle = checkpoint_blocks(module, block_lists, which)
     patches = [Patch(block, tap(i, block.forward)) for i, (_, block) in enumerate(blocks)]
     try:
@@ -195,9 +205,15 @@ def _run(
         for patch in reversed(patches):
             patch.remove()
         handle.remove()
+        for hook in drops:
+            hook.remove()
         for parameter, gradient in before.items():
             parameter.grad = gradient
     return seen
+
+
+def _drop(parameter: torch.Tensor) -> None:
+    parameter.grad = None
 
 
 class _Watch(TorchDispatchMode):

@@ -20,12 +20,12 @@ from whitetuner.errors import EXIT_ENVIRONMENT, UserError
 from whitetuner.memory.build import Build
 from whitetuner.memory.fit import backend_for
 from whitetuner.memory.machine import GIB
-from whitetuner.memory.plan import Weights, weigh
 from whitetuner.memory.quantize import Kind
 from whitetuner.memory.skeleton import sketch_module
 from whitetuner.memory.swap.backend import Backend
 from whitetuner.memory.swap.engine import SwapEngine
 from whitetuner.memory.swap.layout import slot_bytes, spread
+from whitetuner.memory.weigh import Weights, weigh
 
 log = logging.getLogger(__name__)
 #: Left free for activations and kernels while a model of another phase runs.

@@ -10,17 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from math import ceil
 from typing import Any
-
-from torch import nn
 
 from whitetuner.errors import EXIT_ENVIRONMENT, UserError
 from whitetuner.memory.beside import ALONE, Beside, has_room
-from whitetuner.memory.blocks import blocks_of
 from whitetuner.memory.machine import CONTEXT_BYTES, GIB, Machine
 from whitetuner.memory.measure import StepCost
 from whitetuner.memory.swap.host import PIN_SHARE
-from whitetuner.memory.swap.layout import layouts_of, slot_bytes, spread, units
+from whitetuner.memory.swap.layout import slot_bytes, spread, units
+from whitetuner.memory.weigh import Weights
 
 #: Bases from the most precise to the smallest, with the time of a step relative to bf16 (the dequantising of a weight costs
 #: as much as 1/N of its products with N tokens; measured 1.03 for int8 at N = 2048).
@@ -31,30 +30,10 @@ _WORTH = 1.05
 #: same bytes: with two the link rests whenever the next blocks are residents (on the simulated link at worst 1.12 x the bound
 #: with two, 1.06 with three).
 SLOTS = 3
+#: Share of the link's speed in each direction while both are used (reported for OneTrainer: 1.5 times in all).
+_DUPLEX = 0.75
 #: Unusable remainders between tensors in the caching allocator, as a share of what is not weights.
 _FRAGMENTS = 0.05
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Bytes of a model in one base. blocks: what of each block can move;  rest: all else, adapters aside."""
-
-    blocks: tuple[int, ...]
-    rest: int
-    trained: int = 0
-
-
-def weigh(module: nn.Module, block_lists: Sequence[str], smallest_bytes: int | None = None) -> Weights:
-    """From a module on any device, the meta device too. trained: number of weights that require gradients."""
-    layouts = layouts_of(blocks_of(module, block_lists), smallest_bytes)
-    moved = {id(entry.tensor) for layout in layouts for entry in layout.entries}
-    rest = trained = 0
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.requires_grad:
-            trained += tensor.numel()
-        elif id(tensor) not in moved:
-            rest += tensor.numel() * tensor.element_size()
-    return Weights(tuple(layout.num_bytes for layout in layouts), rest, trained)
 
 
 def in_seconds(seconds: float) -> str:
@@ -65,7 +44,7 @@ def in_seconds(seconds: float) -> str:
 @dataclass(frozen=True)
 class Choice:
     """One way to fit. residents: blocks that stay;  plain: blocks that are not computed again;  disk_bytes: of models that
-    wait for their turn in files.
+    wait for their turn in files;  up_bytes, down_bytes: over the link in a step.
     """
 
     base: str
@@ -79,6 +58,8 @@ class Choice:
     seconds: float
     parts: Mapping[str, int] = field(compare=False)
     disk_bytes: int = 0
+    up_bytes: int = 0
+    down_bytes: int = 0
 
     @property
     def streamed(self) -> int:
@@ -96,6 +77,8 @@ class Choice:
         lost = self.seconds / self.computing_s - 1
         speed = "full speed" if lost < 0.01 else f"{lost:.0%} of it added by waiting for weights"
         waits = f"{self.disk_bytes / GIB:.0f} GB on disk for experts that wait, " if self.disk_bytes else ""
+        if self.down_bytes:
+            waits += f"{self.up_bytes / GIB:.0f} GB up and {self.down_bytes / GIB:.0f} GB down in a step, "
         return (
             f"{self.base} weights, {blocks}, {kept}: {self.peak_bytes / GIB:.1f} GB on the card, "
             f"{self.host_bytes / GIB:.0f} GB on the host, {waits}about {in_seconds(self.seconds)} a step ({speed})"
@@ -300,6 +283,9 @@ def _choice(
         "other weights": weights.rest,
         "adapter and optimizer": weights.trained * (8 + wishes.state_bytes),
     }
+    whole = weights.whole
+    if whole is not None:
+        fixed |= whole.on_device(streamed)
     plain = _plain(cost, machine, wishes, sum(fixed.values()))
     activations = _activations(cost, wishes, plain)
     sent = _sent(cost, wishes, plain)
@@ -317,9 +303,17 @@ def _choice(
         resting = outer / cost.flops_forward if cost.flops_forward else 0.0
     seconds = max(forward, forward * resting + (cost.forwards * moved - first) / machine.link_bytes_per_s)
     loaded = cost.backwards * moved - last + sent
-    seconds += max(backward, backward * resting + loaded / machine.link_bytes_per_s)
     small = weights.rest + weights.trained * (4 + wishes.state_bytes)
-    host = wishes.beside.held(sum(sizes), small, bool(streamed), sent, machine)
+    down, link, more = sent, machine.link_bytes_per_s, 0
+    if whole is not None:
+        state = whole.state_moved(streamed)
+        loaded, down = loaded + state, down + whole.written_back(streamed) + state
+        backward += whole.update_s(machine.flops_per_s)
+        link *= _DUPLEX if streamed else 1
+        more = whole.on_host(streamed) + wishes.beside.learners * whole.on_host(range(len(sizes)))
+        small += ceil(whole.rest_numbers * whole.kept.state)
+    seconds += max(backward, backward * resting + max(loaded, down if whole else 0) / link)
+    host = wishes.beside.held(sum(sizes), small, bool(streamed), sent + more, machine)
     return Choice(
         base,
         tuple(sorted(residents)),
@@ -332,6 +326,8 @@ def _choice(
         seconds,
         parts,
         host.disk_bytes,
+        cost.forwards * moved - first + loaded if streamed else sent,
+        down,
     )
 
 

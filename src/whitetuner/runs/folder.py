@@ -292,6 +292,17 @@ class RunFolder:
             )
         return path
 
+    def final_model(self, part: str) -> Path:
+        """The finished run's denoiser in diffusers layout, of full training. Raises UserError when it is not there."""
+        path = self.final / part
+        if not (path / "config.json").is_file():
+            raise UserError(
+                "this run has no final file yet",
+                where=str(self.path),
+                mend="let it end (--resume latest), or give --adapter a checkpoint's file",
+            )
+        return path
+
     def _ended(self) -> str | None:
         """How the last visit to this run ended; None when it did not (or still goes on)."""
         last = last_of(self.events, (RunStarted, Failed, Ended))

@@ -3,7 +3,7 @@ see it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -79,3 +79,35 @@ class Ema:
     def _fill(self, values: Sequence[Tensor]) -> None:
         for parameter, value in zip(self._params, values, strict=True):
             parameter.copy_(value)
+
+
+class HostEma:
+    """The same of a whole model, in float32 on the host: the device has no room for it.
+
+    values: names and present values of what trains, in a fixed order; decay: in (0, 1)
+    """
+
+    def __init__(self, values: Iterable[tuple[str, Tensor]], decay: float) -> None:
+        self.decay, self.updates = decay, 0
+        self.average = {name: one.to("cpu", torch.float32, copy=True) for name, one in values}
+
+    @torch.no_grad()
+    def update(self, values: Iterable[tuple[str, Tensor]]) -> None:
+        """Once after every optimizer step."""
+        d = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for name, one in values:
+            self.average[name].lerp_(one.to("cpu", torch.float32), 1.0 - d)
+        self.updates += 1
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor], updates: int) -> None:
+        """Back to a saved average. Raises UserError when it belongs to other parameters."""
+        if tensors.keys() != self.average.keys():
+            raise UserError(
+                "the saved running average belongs to other parameters",
+                where="--resume",
+                mend="resume with the method.targets, rank, factor and full_matrix the run began with",
+            )
+        for name, average in self.average.items():
+            average.copy_(tensors[name])
+        self.updates = updates

@@ -1,10 +1,13 @@
-"""What learns: one denoiser with its adapter, optimizer and average. WAN 2.2 has two, most families one."""
+"""What learns: one denoiser with its adapter, optimizer and average. WAN 2.2 has two, most families one.
+
+A denoiser that learns with its own weights is train/whole.py; `Learns` is what both have in common.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -15,10 +18,70 @@ from whitetuner.family import Part
 from whitetuner.memory.fit import Fitted
 from whitetuner.memory.luggage import Luggage
 from whitetuner.train.ema import Ema
-from whitetuner.train.optim import optimizer_tensors, restore_optimizer
+from whitetuner.train.optim import clip_grad_norm, optimizer_tensors, restore_optimizer
 
 STATE = "accelerate_state"
 T = TypeVar("T")
+
+
+class Learns(Protocol):
+    """What the loop, the team and the files know of one denoiser that learns.
+
+    in_passes: weights change in the passes of a step already; else in `apply`
+    """
+
+    part: Part
+    module: torch.nn.Module
+    kind: str
+    in_passes: bool
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]: ...
+
+    @property
+    def fitted(self) -> Fitted | None: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
+
+    def leave(self) -> None:
+        """For another's turn: nothing of it stays on the device."""
+        ...
+
+    def come(self) -> None:
+        """Its turn begins."""
+        ...
+
+    def run(self, passes: Callable[[], T], lr: float, max_norm: float) -> T:
+        """All forward and backward passes of one step."""
+        ...
+
+    def pass_begins(self, last: bool) -> None:
+        """Before each backward pass. last: of the step."""
+        ...
+
+    def pass_ends(self) -> None: ...
+
+    def clipped(self, max_norm: float) -> float:
+        """The norm of the step's gradient, before it was scaled down to max_norm."""
+        ...
+
+    def apply(self, lr: float) -> None:
+        """The end of a step whose numbers are sound."""
+        ...
+
+    def drop(self) -> None:
+        """Forgets gradients that are not to be applied."""
+        ...
+
+    def weight_change(self) -> float: ...
+
+    def averaged(self) -> AbstractContextManager[None]: ...
+
+    def save(self) -> tuple[dict[str, Mapping[str, torch.Tensor]], dict[str, Any]]: ...
+
+    def load(
+        self, tensors: Mapping[str, Mapping[str, torch.Tensor]], documents: Mapping[str, Any]
+    ) -> None: ...
 
 
 class Learner:
@@ -40,21 +103,29 @@ class Learner:
         fitted: Fitted | None = None,
         turns_on: torch.device | None = None,
     ) -> None:
-        self.fitted = fitted
+        self.fitted, self.in_passes = fitted, False
         self.luggage = None if turns_on is None else Luggage(self._tensors, turns_on)
         self.part, self.module, self.adapter, self.kind = part, module, adapter, kind
         self.optimizer, self.ema = optimizer, ema
-        self.parameters = list(adapter.parameters())
+        self._trained = list(adapter.parameters())
         self._start = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
 
-    def run(self, passes: Callable[[], T]) -> T:
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Of the adapter."""
+        return self._trained
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        yield from self.adapter.named_parameters()
+
+    def run(self, passes: Callable[[], T], lr: float, max_norm: float) -> T:
         """All forward and backward passes of one step; when memory runs out, again with fewer blocks on the device.
 
         The second try computes what the first would have: nothing is applied before the optimizer's step.
         """
         if self.fitted is None:
             return passes()
-        done = self.fitted.run(passes, lambda: self.optimizer.zero_grad(set_to_none=True))
+        done = self.fitted.run(passes, self.drop)
         self.fitted.step_end()
         return done
 
@@ -76,6 +147,28 @@ class Learner:
         yield from (one for one in tree_leaves(dict(self.optimizer.state)) if isinstance(one, torch.Tensor))
         if self.ema is not None:
             yield from self.ema.state_tensors().values()
+
+    def pass_begins(self, last: bool) -> None:
+        return
+
+    def pass_ends(self) -> None:
+        return
+
+    def clipped(self, max_norm: float) -> float:
+        """Scales the gradient down to max_norm (0: not); returns its norm before."""
+        return float(clip_grad_norm(self.parameters, max_norm))
+
+    def apply(self, lr: float) -> None:
+        """Takes the optimizer's step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.drop()
+        if self.ema is not None:
+            self.ema.update()
+
+    def drop(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def weight_change(self) -> float:
@@ -101,10 +194,10 @@ class Learner:
             for name, tensor in self.adapter.state_dict().items()
         }
 
-    def save(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+    def save(self) -> tuple[dict[str, Mapping[str, torch.Tensor]], dict[str, Any]]:
         """(tensors by file, documents by file) of a checkpoint."""
         tensors, scalars = optimizer_tensors(self.optimizer)
-        files: dict[str, dict[str, torch.Tensor]] = {self._file: self.adapter_tensors()}
+        files: dict[str, Mapping[str, torch.Tensor]] = {self._file: self.adapter_tensors()}
         if tensors:
             files[f"{self._state('optimizer')}.safetensors"] = tensors
         documents = {f"{self._state('optimizer')}.json": scalars}

@@ -15,8 +15,7 @@ from whitetuner.records import Batch, StepBatches
 from whitetuner.runs.events import StepDone
 from whitetuner.train.distributed import Ranks
 from whitetuner.train.guard import damaged_weights, first_bad_module, not_finite
-from whitetuner.train.learner import Learner
-from whitetuner.train.optim import clip_grad_norm
+from whitetuner.train.learner import Learns
 from whitetuner.train.step import StepLoss, StepSettings, step_loss
 
 ALONE = Ranks()
@@ -52,7 +51,7 @@ class Outcome:
 
 def train(
     family: Family,
-    learner: Learner,
+    learner: Learns,
     batches: Iterator[StepBatches],
     step_settings: StepSettings,
     settings: LoopSettings,
@@ -75,27 +74,20 @@ def train(
         began = time.perf_counter()
         given = next(batches)
         samples = sum(given.sizes)
-        passes = partial(
-            _passes, family, modules, learner.part.name, given.mine, samples, step_settings, device
-        )
-        done = learner.run(passes)
+        lr = settings.lr * settings.lr_at(step)
+        passes = partial(_passes, family, modules, learner, given.mine, samples, step_settings, device)
+        done = learner.run(passes, lr, settings.max_grad_norm)
         asked = ranks.world > 1 and hooks.stop_asked()
         stop, losses, sigmas = _agreed(ranks, asked, done, given.sizes)
         value = sum(losses) / samples
         norm = 0.0
         if _finite(value):
             ranks.sum_gradients(learner.parameters)
-            norm = float(clip_grad_norm(learner.parameters, settings.max_grad_norm))
+            norm = learner.clipped(settings.max_grad_norm)
         if not (_finite(value) and _finite(norm)):
             error = _refusal(family, learner, given.mine, step_settings, step + 1, value, hooks, device)
             ranks.meet(error if ranks.rank == _blamed(losses, given.sizes, ranks.world) else None)
-        lr = settings.lr * settings.lr_at(step)
-        for group in learner.optimizer.param_groups:
-            group["lr"] = lr
-        learner.optimizer.step()
-        learner.optimizer.zero_grad(set_to_none=True)
-        if learner.ema is not None:
-            learner.ema.update()
+        learner.apply(lr)
         step += 1
         if step % WEIGHT_CHANGE_EVERY == 0 or step == settings.steps or step == start + 1:
             change = learner.weight_change()
@@ -120,19 +112,27 @@ def train(
 def _passes(
     family: Family,
     modules: Mapping[str, torch.nn.Module],
-    part: str,
+    learner: Learns,
     micro: Sequence[Batch],
     samples: int,
     settings: StepSettings,
     device: torch.device,
 ) -> list[StepLoss]:
-    """Forward and backward of every micro-batch that this rank has of a step. samples: of the whole step."""
-    done = []
-    for batch in micro:
-        loss = step_loss(family, modules, part, batch, settings, device)
+    """Forward and backward of every micro-batch that this rank has of a step. samples: of the whole step.
+
+    Where backward passes change the weights, none is begun once a loss is not finite.
+    """
+    done, sound = [], True
+    for number, batch in enumerate(micro):
+        loss = step_loss(family, modules, learner.part.name, batch, settings, device)
+        done.append(StepLoss(loss.weighted.detach(), loss.plain, loss.sigma))
+        sound = sound and (not learner.in_passes or _finite(float(loss.plain.sum())))
+        if not sound:
+            continue
+        learner.pass_begins(number == len(micro) - 1)
         # Divided by the samples of the step, not of the batch: also in a smaller last batch each weighs the same.
         (loss.weighted.sum() / samples).backward()
-        done.append(StepLoss(loss.weighted.detach(), loss.plain, loss.sigma))
+        learner.pass_ends()
     return done
 
 
@@ -162,7 +162,7 @@ def _blamed(losses: Sequence[float], sizes: Sequence[int], world: int) -> int:
 
 def _refusal(
     family: Family,
-    learner: Learner,
+    learner: Learns,
     micro: Sequence[Batch],
     settings: StepSettings,
     step: int,
@@ -171,15 +171,9 @@ def _refusal(
     device: torch.device,
 ) -> UserError:
     """Undoes the step and says what is at fault, as far as this rank can see."""
-    culprit = next(
-        (name for name, p in learner.adapter.named_parameters() if not torch.isfinite(p).all()), None
-    )
+    culprit = next((name for name, p in learner.named_parameters() if not torch.isfinite(p).all()), None)
     bad_gradient = next(
-        (
-            n
-            for n, p in learner.adapter.named_parameters()
-            if p.grad is not None and not torch.isfinite(p.grad).all()
-        ),
+        (n for n, p in learner.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()),
         None,
     )
     modules = {learner.part.name: learner.module}
@@ -189,7 +183,7 @@ def _refusal(
                 learner.module.named_modules(),
                 partial(step_loss, family, modules, learner.part.name, batch, settings, device),
             )
-    learner.optimizer.zero_grad(set_to_none=True)
+    learner.drop()
     hooks.on_bad(step - 1)
     if learner.fitted is not None:
         learner.fitted.make_room()  # so that every weight is its own again, not what a slot holds by now

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from whitetuner.train.learner import Learner
+from whitetuner.train.learner import Learns
 
 #: Steps of a turn. 14 GB over a link of 25 GB/s take half a second, twenty steps of such a model minutes: well under 1 %.
 TURN_STEPS = 20
@@ -32,12 +32,12 @@ class Beside(Protocol):
 class Team:
     """Learners in the order of the family's parts, and what draws beside them. Raises nothing of its own."""
 
-    def __init__(self, learners: Sequence[Learner], beside: Beside | None = None) -> None:
+    def __init__(self, learners: Sequence[Learns], beside: Beside | None = None) -> None:
         assert learners
         self.learners, self.beside = tuple(learners), beside
-        self._holder: Learner | None = None
+        self._holder: Learns | None = None
 
-    def at(self, step: int) -> Learner:
+    def at(self, step: int) -> Learns:
         """Who learns in the optimizer step after `step` steps."""
         return self.learners[step // TURN_STEPS % len(self.learners)]
 
@@ -45,7 +45,7 @@ class Team:
         """The step at which the turn running after `step` steps is over."""
         return (step // TURN_STEPS + 1) * TURN_STEPS
 
-    def make_way_for(self, learner: Learner) -> None:
+    def make_way_for(self, learner: Learns) -> None:
         """It has the device from now on: the others leave."""
         if self._holder is learner:
             return
@@ -123,9 +123,9 @@ class Team:
                 stack.enter_context(learner.averaged())
             yield
 
-    def save(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+    def save(self) -> tuple[dict[str, Mapping[str, torch.Tensor]], dict[str, Any]]:
         """(tensors by file, documents by file) of a checkpoint."""
-        tensors: dict[str, dict[str, torch.Tensor]] = {}
+        tensors: dict[str, Mapping[str, torch.Tensor]] = {}
         documents: dict[str, Any] = {}
         for learner in self.learners:
             more_tensors, more_documents = learner.save()

@@ -1,4 +1,5 @@
-"""Swap on a graphics card: one copy stream, events, pinned host memory. The same code for CUDA, ROCm and XPU.
+"""Swap on a graphics card: a copy stream for each direction, events, pinned host memory. The same code for CUDA,
+ROCm and XPU.
 
 Slots are allocated once and their lifetime is told by events alone, so the caching allocator is never asked
 while training and no `record_stream` is needed. The host never waits in the steady state.
@@ -59,12 +60,14 @@ class DeviceBackend:
         self._unregister = unregister or (host.unregister_with_cuda if in_place else lambda _: None)
         self._staging = staging or (lambda size: torch.empty(size, dtype=torch.uint8, pin_memory=True))
         self._limit = int(host.PIN_SHARE * host.host_bytes()) if limit_bytes is None else limit_bytes
-        self._copies = self._stream()
+        self._copies, self._copies_back = self._stream(), self._stream()
         self._compute = self._module.current_stream(self.device)
         self._pinned: list[torch.Tensor] = []
         self._pinned_at: frozenset[int] = frozenset()
+        self._sealed = 0
         self._worker: _Worker | None = None
-        self._last: Mark = None
+        self._last: dict[bool, Mark] = {}
+        self._nothing: dict[torch.dtype, torch.Tensor] = {}
         self.pinned: host.Pinned | None = None
 
     def _stream(self) -> Any:
@@ -74,22 +77,25 @@ class DeviceBackend:
         return host.mapped(num_bytes)
 
     def seal(self, masters: Sequence[torch.Tensor]) -> str:
-        at = host.pin(masters, self._register, self._limit)
-        self._pinned = [masters[i] for i in sorted(at)]
+        """Called again for more: what is pinned already counts against the limit."""
+        before = sum(master.numel() for master in self._pinned)
+        at = host.pin(masters, self._register, self._limit - before)
+        self._pinned += [masters[i] for i in sorted(at)]
         self._pinned_at = frozenset(master.data_ptr() for master in self._pinned)
-        total = sum(master.numel() for master in masters)
+        self._sealed += sum(master.numel() for master in masters)
         done = sum(master.numel() for master in self._pinned)
         mode = "pinned"
-        if done < total:
+        if done < self._sealed:
             largest = max(master.numel() for master in masters)
-            try:
-                buffers = [self._staging(largest) for _ in range(2)]
-            except RuntimeError:
-                mode = "pageable"
-            else:
-                mode = "partly pinned" if done else "staged"
-                self._worker = _Worker(self, buffers)
-        self.pinned = host.Pinned(mode, len(at), done, total)
+            mode = "partly pinned" if done else "staged"
+            if self._worker is None:
+                try:
+                    buffers = [self._staging(largest) for _ in range(2)]
+                except RuntimeError:
+                    mode = "pageable"
+                else:
+                    self._worker = _Worker(self, buffers)
+        self.pinned = host.Pinned(mode, len(self._pinned), done, self._sealed)
         log.info(self.pinned.sentence())
         return self.pinned.sentence()
 
@@ -100,7 +106,7 @@ class DeviceBackend:
             self._worker = None
         for master in self._pinned:
             self._unregister(master)
-        self._pinned, self._pinned_at = [], frozenset()
+        self._pinned, self._pinned_at, self._sealed = [], frozenset(), 0
 
     def slot(self, num_bytes: int) -> torch.Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
@@ -108,22 +114,28 @@ class DeviceBackend:
     def clear(self, slot: torch.Tensor) -> None:
         return
 
-    def load(self, target: torch.Tensor, master: torch.Tensor, free: Mark | None) -> Mark:
-        if free is None:  # a new slot: the allocator may have handed out memory that is still in use
-            free = self.mark()
-        if self._worker is not None:
-            self._last = self._worker.ask(target, master, free)
-        else:
-            self._last = self.copy(target, master, free)
-        return self._last
+    def load(self, target: torch.Tensor, master: torch.Tensor, after: Sequence[Mark]) -> Mark:
+        if not after:  # a new slot: the allocator may have handed out memory that is still in use
+            after = (self.mark(),)
+        return self._ask(target, master, after, up=True)
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, free: Mark) -> Any:
-        """Enqueues one copy on the copy stream; returns the event of its end."""
-        with self._module.stream(self._copies):
-            self._copies.wait_event(free)
+    def store(self, master: torch.Tensor, source: torch.Tensor, after: Mark) -> Mark:
+        return self._ask(master, source, (after,), up=False)
+
+    def _ask(self, target: torch.Tensor, source: torch.Tensor, after: Sequence[Mark], up: bool) -> Mark:
+        ask = self.copy if self._worker is None else self._worker.ask
+        self._last[up] = ask(target, source, after, up)
+        return self._last[up]
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Sequence[Mark], up: bool = True) -> Any:
+        """Enqueues one copy on the stream of its direction; returns the event of its end."""
+        copies = self._copies if up else self._copies_back
+        with self._module.stream(copies):
+            for mark in after:
+                copies.wait_event(_event(mark))
             target.copy_(source, non_blocking=True)
             event = self._module.Event()
-            event.record(self._copies)
+            event.record(copies)
         return event
 
     def is_pinned(self, master: torch.Tensor) -> bool:
@@ -141,12 +153,16 @@ class DeviceBackend:
         self._compute.wait_event(_event(mark))
 
     def drain(self) -> None:
-        if self._last is not None:
-            _event(self._last).synchronize()
-            self._last = None
+        for mark in self._last.values():
+            _event(mark).synchronize()
+        self._last.clear()
 
-    def away(self, view: torch.Tensor) -> torch.Tensor:
-        return view
+    def away(self, view: torch.Tensor, trained: bool = False) -> torch.Tensor:
+        if not trained:
+            return view
+        if view.dtype not in self._nothing:
+            self._nothing[view.dtype] = torch.zeros(1, dtype=view.dtype, device=self.device)
+        return self._nothing[view.dtype].expand(view.shape)
 
     def link_bytes_per_s(self, num_bytes: int = 256 << 20, repeats: int = 4) -> float:
         """Measured speed host -> device from pinned memory, the fastest of some copies."""
@@ -154,7 +170,7 @@ class DeviceBackend:
         best = 0.0
         for _ in range(repeats):
             start = time.perf_counter()
-            _event(self.copy(target, source, self.mark())).synchronize()
+            _event(self.copy(target, source, (self.mark(),))).synchronize()
             best = max(best, num_bytes / (time.perf_counter() - start))
         return best
 
@@ -169,8 +185,7 @@ def _event(mark: Mark) -> Any:
 
 
 class _Worker:
-    """Copies masters that are not pinned into small pinned buffers, and from there to the device, in order
-    of asking.
+    """Copies between masters that are not pinned and the device through small pinned buffers, in order of asking.
 
     While it lives all copies go through it, pinned ones too: two orders into one slot would overtake one
     another.
@@ -179,15 +194,16 @@ class _Worker:
     def __init__(self, backend: DeviceBackend, buffers: list[torch.Tensor]) -> None:
         self._backend = backend
         self._buffers: list[tuple[torch.Tensor, Any]] = [(buffer, None) for buffer in buffers]
-        self._jobs: queue.SimpleQueue[tuple[torch.Tensor, torch.Tensor, Mark, _Staged] | None] = (
-            queue.SimpleQueue()
-        )
+        self._jobs: queue.SimpleQueue[
+            tuple[torch.Tensor, torch.Tensor, Sequence[Mark], bool, _Staged] | None
+        ] = queue.SimpleQueue()
+        self._turn = 0
         self._thread = threading.Thread(target=self._run, name="swap-staging", daemon=True)
         self._thread.start()
 
-    def ask(self, target: torch.Tensor, master: torch.Tensor, free: Mark) -> _Staged:
+    def ask(self, target: torch.Tensor, source: torch.Tensor, after: Sequence[Mark], up: bool) -> _Staged:
         staged = _Staged()
-        self._jobs.put((target, master, free, staged))
+        self._jobs.put((target, source, after, up, staged))
         return staged
 
     def stop(self) -> None:
@@ -195,21 +211,33 @@ class _Worker:
         self._thread.join()
 
     def _run(self) -> None:
-        turn = 0
         while (job := self._jobs.get()) is not None:
-            target, master, free, staged = job
+            target, source, after, up, staged = job
             try:
-                if self._backend.is_pinned(master):
-                    staged.event = self._backend.copy(target, master, free)
-                else:
-                    buffer, busy = self._buffers[turn]
-                    if busy is not None:
-                        busy.synchronize()
-                    part = buffer[: master.numel()]
-                    part.copy_(master)
-                    staged.event = self._backend.copy(target, part, free)
-                    self._buffers[turn] = (buffer, staged.event)
-                    turn = 1 - turn
+                staged.event = self._copy(target, source, after, up)
             except RuntimeError as error:
                 staged.error = error
             staged.started.set()
+
+    def _copy(self, target: torch.Tensor, source: torch.Tensor, after: Sequence[Mark], up: bool) -> Any:
+        if self._backend.is_pinned(source if up else target):
+            return self._backend.copy(target, source, after, up)
+        if target.shape != source.shape:
+            raise RuntimeError(f"a copy of {source.numel()} bytes into {target.numel()}")
+        event, size = None, self._buffers[0][0].numel()
+        for start in range(0, target.numel(), size):  # what was sealed later may be larger than a buffer
+            buffer, busy = self._buffers[self._turn]
+            if busy is not None:
+                busy.synchronize()
+            there, here = target[start : start + size], source[start : start + size]
+            part = buffer[: there.numel()]
+            if up:
+                part.copy_(here)
+                event = self._backend.copy(there, part, after, up)
+            else:
+                event = self._backend.copy(part, here, after, up)
+                event.synchronize()
+                there.copy_(part)
+            self._buffers[self._turn] = (buffer, event)
+            self._turn = 1 - self._turn
+        return event

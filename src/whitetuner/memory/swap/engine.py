@@ -1,8 +1,9 @@
 """Blocks that do not fit on the device wait on the host and come in time; the model and the loop do not
 notice.
 
-The frozen weights of every block have one master on the host, which is never written again: loading a block
-is one copy, giving it up costs nothing. Some blocks stay (residents), the others take turns in a few slots.
+The weights of every block have one master on the host: loading a block is one copy, giving it up costs nothing.
+Frozen ones are never written again; blocks that train are updated where they lie as their backward ends
+(memory/fused.py) and written back once. Some blocks stay (residents), the others take turns in a few slots.
 A block is in use from the call of its forward to its end, and from the first gradient of its outputs to the
 last gradient of its inputs; between the two nothing of it need be there, for what autograd saved of it is
 kept as (block, offset) and found again wherever the block then is.
@@ -47,7 +48,9 @@ class SwapEngine:
     residents:   how many blocks stay on the device, or which (indices over all lists)
     slots:       buffers for the others, each as large as the largest of them or as a few smaller ones that
                  take its place; at least 2
+    trained:     what trains moves, too (full training)
     counters:    what moved since the last `step_end`;  pinned: a sentence on the host memory
+    after_backward: called with a block's index when its backward has ended, while it still is on the device
     Adapters, norms and small biases stay on the device. Attach after adapters, compilation and recomputation.
     Raises ValueError when residents or slots do not suit the number of blocks.
     """
@@ -61,9 +64,11 @@ class SwapEngine:
         *,
         slots: int = 2,
         smallest_bytes: int | None = None,
+        trained: bool = False,
     ) -> None:
         self.module, self.backend, self.slots = module, backend, slots
-        self.layouts = layouts_of(blocks_of(module, block_lists), smallest_bytes)
+        self.layouts = layouts_of(blocks_of(module, block_lists), smallest_bytes, trained)
+        self.after_backward: Callable[[int], None] | None = None
         self.residents = self._which(residents)
         self.pinned = ""
         self._masters: list[torch.Tensor] = []
@@ -140,7 +145,7 @@ class SwapEngine:
             for entry in layout.entries:
                 if arena is None or arena.leader:
                     entry.view(master).copy_(entry.tensor.data)
-                entry.tensor.data = self.backend.away(entry.view(master))
+                entry.tensor.data = self.backend.away(entry.view(master), entry.tensor.requires_grad)
             self._masters.append(master)
         if arena is None or shared is None:
             return
@@ -163,7 +168,7 @@ class SwapEngine:
 
     def evict(self) -> None:
         """Frees all device memory of the blocks, for other work; they come back with the next forward."""
-        self.backend.drain()
+        self.flush()
         self.reset()
         for index in range(0 if self._parked else len(self.layouts)):
             self.bind_home(index)
@@ -194,7 +199,7 @@ class SwapEngine:
         self._parked, self._masters = False, masters
         for layout, master in zip(self.layouts, masters, strict=True):
             for entry in layout.entries:
-                entry.tensor.data = self.backend.away(entry.view(master))
+                entry.tensor.data = self.backend.away(entry.view(master), entry.tensor.requires_grad)
         self.pinned = self.backend.seal(masters)
 
     def resize(self, residents: int | Iterable[int], slots: int | None = None) -> None:
@@ -227,10 +232,32 @@ class SwapEngine:
         for entry in self.layouts[index].entries:
             entry.tensor.data = entry.view(self._masters[index])
 
+    def homes(self) -> dict[int, torch.Tensor]:
+        """id of each tensor that moves -> its part of its master."""
+        self._fetch()
+        return {
+            id(entry.tensor): entry.view(master)
+            for layout, master in zip(self.layouts, self._masters, strict=True)
+            for entry in layout.entries
+        }
+
     def master(self, index: int) -> torch.Tensor:
         """The flat master of a block."""
         self._fetch()
         return self._masters[index]
+
+    def flush(self) -> None:
+        """Brings every master up to what was trained; nothing to do where nothing trains."""
+        if self._placement is not None:
+            self._placement.flush()
+        else:
+            self.backend.drain()
+
+    def written(self, index: int) -> None:
+        """The block's trained tensors were changed on the device; the block is in use."""
+        if self._shelf is not None:
+            self._shelf.written = False
+        self.placement.write_back(index)
 
     def rewritten(self, index: int) -> None:
         """The master of a block was written from outside (load_state_dict)."""
@@ -274,6 +301,9 @@ class SwapEngine:
 
     def _finish(self, index: int) -> None:
         """The block's weights are not read any more in this pass."""
+        hold = self._held.get(index)
+        if self.after_backward is not None and hold is not None and hold.backward is not None:
+            self.after_backward(index)
         self._held.pop(index, None)
         if self.placement.number[index] is not None:
             self.placement.released(index)
@@ -358,6 +388,12 @@ class SwapEngine:
     def weights_of(self, block: nn.Module) -> Iterator[None]:
         """Within it a block's weights may be read outside of its forward (norms of rows, merging)."""
         index = next(i for i, layout in enumerate(self.layouts) if layout.block is block)
+        with self.on_device(index):
+            yield
+
+    @contextmanager
+    def on_device(self, index: int) -> Iterator[None]:
+        """Within it a block is on the device, outside of its forward and backward."""
         self.backend.here()
         self._held[index] = _Hold(None)
         try:

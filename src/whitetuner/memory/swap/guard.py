@@ -44,6 +44,7 @@ class Guard:
         del self.layout.block.__dict__["_apply"]
 
     def _give(self, block: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        self.engine.flush()
         for name, entry in self.named.items():
             if prefix + name in state:
                 state[prefix + name] = entry.view(self.engine.master(self.index))

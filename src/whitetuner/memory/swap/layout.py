@@ -43,23 +43,29 @@ class Entry:
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """The tensors of one block that move. num_bytes: of the flat buffer, padding included."""
+    """The tensors of one block that move. num_bytes: of the flat buffer, padding included.
+
+    trained_bytes: its beginning, where the tensors that train lie: what an update changes
+    """
 
     path: str
     block: nn.Module
     entries: tuple[Entry, ...]
     num_bytes: int
+    trained_bytes: int = 0
 
 
 def layouts_of(
-    blocks: Sequence[tuple[str, nn.Module]], smallest_bytes: int | None = None
+    blocks: Sequence[tuple[str, nn.Module]], smallest_bytes: int | None = None, trained: bool = False
 ) -> list[BlockLayout]:
     """The layout of every block: its frozen parameters and its buffers of at least `smallest_bytes`.
+
+    trained: what trains moves, too (full training; adapters stay)
 
     smallest_bytes: None: SMALLEST_BYTES, or a 64th of the largest tensor where that is less (a tiny model's norms and
                     biases stay, and its layers move, as the real one's do)
 
-    What trains stays on the device, and so does a tensor that two blocks share.
+    Otherwise what trains stays on the device, and so does a tensor that two blocks share.
     """
     if smallest_bytes is None:
         largest = max(
@@ -72,14 +78,16 @@ def layouts_of(
             owners.setdefault(id(tensor), set()).add(index)
     layouts = []
     for path, block in blocks:
-        entries, offset = [], 0
-        for tensor in _tensors(block):
+        entries, offset, changed = [], 0, 0
+        for tensor in sorted(_tensors(block), key=lambda one: not one.requires_grad):
             size = tensor.numel() * tensor.element_size()
-            if tensor.requires_grad or size < max(1, smallest_bytes) or len(owners[id(tensor)]) > 1:
+            stays = tensor.requires_grad and not trained
+            if stays or size < max(1, smallest_bytes) or len(owners[id(tensor)]) > 1:
                 continue
             entries.append(Entry(tensor, offset, tensor.shape, tensor.dtype))
             offset += padded(size)
-        layouts.append(BlockLayout(path, block, tuple(entries), offset))
+            changed = offset if tensor.requires_grad else changed
+        layouts.append(BlockLayout(path, block, tuple(entries), offset, changed))
     return layouts
 
 

@@ -54,14 +54,16 @@ class Placement:
         self.ring = Ring(turns, min(slots, len(units(sizes, self.streamed))), room)
         self.buffers = [backend.slot(room) for _ in self.ring.within]
         self._slot_at = {buffer.untyped_storage().data_ptr(): s for s, buffer in enumerate(self.buffers)}
-        self._freed: list[dict[tuple[int, int], tuple[int, Mark]]] = [{} for _ in self.buffers]
+        self._freed: list[dict[tuple[int, int], tuple[int, tuple[Mark, ...]]]] = [{} for _ in self.buffers]
+        self._stored: dict[int, Mark] = {}
+        self.dirty: set[int] = set()
         self._releases = 0
         self._ready: dict[int, Mark] = {}
         self._views: dict[tuple[int, Spot], list[torch.Tensor]] = {}
         self.kept = {index: backend.slot(sizes[index]) for index in sorted(residents)}
         for index in range(len(sizes)):
             if index in self.kept:
-                self._load_resident(index, None)
+                self._load_resident(index, ())
             else:
                 self._bind_away(index)
         for number in range(len(turns)):
@@ -88,20 +90,24 @@ class Placement:
         self.counters.bytes_up += self.layouts[index].num_bytes
         self.counters.of_block[index] += 1
 
-    def _free_since(self, index: int, spot: Spot) -> Mark | None:
-        """The end of the last computation that reads what the block will overwrite; None when nothing was there."""
+    def _free_since(self, index: int, spot: Spot) -> tuple[Mark, ...]:
+        """The end of the last computation that reads what the block will overwrite, and of the copies back from
+        there; nothing when nothing was there.
+        """
         start, end = spot.start, spot.start + self.layouts[index].num_bytes
         freed = self._freed[spot.slot]
         met = [place for place in freed if place[0] < end and start < place[1]]
         last = max((freed[place] for place in met), key=lambda release: release[0], default=None)
+        marks = () if last is None else (*last[1], *(copy for place in met for copy in freed[place][1][1:]))
         for place in met:
             if start <= place[0] and place[1] <= end:
                 del freed[place]
-        return None if last is None else last[1]
+        return marks
 
-    def _load_block(self, index: int, spot: Spot, free: Mark | None) -> None:
+    def _load_block(self, index: int, spot: Spot, free: tuple[Mark, ...]) -> None:
         part = self._part(index, spot)
-        self._ready[index] = self.backend.load(part, self.masters[index], free)
+        written = [self._stored.pop(index)] if index in self._stored else []
+        self._ready[index] = self.backend.load(part, self.masters[index], [*free, *written])
         if (index, spot) not in self._views:
             if len(self._views) > _MOST_VIEWS * len(self.streamed):
                 self._views.clear()
@@ -109,7 +115,7 @@ class Placement:
         for entry, view in zip(self.layouts[index].entries, self._views[index, spot], strict=True):
             entry.tensor.data = view
 
-    def _load_resident(self, index: int, free: Mark | None) -> None:
+    def _load_resident(self, index: int, free: tuple[Mark, ...]) -> None:
         self._ready[index] = self.backend.load(self.kept[index], self.masters[index], free)
         for entry in self.layouts[index].entries:
             entry.tensor.data = entry.view(self.kept[index])
@@ -119,7 +125,7 @@ class Placement:
 
     def _bind_away(self, index: int) -> None:
         for entry in self.layouts[index].entries:
-            entry.tensor.data = self.backend.away(entry.view(self.masters[index]))
+            entry.tensor.data = self.backend.away(entry.view(self.masters[index]), entry.tensor.requires_grad)
 
     def arrive(self, index: int) -> None:
         """What is computed from now on finds the block's weights whole."""
@@ -138,19 +144,47 @@ class Placement:
         if spot is not None:
             self._releases += 1
             place = spot.start, spot.start + self.layouts[index].num_bytes
-            self._freed[spot.slot][place] = self._releases, self.backend.mark()
+            stored = (self._stored[index],) if index in self._stored else ()
+            self._freed[spot.slot][place] = self._releases, (self.backend.mark(), *stored)
+
+    def write_back(self, index: int) -> None:
+        """The block's trained tensors were changed where they lie now; its master follows.
+
+        That of a streamed block at once, while other blocks are computed; that of a resident, which never leaves,
+        when it is asked for (`flush`).
+        """
+        if index in self.kept:
+            self.dirty.add(index)
+            return
+        spot = self.spot(index)
+        assert spot is not None, "a block was trained that is away"
+        self._store(index, self._part(index, spot))
+
+    def _store(self, index: int, lies: torch.Tensor) -> None:
+        size = self.layouts[index].trained_bytes
+        self._stored[index] = self.backend.store(self.masters[index][:size], lies[:size], self.backend.mark())
+        self.counters.copies_back += 1
+        self.counters.bytes_down += size
+
+    def flush(self) -> None:
+        """Returns when every master holds what its block holds."""
+        for index in sorted(self.dirty):
+            self._store(index, self.kept[index])
+        self.dirty.clear()
+        self.backend.drain()
 
     def reload(self, index: int) -> None:
         """The master was rewritten: what lies on the device of this block is replaced."""
         self.backend.drain()
+        self.dirty.discard(index)
         if index in self.kept:
-            self._load_resident(index, self.backend.mark())
+            self._load_resident(index, (self.backend.mark(),))
             return
         spot = self.spot(index)
         if spot is None:
             self._bind_away(index)
         else:
-            self._load_block(index, spot, self.backend.mark())
+            self._load_block(index, spot, (self.backend.mark(),))
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor | Packed:
         """A tensor that lies in a slot as (block, place); any other as it is."""
