@@ -151,26 +151,25 @@ def _of_run(run: RunFolder, adapter: Path | None) -> Subject:
             where=str(run.config_file),
             mend="give the model folder and --adapter instead of the run",
         )
-    spec, folder = registry.spec(config.model.family), model_folder(config.model.path)
-    options = config.model_options()
+    spec, folder, options = (
+        registry.spec(config.model.family),
+        model_folder(config.model.path),
+        config.model_options(),
+    )
     family = registry.load(spec.name, spec.whole(options), ModelPaths(folder))
     check_model(spec, family.paths, family.options)
-    if adapter is None and config.method.kind == "full":
-        files = {}
-        parts = spec.parts(registry.load(spec.name, options, family.paths).options)
-        single = {part.name: run.final_model(part.name) for part in parts}
-        family = registry.load(spec.name, spec.whole(options), ModelPaths(folder, single))
-    elif adapter is None:
-        kind = config.method.kind
-        learned = spec.parts(registry.load(spec.name, options, family.paths).options)
-        files = {part.name: run.final_adapter(kind, part.file(kind)) for part in learned}
-    else:
+    kind, learned = config.method.kind, spec.parts(registry.load(spec.name, options, family.paths).options)
+    if adapter is not None:
         files = adapter_files(adapter, family)
+    elif kind == "full":
+        files, own = {}, {part.name: run.final_model(part.name) for part in learned}
+        family = registry.load(spec.name, spec.whole(options), ModelPaths(folder, own))
+    else:
+        files = {part.name: run.final_adapter(kind, part.file(kind)) for part in learned}
     usual, frames = wishes_of(folder).size or spec.default_size, config.data.num_frames
     if frames is not None and spec.frames:
         usual = usual._replace(frames=max(frames) if isinstance(frames, list) else frames)
-    sides = target_resolution(config), reference_resolution(config)
-    base = config.memory.encoder_base
+    sides, base = (target_resolution(config), reference_resolution(config)), config.memory.encoder_base
     return Subject(family, files, usual, *sides, trained=config.model.task, encoder_base=base)
 
 

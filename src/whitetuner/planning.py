@@ -17,12 +17,13 @@ import torch
 from whitetuner.adapters.attach import attach
 from whitetuner.adapters.choose import choose
 from whitetuner.companions import beside_of
-from whitetuner.config.full import precision_of, refuse_wrong_full
+from whitetuner.config.full import refuse_wrong_full
 from whitetuner.config.schema import Config
 from whitetuner.encoding import Encoding, encoding_of
 from whitetuner.errors import UserError
 from whitetuner.families import registry
 from whitetuner.family import Family, Part
+from whitetuner.full_costs import remembered, sentence
 from whitetuner.memory.blocks import blocks_of
 from whitetuner.memory.build import Build
 from whitetuner.memory.fit import Fitted, fit
@@ -35,10 +36,9 @@ from whitetuner.memory.skeleton import sketch_module
 from whitetuner.memory.swap.arena import Arena
 from whitetuner.memory.swap.layout import spread_count
 from whitetuner.memory.swap.shelf import Shelf
-from whitetuner.memory.weigh import Remembered, weigh
+from whitetuner.memory.weigh import weigh
 from whitetuner.records import Batch, Item, Size
 from whitetuner.rehearsal import adapter_settings, trained_of
-from whitetuner.train.precision import BESIDE
 
 #: The seed's names of bases.
 _OTHER_NAMES = {"qint8": "int8", "qfloat8": "fp8"}
@@ -46,8 +46,6 @@ _QUANTISED: dict[str, Kind] = {"int8": "int8", "fp8": "fp8", "nf4": "nf4"}
 #: Bytes that an optimizer keeps for each trained number (docs of each; adafactor's factored moments are next to nothing).
 _STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 1, "prodigy": 16}
 _OTHER_STATE_BYTES = 8
-#: The same in full training, of large weights: 8-bit states have a scale for 256 numbers, Adafactor a row and a column.
-_WHOLE_STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.04, "adafactor": 0.02}
 #: Clips of more tokens go through Part.token_wise in pieces of so many, and what those save is saved of one piece.
 #: Sums over tokens are rounded in another order.
 LONG_TOKENS, PIECE_TOKENS = 16384, 4096
@@ -230,14 +228,14 @@ class Reckoning:
 
     def __init__(self, config: Config, sketched: Sketched, shape: Shape, asked: str | None = None) -> None:
         memory, lists = config.memory, sketched.part.block_lists
-        kept = remembered(config, sketched.dtype) if config.method.kind == "full" else None
+        kept = remembered(config, name_of(sketched.dtype)) if config.method.kind == "full" else None
         bases = [asked] if asked else [name_of(sketched.dtype), *(["int8"] if kept is None else [])]
         self.shape = shape
         self.weights = {
             base: weigh(sketched.module(config, _QUANTISED.get(base)), lists, kept=kept) for base in bases
         }
         self.cost = sketched.cost(config, shape)
-        self.learns = None if kept is None else _learns(config, name_of(sketched.dtype))
+        self.learns = None if kept is None else sentence(config, name_of(sketched.dtype))
         self.wishes = Wishes(
             base=asked,
             blocks_to_swap=None if memory.blocks_to_swap == "auto" else memory.blocks_to_swap,
@@ -259,27 +257,6 @@ class Reckoning:
                 raise
             wishes = replace(self.wishes, beside=replace(beside, drawing_bytes=0))
             return replace(make_plan(self.weights, self.cost, machine, wishes), previews=False)
-
-
-def _learns(config: Config, dtype: str) -> str:
-    """Full training in a sentence of the plan."""
-    return (
-        f"full training: {precision_of(config, dtype)} weights, {config.optimizer.name}; each block is updated as its backward "
-        "ends, so that the gradients of one block live at a time"
-    )
-
-
-def remembered(config: Config, dtype: torch.dtype) -> Remembered:
-    """Bytes that full training with this config keeps and moves for each number that trains."""
-    o, precision = config.optimizer, precision_of(config, name_of(dtype))
-    bf16 = precision != "fp32"
-    return Remembered(
-        state=_WHOLE_STATE_BYTES.get(o.name, _OTHER_STATE_BYTES) + BESIDE[precision],
-        average=(4 + dtype.itemsize) if o.ema else 0,  # and the weights kept while it is shown
-        sums=4 if o.gradient_accumulation > 1 else 0,
-        copies=(8 if bf16 else 0) + (8 if o.name not in ("adamw", "adamw8bit") else 0),
-        touched=100 if bf16 else 40,
-    )
 
 
 def largest(shapes: Sequence[Shape], sketched: Sketched) -> Shape:

@@ -27,6 +27,7 @@ FLOORS = [
         "assemble",
         "encoding",
         "rehearsal",
+        "full_costs",
         "planning",
         "released",
         "plan_view",

@@ -167,9 +167,7 @@ def fit(
     # On a CPU nothing is streamed unless asked for: running out of memory there is no OutOfMemoryError.
     swap = backend or (backend_for(device) if streams or device.type != "cpu" else None)
     if streams and stays is not None and swap is not None:
-        engine = SwapEngine(
-            module, block_lists, stays, swap, slots=slots, trained=trained
-        ).attach(arena)
+        engine = SwapEngine(module, block_lists, stays, swap, slots=slots, trained=trained).attach(arena)
         log.info(engine.pinned)
     if engine is None:
         module.to(device)

@@ -234,12 +234,9 @@ class SwapEngine:
 
     def homes(self) -> dict[int, torch.Tensor]:
         """id of each tensor that moves -> its part of its master."""
-        self._fetch()
-        return {
-            id(entry.tensor): entry.view(master)
-            for layout, master in zip(self.layouts, self._masters, strict=True)
-            for entry in layout.entries
-        }
+        masters = [self.master(index) for index in range(len(self.layouts))]
+        each = zip(self.layouts, masters, strict=True)
+        return {id(entry.tensor): entry.view(master) for layout, master in each for entry in layout.entries}
 
     def master(self, index: int) -> torch.Tensor:
         """The flat master of a block."""
@@ -248,10 +245,7 @@ class SwapEngine:
 
     def flush(self) -> None:
         """Brings every master up to what was trained; nothing to do where nothing trains."""
-        if self._placement is not None:
-            self._placement.flush()
-        else:
-            self.backend.drain()
+        self.backend.drain() if self._placement is None else self._placement.flush()
 
     def written(self, index: int) -> None:
         """The block's trained tensors were changed on the device; the block is in use."""
