@@ -151,20 +151,16 @@ def _of_run(run: RunFolder, adapter: Path | None) -> Subject:
             where=str(run.config_file),
             mend="give the model folder and --adapter instead of the run",
         )
-    spec, folder, options = (
-        registry.spec(config.model.family),
-        model_folder(config.model.path),
-        config.model_options(),
-    )
+    spec, folder = registry.spec(config.model.family), model_folder(config.model.path)
+    options = config.model_options()
     family = registry.load(spec.name, spec.whole(options), ModelPaths(folder))
     check_model(spec, family.paths, family.options)
     kind, learned = config.method.kind, spec.parts(registry.load(spec.name, options, family.paths).options)
-    if adapter is not None:
-        files = adapter_files(adapter, family)
-    elif kind == "full":
-        files, own = {}, {part.name: run.final_model(part.name) for part in learned}
+    files = {} if adapter is None else adapter_files(adapter, family)
+    if adapter is None and kind == "full":
+        own = {part.name: run.final_model(part.name) for part in learned}
         family = registry.load(spec.name, spec.whole(options), ModelPaths(folder, own))
-    else:
+    elif adapter is None:
         files = {part.name: run.final_adapter(kind, part.file(kind)) for part in learned}
     usual, frames = wishes_of(folder).size or spec.default_size, config.data.num_frames
     if frames is not None and spec.frames:
