@@ -5,7 +5,7 @@ No torch at import: data sets are scanned and shown without it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -54,7 +54,8 @@ class Item:
 class EncodeInput:
     """What an encoder may read: decoded RGB frames (PIL), already cut to `Item.size` and `Item.condition_sizes`.
 
-    target: frames of the target (one for a picture; empty for a prompt that has none, as a preview's)
+    target: frames of the target (one for a picture; empty for a prompt that has none, as a preview's); of a clip they are
+            decoded while they are walked through
     conditions: one picture each, own aspect kept; in an i2v task the one first frame
     size: of the target, for encoders that read it; or size and length of the clip, for those that read "frames"
     originals: the conditions as on disk (rotated, RGB, uncut), for encoders that look at them at a size of their own
@@ -63,7 +64,7 @@ class EncodeInput:
     """
 
     caption: str
-    target: tuple[Image.Image, ...] = ()
+    target: Sequence[Image.Image] = ()
     conditions: tuple[Image.Image, ...] = ()
     originals: tuple[Image.Image, ...] = ()
     size: Size | None = None

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from whitetuner.data import video
 from whitetuner.data.check import check_sets
 from whitetuner.data.scan import Films, scan
 from whitetuner.data.video import frame_files, frames_of, look
 from whitetuner.data.video_clips import ClipRules, choose_clips, clip_lengths, resampled, spans
 from whitetuner.data.video_folders import content_digests, list_videos
+from whitetuner.data.video_stream import AHEAD, FrameStream
 from whitetuner.errors import UserError, UserErrors
 from whitetuner.records import Size
 
@@ -146,6 +148,51 @@ def test_a_frame_is_cut_as_a_picture_is(tmp_path: Path) -> None:
     assert np.array_equal(
         np.asarray(frames_of(path, [4], Size(32, 32))[0]), np.asarray(cut(whole, Size(32, 32)))
     )
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_stream_gives_the_frames_one_after_the_other_and_holds_a_few(
+    tmp_path: Path, started: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    right = video._cut
+    monkeypatch.setattr(video, "_cut", lambda picture, size: (made.append(1), right(picture, size))[1])
+    wanted = (3, 3, 4, 7, 7, 8, 20, 21, 33)
+    for path in (film(tmp_path / "a.mp4", 40), frames_folder(tmp_path / "frames", 40)):
+        stream = FrameStream(path, wanted, Size(96, 64))
+        assert len(stream) == 9 and stream
+        for _ in range(2):  # a walk can be made again
+            if started:
+                stream.start()
+            made.clear()
+            for seen, (number, picture) in enumerate(zip(wanted, stream, strict=True)):
+                assert number_of(picture) == number and len(made) <= seen + AHEAD + 2
+        assert [number_of(one) for one in (stream[0], *stream[6:8])] == [3, 20, 21]
+        stream.start()
+        next(iter(stream))  # left in the middle
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_a_frame_that_is_lost_is_looked_for_from_the_start_and_told(
+    tmp_path: Path, always: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[int] = []
+    right = video._frames
+
+    def losing(path: Path, container: object, stream: object) -> object:
+        passes.append(1)
+        for number, frame in enumerate(right(path, container, stream)):
+            if number not in (20, 30) or not (always or len(passes) == 1):
+                yield frame
+
+    monkeypatch.setattr(video, "_frames", losing)
+    seen: list[int] = []
+    try:
+        for picture in FrameStream(film(tmp_path / "a.mp4", 40), range(40), Size(96, 64)):
+            seen.append(number_of(picture))
+    except UserError as error:
+        assert always and "2 frames cannot be decoded, the first is number 20" in str(error)
+    assert seen == list(range(20 if always else 40)) and len(passes) == 2
 
 
 # -- bad files -----------------------------------------------------------------------------------------------------

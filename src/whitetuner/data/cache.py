@@ -24,6 +24,7 @@ import torch
 from whitetuner.data.entries import read_entry, write_entry
 from whitetuner.data.folders import CACHE_TAG
 from whitetuner.data.inputs import Facts, Inputs
+from whitetuner.data.video_stream import FrameStream
 from whitetuner.errors import EXIT_ENVIRONMENT, EXIT_FAILED, FULL, UserError, UserErrors
 from whitetuner.family import BuildFn, Encoder, Layout
 from whitetuner.records import EncodeInput, Item, Sample
@@ -199,9 +200,7 @@ def _encode(
             for done, (key, given) in enumerate(decoded, start=1):
                 if isinstance(given, UserError):
                     bad.append(given)
-                else:
-                    with torch.no_grad():
-                        tensors = encoder.encode(given)
+                elif (tensors := _said(encoder, given, bad)) is not None:
                     complete = set(tensors) == set(known.fields) or not given.target
                     assert complete and set(tensors) <= set(known.fields), (
                         f"{known.name} says {sorted(tensors)}"
@@ -215,6 +214,18 @@ def _encode(
         _free(encoder)
     if bad:
         raise UserErrors(bad)
+
+
+@torch.no_grad()
+def _said(encoder: Encoder, given: EncodeInput, bad: list[UserError]) -> Mapping[str, torch.Tensor] | None:
+    """None, and why in `bad`, for a clip one of whose frames cannot be decoded: that is seen on the way."""
+    try:
+        return encoder.encode(given)
+    except UserError as error:
+        if not isinstance(given.target, FrameStream):
+            raise
+        bad.append(error)
+        return None
 
 
 def _free(encoder: Encoder) -> None:
@@ -249,16 +260,19 @@ def _decoded(
 
     def give(inputs: Inputs) -> EncodeInput | UserError:
         try:
-            return known.give(inputs)
+            given = known.give(inputs)
         except UserError as error:
             return error
+        if workers and isinstance(given.target, FrameStream):
+            given.target.start()
+        return given
 
     if workers == 0 or known.reads == {"caption"}:
         for key, inputs in jobs.items():
             yield key, give(inputs)
         return
     if any(inputs.clip for inputs in jobs.values()):
-        workers = 1  # PyAV decodes with threads of its own, and clips are large: at most three are held
+        workers = 1  # a clip has a thread of its own; of three a few frames are held
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     ahead: deque[tuple[str, Future[EncodeInput | UserError]]] = deque()
     try:

@@ -17,6 +17,7 @@ from whitetuner.data.media import CUT_VERSION, cut, naming, picture, read
 from whitetuner.data.probe import probe
 from whitetuner.data.video import CLIP_VERSION, VIDEOS, frame_files, frames_of, is_clip, look
 from whitetuner.data.video_folders import content_digests
+from whitetuner.data.video_stream import FrameStream
 from whitetuner.errors import UserError
 from whitetuner.family import Encoder, Layout, Reads, prompts_only
 from whitetuner.records import EncodeInput, Item, Size
@@ -153,7 +154,7 @@ class Facts:
     def give(self, inputs: Inputs) -> EncodeInput:
         """Decodes what this encoder says it reads, and hands it nothing else: a result cannot hang on more than its key."""
         size: Size | None = None
-        target: tuple[Image.Image, ...] = ()
+        target: Sequence[Image.Image] = ()
         conditions: tuple[Image.Image, ...] = ()
         originals: tuple[Image.Image, ...] = ()
         if "frames" in self.reads:
@@ -162,7 +163,7 @@ class Facts:
             assert inputs.target is not None and inputs.size is not None
             _unchanged(inputs.target, inputs.digest)
             if "target" in self.reads:
-                size, target = inputs.size, frames_of(inputs.target, inputs.clip, inputs.size)
+                size, target = inputs.size, FrameStream(inputs.target, inputs.clip, inputs.size)
             if "conditions" in self.reads:
                 conditions = originals = frames_of(inputs.target, inputs.clip[:1], inputs.size)
             return EncodeInput(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -65,14 +65,18 @@ def frames_of(path: Path, wanted: Sequence[int], size: Size | None = None) -> tu
     Only what lies between the first and the last of them is decoded, and only these are kept.
     Raises UserError when the file cannot be read, or has no such frame any more.
     """
-    if path.is_dir():
-        files = frame_files(path)
-        if max(wanted) >= len(files):
-            raise _changed(path)
-        found = {index: _cut(read(files[index], size), size) for index in set(wanted)}
-    else:
-        found = _decoded(path, sorted(set(wanted)), lambda picture: _cut(picture, size))
+    source = read_frames if path.is_dir() else decoded
+    found = dict(source(path, sorted(set(wanted)), size))
     return tuple(found[index] for index in wanted)
+
+
+def read_frames(folder: Path, wanted: Sequence[int], size: Size | None) -> Generator[tuple[int, Image.Image]]:
+    """As `decoded`, of a folder of frames."""
+    files = frame_files(folder)
+    if max(wanted) >= len(files):
+        raise _changed(folder)
+    for index in wanted:
+        yield index, _cut(read(files[index], size), size)
 
 
 def frame_files(folder: Path) -> list[Path]:
@@ -244,35 +248,47 @@ def _frames(path: Path, container: Any, stream: Any) -> Iterator[Any]:
             yield frame
 
 
-def _decoded(
-    path: Path, wanted: Sequence[int], keep: Callable[[Image.Image], Image.Image]
-) -> dict[int, Image.Image]:
-    """index -> what is kept of its picture. wanted: rising, each once."""
+def decoded(path: Path, wanted: Sequence[int], size: Size | None) -> Generator[tuple[int, Image.Image]]:
+    """(number, picture) of the frames of a file one after the other, upright RGB, cut to the size (None: whole).
+
+    wanted: rising, each once. Raises UserError when the file cannot be read or one of them cannot be decoded.
+    """
     with _opened(path) as (container, stream):
         shown = _shown(container, stream)
     if wanted[-1] >= len(shown):
         raise _changed(path)
     index_of = {time: index for index, time in enumerate(shown)}
-    needed = frozenset(wanted)
+    left = list(reversed(wanted))
+    lost: list[int] = []
     for seek in (True, False):  # a broken index of key frames is stepped over by reading from the start
-        found: dict[int, Image.Image] = {}
+        lost = []
         with _opened(path) as (container, stream):
             if seek:
-                container.seek(shown[wanted[0]], stream=stream, backward=True)
+                container.seek(shown[left[-1]], stream=stream, backward=True)
             for frame in _frames(path, container, stream):
                 index = index_of.get(frame.pts)
-                if index is not None and index in needed and index not in found:
-                    found[index] = keep(_upright(frame))
-                if len(found) == len(needed) or (index is not None and index > wanted[-1]):
+                if index is None or not left or index < left[-1]:
+                    continue
+                while left and left[-1] < index:
+                    lost.append(left.pop())
+                if lost and seek:
                     break
-        if len(found) == len(needed):
-            return found
+                if left and left[-1] == index:
+                    left.pop()
+                    if not lost:
+                        yield index, _cut(_upright(frame), size)
+                if not left:
+                    break
+        left += reversed(lost)
+        left.sort(reverse=True)
+        if not left:
+            return
     raise UserError(
         "{count} frames cannot be decoded, the first is number {first}",
         where=str(path),
         mend="the video is damaged: copy it again, convert it, or delete it (`whitetuner check --deep` finds such files)",
-        count=len(needed) - len(found),
-        first=min(needed - found.keys()),
+        count=len(left),
+        first=left[-1],
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import ftfy
@@ -241,9 +242,10 @@ def first_frame(given: EncodeInput) -> Image.Image:
 def sliced(frames: Sequence[Image.Image]) -> Iterator[Sequence[Image.Image]]:
     """The first frame alone, then four at a time: as the VAE sees a clip."""
     assert len(frames) % FRAMES_STEP == 1, f"{len(frames)} frames are not 4 n + 1"
-    yield frames[:1]
-    for start in range(1, len(frames), FRAMES_STEP):
-        yield frames[start : start + FRAMES_STEP]
+    shown = iter(frames)
+    yield [next(shown)]
+    while some := list(islice(shown, FRAMES_STEP)):
+        yield some
 
 
 def moments_of(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
