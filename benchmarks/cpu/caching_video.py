@@ -8,7 +8,7 @@ would hide what is measured.
 
   encoding dominates: 20 clips of 9 frames, 320 x 192 on disk, encoded at an area of 64 x 64
   decoding dominates: the same at 854 x 480, the VAE half as wide
-  memory: the most that one clip adds to a process that encodes it, of 17 and of 241 frames (in processes of their own, median of three)
+  memory: the most that one clip adds to a process that encodes it, of 17 and of 241 frames (median of three processes)
 
 A thread that decodes ahead needs a core that is free.
 
