@@ -24,6 +24,7 @@ from whitetuner.config.load import Loaded, dump_config
 from whitetuner.data.loader import Loader
 from whitetuner.errors import UserError, cannot_write, out_of_memory
 from whitetuner.final_files import write_final
+from whitetuner.final_notes import beside_final
 from whitetuner.planning import cap_memory, correct_plan
 from whitetuner.prepared import cache_folder, phase_build, prepare_data, shift_of
 from whitetuner.rehearsal import rehearse
@@ -369,7 +370,9 @@ class Session:
     def finish(self) -> tuple[Path, ...]:
         """Writes the final files: the averaged adapter for ComfyUI (under the run's name too) and for diffusers."""
         self.tell(events.Phase(name="export"))
-        return write_final(self.config, self.team, self.family.keys, self.folder, self.loaded.metadata())
+        files = write_final(self.config, self.team, self.family.keys, self.folder, self.loaded.metadata())
+        size = self.data.items[0].size
+        return (*files, *beside_final(self.config, self.family, self.folder, size, files))
 
     def _progress(self, phase: str, done: int, total: int) -> None:
         if self.signals.asked or self.folder.asked("stop"):

@@ -69,6 +69,12 @@ def settings_of(spec: FamilySpec, part: str) -> Path | None:
     return None
 
 
+def table_source(component: Path) -> Path | None:
+    """The single file that a component folder stands for; None for a folder with weights of its own."""
+    table = component / "weights.json"
+    return Path(json.loads(table.read_text(encoding="utf-8"))["file"]) if table.is_file() else None
+
+
 def whence(spec: FamilySpec, part: str) -> str:
     """Where a missing part is to be had: the single file that ComfyUI users have, and the released folder."""
     folder = f"the folder {part} of {spec.components.get(part, spec.title)}"

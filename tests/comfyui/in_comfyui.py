@@ -117,12 +117,61 @@ def judge(case: dict[str, Any], said: Said) -> dict[str, Any]:
     return answer
 
 
+def unknown_nodes(workflows: dict[str, Any], folder: str) -> list[str]:
+    """Nodes and inputs of our workflows that ComfyUI does not have, and inputs that it asks for besides."""
+    import importlib
+    import os
+
+    os.chdir(folder)
+    import nodes
+
+    known = dict(nodes.NODE_CLASS_MAPPINGS)
+    for room in (
+        "flux",
+        "sd3",
+        "model_advanced",
+        "qwen",
+        "wan",
+        "custom_sampler",
+        "edit_model",
+        "hunyuan",
+        "video",
+    ):
+        module = importlib.import_module(f"comfy_extras.nodes_{room}")
+        known.update(getattr(module, "NODE_CLASS_MAPPINGS", {}))
+        for one in vars(module).values():
+            if isinstance(one, type) and "define_schema" in vars(one):
+                known[one.define_schema().node_id] = one  # type: ignore[attr-defined]
+    wrong = []
+    for name, made in workflows.items():
+        for node in made.values():
+            kind, given = known.get(node["class_type"]), set(node["inputs"])
+            if kind is None:
+                wrong.append(f"{name}: {node['class_type']}")
+                continue
+            if hasattr(kind, "GET_SCHEMA"):
+                inputs = kind.GET_SCHEMA().inputs
+                needed, allowed = {one.id for one in inputs if not one.optional}, {one.id for one in inputs}
+            else:
+                types_ = kind.INPUT_TYPES()
+                needed = set(types_["required"])
+                allowed = needed | set(types_.get("optional", {}))
+            if needed - given or given - allowed:
+                wrong.append(
+                    f"{name}: {node['class_type']} {sorted(needed - given)} {sorted(given - allowed)}"
+                )
+    return wrong
+
+
 def main(folder: str, cases: Path) -> None:
     prepare(folder)
     said = Said()
     logging.getLogger().addHandler(said)
     logging.getLogger().setLevel(logging.INFO)
-    answers = {name: judge(case, said) for name, case in json.loads(cases.read_text("utf-8")).items()}
+    given = json.loads(cases.read_text("utf-8"))
+    workflows = given.pop("workflows")
+    answers: dict[str, Any] = {name: judge(case, said) for name, case in given.items()}
+    answers["workflows"] = unknown_nodes(workflows, folder)
     cases.with_name("answers.json").write_text(json.dumps(answers, indent=1), encoding="utf-8")
 
 

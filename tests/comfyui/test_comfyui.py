@@ -31,6 +31,8 @@ from whitetuner.adapters.shapes import AdapterSettings
 from whitetuner.checkpoint.export import export_adapter
 from whitetuner.checkpoint.original import to_original, write_original
 from whitetuner.families import registry
+from whitetuner.families.comfy_workflows import Wanted, workflow
+from whitetuner.records import Size
 
 COMFYUI = os.environ.get("COMFYUI_DIR", "")
 pytestmark = [
@@ -212,7 +214,30 @@ def written(name: str, case: Small, folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("comfyui")
-    cases = {name: written(name, case, folder / name) for name, case in CASES.items()}
+    cases: dict[str, Any] = {name: written(name, case, folder / name) for name, case in CASES.items()}
+    cases["workflows"] = {
+        f"{name} {variant} {task}": workflow(
+            Wanted(
+                name,
+                variant,
+                task,
+                {"transformer": "a"},
+                True,
+                "p",
+                "n",
+                Size(64, 64, frames),
+                9,
+                4.0,
+                0,
+                5.0,
+                references=refs,
+            )
+        )
+        for name, frames in (("flux2-klein", 1), ("zimage", 1), ("qwen-image", 1), ("wan", 5))
+        for variant in registry.spec(name).variants
+        for task in registry.spec(name).tasks_of(variant)
+        for refs in [int(task in ("edit", "i2v"))]
+    }
     (folder / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
     script = Path(__file__).with_name("in_comfyui.py")
     python = os.environ.get("COMFYUI_PYTHON", sys.executable)
@@ -245,6 +270,10 @@ def test_comfyui_patches_every_weight_as_our_merge_does(
     answer = answers[name]["adapters"][form]
     assert answer["lines"] == [] and answer["not_patched"] == []
     assert answer["patches"] > 0 and answer["worst"] < 1e-5  # of the largest change; float32
+
+
+def test_comfyui_has_every_node_and_input_of_our_workflows(answers: dict[str, Any]) -> None:
+    assert answers["workflows"] == []
 
 
 def test_every_original_layout_is_told_from_the_others() -> None:

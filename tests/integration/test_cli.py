@@ -56,6 +56,13 @@ def test_the_run_left_what_the_seed_promised(place: Path) -> None:
         "checkpoints/checkpoint-3/accelerate_state/optimizer.safetensors", "checkpoints/checkpoint-3/training_state.json",
     ):  # fmt: skip
         assert (run / path).is_file(), path
+    workflow = json.loads((run / "final" / "猫_comfyui.json").read_text(encoding="utf-8"))
+    assert any(node["inputs"].get("lora_name") == "猫.safetensors" for node in workflow.values())
+    names = json.loads((run / "run.json").read_text(encoding="utf-8"))["names"]
+    assert {one["program"] for one in names.values()} == {"ComfyUI", "diffusers"} and len(names) == 3
+    assert all(one["known"] == one["total"] > 0 for one in names.values())
+    total = names["final/猫.safetensors"]["total"]
+    assert f"{total} of {total} keys known to ComfyUI" in (run / "report.html").read_text(encoding="utf-8")
 
 
 def test_check_of_a_config_and_of_a_folder(

@@ -35,6 +35,7 @@ FLOORS = [
         "companions",
         "between",
         "final_files",
+        "final_notes",
         "resolve",
         "resuming",
         "forking",

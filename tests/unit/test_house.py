@@ -117,7 +117,7 @@ PACKAGES = {
 def test_everything_imported_is_declared() -> None:
     """In src, tests and benchmarks; what only another package brings along can go away with it."""
     known = sys.stdlib_module_names | {"whitetuner", "tomllib"} | set(direct_requirements())
-    known |= {"comfy", "torchvision"}  # of the checkout that COMFYUI_DIR names: tests/comfyui
+    known |= {"comfy", "nodes", "torchvision"}  # of the checkout that COMFYUI_DIR names: tests/comfyui
     folders = [ROOT / name for name in ("src", "tests", "benchmarks")]
     own = {path.stem for folder in folders for path in folder.rglob("*")} | {"tests", "benchmarks"}
     wrong = set()

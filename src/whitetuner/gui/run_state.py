@@ -196,11 +196,13 @@ def film_beside(run: Path, place: str) -> str | None:
 
 
 def finals(folder: RunFolder) -> list[dict[str, Any]]:
-    """The files to take: name, bytes and place inside the run. Links out of it are none of them."""
+    """The files to take: name, bytes, place inside the run, and who knows their names. Links out of it are none of them."""
     paths = sorted(folder.final.rglob("*.safetensors")) if folder.final.is_dir() else []
+    paths += sorted(folder.final.glob("*_comfyui.json")) if folder.final.is_dir() else []
+    names = folder.document().get("names", {}) if paths and folder.is_run() else {}
     return [
-        {"name": path.name, "place": path.relative_to(folder.path).as_posix(), "bytes": real.stat().st_size}
-        for path in paths
+        {"name": path.name, "place": place, "bytes": real.stat().st_size, "names": names.get(place)}
+        for path, place in ((path, path.relative_to(folder.path).as_posix()) for path in paths)
         if (real := inside(folder.path, path)) is not None
     ]
 

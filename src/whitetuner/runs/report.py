@@ -74,7 +74,7 @@ def write_report(path: Path, status: str | None = None) -> Path:
         levels=list(validation[-1].by_sigma) if validation else [],
         previews=previews,
         preview_steps=preview_steps,
-        files=_files(folder),
+        files=_files(folder, document.get("names", {})),
         notes=_notes(happened)[-80:],
         chosen=[row for row in settings if row[2] != "default"],
         defaults=[row for row in settings if row[2] == "default"],
@@ -201,13 +201,25 @@ def _thumbnail(folder: RunFolder, place: str) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _files(folder: RunFolder) -> list[tuple[str, str]]:
+def _files(folder: RunFolder, names: Mapping[str, Any]) -> list[tuple[str, str]]:
     files = sorted(folder.final.rglob("*.safetensors")) if folder.final.is_dir() else []
     return [
-        (path.relative_to(folder.path).as_posix(), f"{real.stat().st_size / 2**20:.2f} MB")
-        for path in files
-        if (real := inside(folder.path, path)) is not None
+        (place, f"{real.stat().st_size / 2**20:.2f} MB{_known(names.get(place))}")
+        for place, real in (
+            (path.relative_to(folder.path).as_posix(), inside(folder.path, path)) for path in files
+        )
+        if real is not None
     ]
+
+
+def _known(names: Mapping[str, Any] | None) -> str:
+    """How many of a file's names its program knows (whitetuner.final_notes)."""
+    if not names:
+        return ""
+    known, total, program = names["known"], names["total"], names["program"]
+    if not program:
+        return ", not for ComfyUI, which has no such model（ComfyUI 没有这个模型）"
+    return f", {known} of {total} keys known to {program}（{total} 个键中 {known} 个为 {program} 所知）"
 
 
 def _notes(happened: Sequence[events.Event]) -> list[tuple[str, str, str]]:

@@ -22,6 +22,11 @@ class RunView extends View {
     );
   }
 
+  known(names) {
+    const text = names.program ? this.w("names_known") : this.w("names_own");
+    return text.replace("{known}", names.known).replace("{total}", names.total).replace("{program}", names.program);
+  }
+
   async look() {
     const id = this.dataset.run;
     if (!id || this.leaving) return;
@@ -214,7 +219,7 @@ class ResultView extends RunView {
     const ends = run.previews.length > 1 ? [run.previews[0], run.previews.at(-1)] : run.previews;
     this.part("pair", run.previews, () => (ends.length ? this.previews({ ...run, previews: ends }) : h("p", { class: "wr-soft" }, this.w("no_previews"))));
     this.part("files", run.finals, () => (run.finals.length ? h("ul", {}, run.finals.map((one, n) => h("li", {}, h("a", { href: `/api/runs/${id}/final/${n}`, download: one.name }, one.place),
-      ` ${bytes(one.bytes)}`))) : h("p", { class: "wr-soft" }, this.w("no_finals"))));
+      ` ${bytes(one.bytes)}`, one.names ? h("small", { class: "wr-soft" }, ` ${this.known(one.names)}`) : ""))) : h("p", { class: "wr-soft" }, this.w("no_finals"))));
     this.part("strengths", [run.strengths, run.finals.length, run.previews.length], () => this.strengths(run));
     this.part("checkpoints", [run.saved, run.best, run.validation], () => h("ul", {}, run.saved.map((step) => {
       const loss = run.validation.find(([at]) => at === step)?.[1];
