@@ -15,18 +15,20 @@ import pytest
 import torch
 from transformers import GlmImageConfig, GlmImageForConditionalGeneration
 
-from whitetuner.config.load import load_config
+from whitetuner import plan_view
+from whitetuner.config.load import dump_config, load_config
 from whitetuner.data.samples import make_testdata
 from whitetuner.encoding import Encoding, Looked, chosen, encoding_of, encoding_on, look_at
 from whitetuner.families import registry
 from whitetuner.families.contract import quiet
 from whitetuner.family import ModelPaths
 from whitetuner.memory.build import Build
-from whitetuner.memory.machine import GIB
+from whitetuner.memory.machine import GIB, typical_machine
 from whitetuner.memory.phases import PhaseBuild, held_within
 from whitetuner.memory.quantize import QuantLinear
 from whitetuner.memory.swap.backend import CpuBackend
 from whitetuner.memory.weigh import Weights
+from whitetuner.planning import Shape, Sketched
 from whitetuner.prepared import Prepared, phase_build, prepare_data
 from whitetuner.records import EncodeInput, Size
 from whitetuner.resolve import resolve
@@ -120,6 +122,38 @@ def test_the_language_model_says_how_often_it_is_gone_through(place: Path) -> No
             one.encoder: one.passes for one in look_at(family.encoders(task), BF16, "int8", Size(1024, 1024))
         }
         assert found == {"glyphs": 1, "plan": passes}
+
+
+def test_a_config_that_learns_beside_generated_tokens_is_planned_with_its_language_model(place: Path) -> None:
+    config = place / "planned.toml"
+    text = dump_config(load_config(None, base=values_of(place)).config)
+    config.write_text(text, encoding="utf-8")
+    found = plan_view.of_config(
+        config, ["memory.encoder_base=fp8", "memory.device=auto"], [typical_machine(8, 64)]
+    )
+    (row,) = plan_view.as_json(found)["plans"]
+    assert row["choices"] and {one["encoder"]: one["base"] for one in row["encoders"]} == {
+        "glyphs": "fp8",
+        "plan": "fp8",
+    }
+    assert "vision_language_encoder while caching: fp8" in plan_view.as_text(found, False)
+
+
+@pytest.mark.parametrize(("through", "passes"), [(False, (3, 1)), (True, (3, 3))])
+def test_the_passes_of_given_pictures_are_planned_for(
+    place: Path, through: bool, passes: tuple[int, int]
+) -> None:
+    spec = registry.spec(GLM)
+    options = spec.options(**spec.tiny_options, reference_gradients=through)
+    family = registry.load(GLM, options, ModelPaths(place / "model"))
+    config = load_config(None, base={**values_of(place), "model.task": "edit"}).config
+    sketched = Sketched(family, spec.parts(options)[0], family.stride(), torch.float32)
+    cost = sketched.cost(config, Shape(Size(64, 64), 1, (Size(64, 64), Size(96, 64))))
+    alone = sketched.cost(config, Shape(Size(64, 64), 1))
+    assert (cost.forwards, cost.backwards) == passes and (alone.forwards, alone.backwards) == (1, 1)
+    assert cost.flops_forward > 1.4 * alone.flops_forward
+    if not through:  # computed again is the target's pass alone, which sees more keys
+        assert cost.blocks[0].flops < 1.3 * alone.blocks[0].flops
 
 
 # -- the cache ---------------------------------------------------------------------------------------------------------

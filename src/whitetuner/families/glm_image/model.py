@@ -136,8 +136,9 @@ class Model:
 
     def imagined(self, item_id: str, visit: int) -> bool:
         """Whether this visit learns beside generated tokens."""
-        lot = torch.rand((), generator=generator_for(0, item_id, visit, "generated_prior"))
-        return lot.item() < self.options.generated_prior
+        # Its seed is a number of 63 bits as good as drawn, and no tensor: the plan runs `predict` on tensors without content.
+        lot = generator_for(0, item_id, visit, "generated_prior").initial_seed() / 2**63
+        return lot < self.options.generated_prior
 
     def spread(self, prior: Tensor) -> Tensor:
         """(B, rows, columns) of 32 px -> (B, 4 rows columns) of 16 px, row by row: each stands for 2x2 of the model's tokens."""
