@@ -203,6 +203,7 @@ def test_selftest_holds(capsys: pytest.CaptureFixture[str]) -> None:
         "E4",
         "E5",
         "E6",
+        "E7",
         "E8",
         "E9",
         "E10",

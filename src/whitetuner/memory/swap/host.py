@@ -7,6 +7,7 @@ buffers instead.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import sys
 from collections.abc import Callable, Sequence
@@ -45,6 +46,15 @@ def mapped(num_bytes: int) -> torch.Tensor:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             pages.madvise(mmap.MADV_HUGEPAGE)  # registering is paid per page
     return torch.frombuffer(pages, dtype=torch.uint8)
+
+
+def give_back() -> None:
+    """Freed memory returns to the system now. glibc keeps pieces below 32 MB for itself: seen, 2 GB of weights of 3 to 7 MB
+    each stayed with a process that had copied them into an arena. Elsewhere nothing is done."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none, and keeps nothing
+        if trim is not None:
+            trim(0)
 
 
 def register_with_cuda(buffer: torch.Tensor) -> bool:
