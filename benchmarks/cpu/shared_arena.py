@@ -1,4 +1,4 @@
-"""Host memory of ranks that share one arena: PSS of 4 ranks with 2 GB of swapped blocks, less that of the same ranks with none.
+"""Host memory of ranks that share one arena: PSS of 4 ranks with 2 GB of swapped blocks, less that of the same ranks with one.
 
     python -m benchmarks.cpu.shared_arena [--ranks 4] [--gb 2]
 
@@ -26,6 +26,7 @@ from whitetuner.family import ModelPaths
 from whitetuner.memory.build import Build
 from whitetuner.memory.fit import fit
 from whitetuner.memory.swap.arena import Arena, Link, kind_for
+from whitetuner.memory.swap.host import give_back
 from whitetuner.runs.place import place_here
 from whitetuner.tiny import tiny_options
 from whitetuner.train.distributed import Ranks
@@ -36,10 +37,8 @@ FAMILY = "flux2-klein"
 
 
 def model(folder: Path, gb: float) -> None:
-    """A folder whose single blocks take so many GB (0: the tiny model as it is), weights in float32."""
+    """A folder whose single blocks take so many GB (0: one block, the same widths), weights in float32."""
     registry.make_tiny(FAMILY, str(folder))
-    if not gb:
-        return
     from diffusers import Flux2Transformer2DModel
 
     config = json.loads((folder / "transformer/config.json").read_text(encoding="utf-8"))
@@ -47,7 +46,7 @@ def model(folder: Path, gb: float) -> None:
     one = sum(
         p.numel() for p in _meta(Flux2Transformer2DModel, config).single_transformer_blocks.parameters()
     )
-    config["num_single_layers"] = round(gb * 1e9 / 4 / one)
+    config["num_single_layers"] = max(1, round(gb * 1e9 / 4 / one))
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     Flux2Transformer2DModel(**config).save_pretrained(folder / "transformer")
 
@@ -86,6 +85,7 @@ def rank(folder: Path) -> None:
         with fitted.engine.weights_of(block):
             seen = float(next(iter(block.parameters())).float().sum())
         fitted.make_room()
+        give_back()
         ranks.meet()
         rows = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").splitlines()
         pss = next(int(row.split()[1]) * 1024 for row in rows if row.startswith("Pss:"))

@@ -149,6 +149,7 @@ class Reader:
             "loss_mean": _short(fmean(recent[:, 1].tolist())),
             "lr": _short(last.lr),
             "seconds": _short(pace),
+            "samples": last.samples,
             "samples_per_s": _short(fmean(recent[:, 5].tolist()) / max(1e-9, pace)),
             "eta": duration(left) if left is not None else "",
             "memory_mb": round(last.memory_mb),

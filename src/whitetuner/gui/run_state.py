@@ -103,6 +103,7 @@ class Runs:
             "done": progress.done if progress else None,
             "total": progress.total if progress else None,
             "numbers": reader.numbers(steps) if began else {},
+            "ranks": ranks_of(reader.folder) if began else [],
             "previews": [
                 {
                     "step": one.step,
@@ -181,6 +182,15 @@ def reason_of(job: Job, state: str, reader: Reader) -> dict[str, Any]:
     if psutil.boot_time() > job.asked_at:
         return {"kind": "reboot", "text": told}
     return {"kind": "gone", "text": told}
+
+
+def ranks_of(folder: RunFolder) -> list[dict[str, Any]]:
+    """Where each rank trains and how many of its blocks wait on the host, as the run wrote it down."""
+    try:
+        found = folder.document().get("ranks", [])
+    except (UserError, OSError):
+        return []  # not there yet, or not a run's
+    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
 
 
 def own_log(job: Job, most: int = LINES) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from whitetuner.errors import EXIT_ENVIRONMENT, UserError
-from whitetuner.runs.devices import Device
+from whitetuner.runs.devices import Device, devices
 
 #: Our own spawner's: the file in which rank 0 writes its port, what this rank trains on, and whose word ends the run.
 RENDEZVOUS, DEVICE, LAUNCHER = "WHITETUNER_RENDEZVOUS", "WHITETUNER_DEVICE", "WHITETUNER_LAUNCHER"
@@ -124,6 +124,17 @@ def entries(gpus: str, held: Sequence[Device]) -> list[str]:
             "GPUs and CPUs cannot train one run together",
             where="--gpus",
             mend="give GPUs alone (0,1) or CPUs alone (cpu,cpu)",
+        )
+    known = {str(one.index) for one in devices() if one.index is not None}
+    missing = [word for word in words if word != "cpu" and known and word not in known]
+    if missing:
+        raise UserError(
+            "there is no GPU {missing} here; there are: {known}",
+            where="--gpus",
+            mend="name some of these, or any:N for so many that are free",
+            code=EXIT_ENVIRONMENT,
+            missing=", ".join(missing),
+            known=", ".join(sorted(known)),
         )
     twice = next((word for word in words if word != "cpu" and words.count(word) > 1), None)
     if twice is not None:

@@ -71,6 +71,10 @@ class TrainView extends View {
     this.gpus.hidden = cards.length < 2;
     if (this.gpus.options.length === 0 && cards.length > 1) {
       this.gpus.append(h("option", { value: "" }, this.w("any")), ...cards.map((one) => h("option", { value: one.index }, `GPU ${one.index} ${one.title}`)));
+      for (let count = 2; count <= cards.length; count++) {
+        this.gpus.append(h("option", { value: count === cards.length ? cards.map((one) => one.index).join(",") : `any:${count}` },
+          this.w(count === cards.length ? "all_gpus" : "so_many_gpus", { count })));
+      }
     }
     const tasks = this.dataset.tasks.split(" ");
     const mine = runs.filter((one) => one.family === this.dataset.family && tasks.includes(one.task));

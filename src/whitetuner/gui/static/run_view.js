@@ -61,10 +61,12 @@ class RunView extends View {
     const tiles = [
       ["loss", n.loss?.toFixed(4), n.loss_mean !== undefined ? `${this.w("loss_mean")} ${n.loss_mean?.toFixed(4)}` : ""],
       ["lr", n.lr?.toExponential(2)], ["step", n.step !== undefined ? `${n.step}/${run.steps ?? "?"}` : undefined],
-      ["eta", run.state === "running" ? n.eta : undefined], ["seconds", n.seconds], ["samples_per_s", n.samples_per_s],
+      ["eta", run.state === "running" ? n.eta : undefined], ["seconds", n.seconds], ["samples_per_s", n.samples_per_s, n.samples ? this.w("a_step", { count: n.samples }) : ""],
       ["memory", n.memory_mb ? `${gb(n.memory_mb)} GB` : undefined],
       card ? ["gpu", `${gb(card.used_mb)}/${gb(card.total_mb)} GB`, `${card.busy ?? "?"} %  ${card.celsius ?? "?"} °C  ${card.watts ?? "?"} W`]
         : ["ram", `${run.machine.ram_used_gb}/${run.machine.ram_gb} GB`],
+      ...(run.ranks.length > 1 ? [["ranks", run.ranks.length, run.ranks.map((one) =>
+        `${one.rank}: ${one.device}, ${one.waiting ? this.w("rank_waiting", one) : this.w("rank_whole")}`).join("\n")]] : []),
     ];
     this.part("tiles", tiles, () => tiles.map(([name, value, more]) =>
       h("div", { class: "wr-tile", "data-tile": name }, h("span", {}, this.w(name)), h("b", {}, String(value ?? "–")), h("small", {}, more ?? ""))));
