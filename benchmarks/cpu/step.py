@@ -39,8 +39,8 @@ def main() -> None:
         ]
         with Session.open(load_config(config, more)) as session:
             session.prepare()
-            learner, family = session.learner, session.family
-            batch = next(iter(session._batches))
+            learner, family = session.team.learners[0], session.family
+            batch = next(iter(session._batches)).mine[0]
             x0, text = batch["latent"], batch["prompt_embeds"]
             bare_optimizer = torch.optim.AdamW(learner.parameters, 1e-9, fused=True)
 

@@ -11,10 +11,12 @@ from whitetuner.companions import companion_of
 from whitetuner.config.schema import Config
 from whitetuner.diffusion.sigmas import SigmaSettings
 from whitetuner.family import Family, Part
+from whitetuner.memory.fused import units_of
 from whitetuner.memory.swap.arena import Arenas
 from whitetuner.planning import Way, denoiser_build, fit_denoiser, shelf_folder
 from whitetuner.rehearsal import adapter_for, optimizer_for, trained_of
 from whitetuner.resolve import Resolved
+from whitetuner.train.distributed import Ranks
 from whitetuner.train.ema import Ema
 from whitetuner.train.learner import Learner, Learns
 from whitetuner.train.step import StepSettings
@@ -29,10 +31,12 @@ def assemble(
     way: Way,
     tell: Callable[[str, str], None],
     arenas: Arenas | None = None,
+    ranks: Ranks | None = None,
 ) -> Team:
     """The team of a run, as new. tell: (level, text). Raises UserError for what does not go together.
 
     arenas: what waits on the host is shared with other ranks of this machine, and read by one of them
+    ranks:  with which full training adds up its gradients, block by block
     """
     device, parts = resolved.device, family.spec.parts(family.options)
     # Parts of a family are of one architecture: what fits one fits each while the others are away.
@@ -45,7 +49,7 @@ def assemble(
     for part in parts:
         module = modules[part.name]
         if config.method.kind == "full":
-            learners.append(_whole(config, resolved, way, part, module, tell, turns_on))
+            learners.append(_whole(config, resolved, way, part, module, tell, turns_on, ranks))
             continue
         adapter, limits = adapter_for(config, family, part, module, device)
         for limit in limits:
@@ -86,6 +90,7 @@ def _whole(
     module: torch.nn.Module,
     tell: Callable[[str, str], None],
     turns_on: torch.device | None,
+    ranks: Ranks | None,
 ) -> WholeLearner:
     """A denoiser that learns with its own weights."""
     o, device, precision = config.optimizer, resolved.device, resolved.precision
@@ -99,4 +104,6 @@ def _whole(
         at_once=":" in o.name,
     )
     make = partial(optimizer_for, config)
-    return WholeLearner(part, module, trained, make, settings, fitted, device, o.ema, turns_on)
+    units = {unit.name: unit.parameters for unit in units_of(module, part.block_lists, trained)}
+    share = None if ranks is None else ranks.block_shares(units)
+    return WholeLearner(part, module, trained, make, settings, fitted, device, o.ema, turns_on, share)

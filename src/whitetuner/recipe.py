@@ -110,7 +110,7 @@ class Session:
         config = loaded.config
         with ExitStack() as stack:
             with ranks.phase():
-                refuse_wrong_full(config, ranks.world)
+                refuse_wrong_full(config)
                 refuse_not_landed(config)
                 sharing.same_config(ranks, config)
                 resolved = resolve(config, ranks.local)
@@ -243,13 +243,14 @@ class Session:
             self._message("info", note)
         self.tell(events.Phase(name="load"))
         arenas = sharing.arenas_of(ranks, config, self.resolved, self.way, self._message)
-        self.team = assemble(config, self.family, self.resolved, self.way, self._message, arenas)
+        self.team = assemble(config, self.family, self.resolved, self.way, self._message, arenas, ranks)
         if checkpoint is not None:
             self.team.load(checkpoint.tensors, checkpoint.documents)
             for path in self.store.set_aside_after(checkpoint.step) if ranks.first else ():
                 self._message("info", f"a later checkpoint was set aside: {path.name}")
         for learner in self.team.learners:
-            ranks.broadcast(learner.parameters)
+            if not learner.in_passes:  # a whole model is of the same files everywhere
+                ranks.broadcast(learner.parameters)
         folder.update(ranks=sharing.residency(ranks, self.team, self.device, self._message))
 
     def _begin_training(self) -> None:

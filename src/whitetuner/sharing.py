@@ -142,6 +142,14 @@ def shares_of(ranks: Ranks, config: Config, before: Mapping[str, Any]) -> Shares
     """How the ranks share out a step. before: what the run began with (`resolved` of run.json), which it keeps."""
     accumulate = config.optimizer.gradient_accumulation
     begun = before.get("batches_per_step", accumulate) if before else accumulate * ranks.world
+    if config.method.kind == "full" and ranks.world > int(begun):
+        raise UserError(
+            "full training gives every rank at least one batch of a step: this run has {batches}, and there are {world} ranks",
+            where="--gpus",
+            mend="go on with at most {batches} ranks",
+            batches=int(begun),
+            world=ranks.world,
+        )
     return Shares(int(begun), ranks.rank, ranks.world)
 
 

@@ -26,6 +26,7 @@ from whitetuner.memory.swap.arena import Arena, Link, kind_for
 from whitetuner.runs import events
 from whitetuner.tiny import tiny_values
 from whitetuner.train.distributed import Ranks
+from whitetuner.train.whole import WholeLearner
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "fork"), reason="ranks are forked from a process that has torch loaded"
@@ -60,7 +61,10 @@ def trained(values: dict[str, Any], ranks: Ranks, resume: str | None = None) -> 
     """A hash of what this rank has learned: its adapter, which rank 0 alone writes down."""
     with recipe.Session.open(load_config(None, base=values), resume=resume, ranks=ranks) as session:
         session.run()
-        return digest({str(i): p for i, p in enumerate(session.team.learners[0].parameters)})
+        learner = session.team.learners[0]
+        if isinstance(learner, WholeLearner):
+            return digest(dict(learner.values()))
+        return digest({str(i): p for i, p in enumerate(learner.parameters)})
 
 
 def run(values: dict[str, Any], world: int, resume: str | None = None) -> Path:
@@ -154,6 +158,35 @@ def test_two_ranks_are_two_accumulated_batches_to_the_bit(place: dict[str, Any])
     more = {"memory.blocks_to_swap": 3, "memory.gradient_checkpointing": True}
     both = run({**place, **more, "run.name": "two"}, 2)
     assert same(both, alone(place, "one", optimizer__gradient_accumulation=2))
+
+
+def whole(place: dict[str, Any]) -> dict[str, Any]:
+    more = {
+        "method.kind": "full",
+        "optimizer.lr": 1e-3,
+        "optimizer.max_grad_norm": 0.5,
+        "validation.every": 0,
+    }
+    return {**place, **more}
+
+
+def test_full_training_on_two_ranks_is_two_accumulated_batches_to_the_bit(place: dict[str, Any]) -> None:
+    """Gradients are added up block by block in the backward pass, with every block swapped."""
+    several = run({**whole(place), "memory.blocks_to_swap": 3, "run.name": "whole-two"}, 2)
+    assert same(several, alone(whole(place), "whole-one", optimizer__gradient_accumulation=2))
+
+
+@pytest.mark.slow
+def test_full_training_with_uneven_passes(place: dict[str, Any]) -> None:
+    """Three batches a step, begun by three ranks and gone on with by two: one of them has two, the other one."""
+    values = {**whole(place), "run.name": "whole-three"}
+    folder = run({**values, "run.steps": 2}, 3)
+    run(values, 2, "latest")
+    one = alone(whole(place), "whole-of-three", optimizer__gradient_accumulation=3)
+    for found, wanted in zip(losses(folder), losses(one), strict=True):
+        assert found[2] == wanted[2] and found[3] == pytest.approx(wanted[3], rel=1e-4)
+    with pytest.raises(AssertionError, match="at most 3 ranks"):
+        run({**values, "run.steps": 6}, 4, "latest")
 
 
 def test_a_run_goes_on_with_other_numbers_of_ranks(place: dict[str, Any]) -> None:

@@ -11,11 +11,8 @@ from whitetuner.errors import UserError, UserErrors
 _WHOLE_AT_ONCE = ("prodigy",)
 
 
-def refuse_wrong_full(config: Config, ranks: int = 1) -> None:
-    """Raises UserError(s) for what full training cannot do, each with why. Nothing for other methods.
-
-    ranks: that share the run
-    """
+def refuse_wrong_full(config: Config) -> None:
+    """Raises UserError(s) for what full training cannot do, each with why. Nothing for other methods."""
     if config.method.kind != "full":
         return
     errors = []
@@ -49,15 +46,6 @@ def refuse_wrong_full(config: Config, ranks: int = 1) -> None:
                 where="optimizer.name",
                 mend="use adafactor, adamw8bit or adamw",
                 name=config.optimizer.name,
-            )
-        )
-    if ranks > 1:
-        errors.append(
-            UserError(
-                "full training on several devices is not there yet: {ranks} were asked for",
-                where="--gpus",
-                mend='use one device, or train an adapter (method.kind = "lokr") on several',
-                ranks=ranks,
             )
         )
     if config.method.init_from is not None:

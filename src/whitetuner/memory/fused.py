@@ -50,8 +50,8 @@ class BlockUpdates:
 
     trained: names and parameters of the module that train
     engine:  asks for the swap engine of the module, None while everything is resident
-    share:   is handed (unit's name, its gradients) before they are used, to average them between ranks; may write
-             to the tensors. Called for the units in the order in which their backward ends, REST last
+    share:   is handed (unit's name, its gradients) before they are used, to add them up over ranks; may write to the
+             tensors and to the dict. Called for the units in the order in which their backward ends, REST last
     peak_gradient_bytes: most that lived at once, REST aside
     """
 
@@ -62,7 +62,7 @@ class BlockUpdates:
         trained: Mapping[str, nn.Parameter],
         update: Update,
         engine: Callable[[], SwapEngine | None] = lambda: None,
-        share: Callable[[str, Mapping[str, Tensor]], None] | None = None,
+        share: Callable[[str, dict[str, Tensor]], None] | None = None,
     ) -> None:
         self.update, self.engine, self.share = update, engine, share
         self.units = units_of(module, block_lists, trained)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +23,8 @@ from whitetuner.errors import Stopped, UserError
 from whitetuner.train.watch import Presence, Watch, told_error, words
 
 T = TypeVar("T")
+#: (name of a block, its gradients by name): both are changed to the sums of all ranks.
+BlockShare = Callable[[str, dict[str, torch.Tensor]], None]
 #: Bytes of gradients that travel at once, and are held twice while they do.
 BUCKET_BYTES = 64 * 2**20
 #: A collective ends when its ranks do (see watch.py), not by the clock: one rank may draw previews for half an hour.
@@ -88,6 +90,13 @@ class Ranks:
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Adds up the gradients of all ranks in place; a parameter that no rank used keeps None."""
 
+    def block_shares(self, blocks: Mapping[str, Mapping[str, torch.nn.Parameter]]) -> BlockShare | None:
+        """For gradients that are used block by block in the backward pass; None: nothing is to be shared.
+
+        blocks: name -> its parameters. On all ranks the blocks end in the same order.
+        """
+        return None
+
     def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
         """Rank 0's values, in place."""
 
@@ -112,7 +121,7 @@ class Several(Ranks):
         self.ranks_here = [one.rank for one in presences if one.machine == presences[rank].machine]
         self._calls = 0
         self._most = 0
-        self._over = False
+        self._over = self._midway = False
 
     @property
     def first_here(self) -> bool:
@@ -164,6 +173,11 @@ class Several(Ranks):
             return
         if isinstance(error, UserError):
             self._store.set(f"failed/{self.rank}", words(error))
+            if (
+                self._midway
+            ):  # the others may wait for gradients of a block: they find this rank gone, and its words
+                self._over = True
+                raise error
         word = _FINE if error is None else _STOPPED if isinstance(error, Stopped) else _FAILED
         self._exchange(word, False, ())
         if error is not None:
@@ -182,6 +196,7 @@ class Several(Ranks):
         if most > self._most:  # the same on all ranks, since they know each other's shares
             self.meet()
             self._most = most
+        self._midway = False
         table = self._exchange(_FINE, stop, values)
         return Agreed(bool(table[:, 1].any()), table[:, 2:].tolist())
 
@@ -220,6 +235,39 @@ class Several(Ranks):
                 dist.broadcast(flat.view(-1).view(torch.uint8), 0)
                 tensor.copy_(flat)
 
+    def block_shares(self, blocks: Mapping[str, Mapping[str, torch.nn.Parameter]]) -> BlockShare | None:
+        numbers = {name: number for number, name in enumerate(blocks, start=1)}
+
+        def share(name: str, gradients: dict[str, torch.Tensor]) -> None:
+            self._midway = True
+            came = list(gradients)
+            keys, parameters = list(blocks[name]), list(blocks[name].values())
+            used = torch.tensor(
+                [float(numbers[name]), *(float(key in gradients) for key in keys)],
+                device=parameters[0].device,
+            )
+            full = []
+            for key, parameter in zip(keys, parameters, strict=True):
+                wide = torch.promote_types(parameter.dtype, torch.float32)
+                found = gradients.pop(key, None)
+                full.append(
+                    torch.zeros(parameter.shape, dtype=wide, device=used.device)
+                    if found is None
+                    else found.to(wide)
+                )
+            with self._asking(), torch.no_grad():
+                for bucket in _buckets([used, *full]):
+                    self._sum_bucket(bucket)
+            number, *counts = used.tolist()
+            assert number == numbers[name] * self.world, f"{name}: ranks are at other blocks"
+            total = {key: one for key, one, count in zip(keys, full, counts, strict=True) if count}
+            # What is summed up over them (a norm) must have the same bits on all ranks: where all have all of them, in the
+            # order in which they came, as without ranks; else in the block's.
+            order = came if all(count == self.world for count in counts) else list(total)
+            gradients.update({key: total[key] for key in order})
+
+        return share
+
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         used = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -241,7 +289,8 @@ class Several(Ranks):
         """Leaves in good order: nobody takes this rank for lost; rank 0, who may keep the store, waits for the others."""
         self._watch.stop()
         try:
-            self._store.set(f"bye/{self.rank}", "1")
+            if not self._midway:
+                self._store.set(f"bye/{self.rank}", "1")
             if self.first:
                 self._store.wait(
                     [f"bye/{rank}" for rank in range(self.world)], timedelta(seconds=5 if self._over else 60)

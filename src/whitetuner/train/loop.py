@@ -75,14 +75,16 @@ def train(
         given = next(batches)
         samples = sum(given.sizes)
         lr = settings.lr * settings.lr_at(step)
-        passes = partial(_passes, family, modules, learner, given.mine, samples, step_settings, device)
+        wary = learner.in_passes and ranks.world == 1
+        passes = partial(_passes, family, modules, learner, given.mine, samples, step_settings, device, wary)
         done = learner.run(passes, lr, settings.max_grad_norm)
         asked = ranks.world > 1 and hooks.stop_asked()
         stop, losses, sigmas = _agreed(ranks, asked, done, given.sizes)
         value = sum(losses) / samples
         norm = 0.0
         if _finite(value):
-            ranks.sum_gradients(learner.parameters)
+            if not learner.in_passes:  # else block by block, as they were used
+                ranks.sum_gradients(learner.parameters)
             norm = learner.clipped(settings.max_grad_norm)
         if not (_finite(value) and _finite(norm)):
             error = _refusal(family, learner, given.mine, step_settings, step + 1, value, hooks, device)
@@ -117,16 +119,18 @@ def _passes(
     samples: int,
     settings: StepSettings,
     device: torch.device,
+    wary: bool,
 ) -> list[StepLoss]:
     """Forward and backward of every micro-batch that this rank has of a step. samples: of the whole step.
 
-    Where backward passes change the weights, none is begun once a loss is not finite.
+    wary: where backward passes change the weights, none is begun once a loss is not finite. With other ranks it is: they wait
+    for its gradients, and all refuse their sum before anything is changed.
     """
     done, sound = [], True
     for number, batch in enumerate(micro):
         loss = step_loss(family, modules, learner.part.name, batch, settings, device)
         done.append(StepLoss(loss.weighted.detach(), loss.plain, loss.sigma))
-        sound = sound and (not learner.in_passes or _finite(float(loss.plain.sum())))
+        sound = sound and not (wary and not _finite(float(loss.plain.sum())))
         if not sound:
             continue
         learner.pass_begins(number == len(micro) - 1)

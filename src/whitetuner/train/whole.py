@@ -64,7 +64,7 @@ class WholeLearner:
         device: torch.device,
         ema_decay: float = 0.0,
         turns_on: torch.device | None = None,
-        share: Callable[[str, Mapping[str, Tensor]], None] | None = None,
+        share: Callable[[str, dict[str, Tensor]], None] | None = None,
     ) -> None:
         self.part, self.module, self.trained, self.fitted = part, module, dict(trained), fitted
         self.settings, self.device, self.steps, self.norm = settings, device, 0, 0.0

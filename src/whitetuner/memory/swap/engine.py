@@ -23,14 +23,11 @@ from whitetuner.memory.swap import calls
 from whitetuner.memory.swap.arena import Arena
 from whitetuner.memory.swap.backend import Backend, Counters
 from whitetuner.memory.swap.guard import Guard
-from whitetuner.memory.swap.host import give_back
-from whitetuner.memory.swap.layout import carry, layouts_of, padded, small_of, spread_count
+from whitetuner.memory.swap.layout import layouts_of, spread_count
+from whitetuner.memory.swap.masters import written_masters
 from whitetuner.memory.swap.placement import Packed, Placement
 from whitetuner.memory.swap.schedule import Kind, Spot
 from whitetuner.memory.swap.shelf import Shelf
-
-#: So much freed memory is returned to the system at a time.
-GIVEN_BACK_BYTES = 64 * 2**20
 
 
 class _Hold(NamedTuple):
@@ -127,7 +124,7 @@ class SwapEngine:
         arena: where the masters are shared with other processes; not its leader, this one takes what the leader has read
         """
         assert not self.attached
-        self._write_masters(arena)
+        self._masters = written_masters(self.layouts, self.backend, arena)
         moved = {id(entry.tensor) for layout in self.layouts for entry in layout.entries}
         for tensor in (*self.module.parameters(), *self.module.buffers()):
             if id(tensor) not in moved:
@@ -138,31 +135,6 @@ class SwapEngine:
             self._guards.append(Guard(self, index))
         self.placement.backend.drain()
         return self
-
-    def _write_masters(self, arena: Arena | None) -> None:
-        sizes = [layout.num_bytes for layout in self.layouts]
-        still = small_of(self.layouts) if arena is not None else []
-        rest = padded(sum(padded(one.numel() * one.element_size()) for one in still))
-        shared = None if arena is None else arena.masters([*sizes, rest])
-        freed = 0
-        for index, layout in enumerate(self.layouts):
-            master = self.backend.master(layout.num_bytes) if shared is None else shared[index]
-            for entry in layout.entries:
-                if arena is None or arena.leader:
-                    entry.view(master).copy_(entry.tensor.data)
-                entry.tensor.data = self.backend.away(entry.view(master), entry.tensor.requires_grad)
-            self._masters.append(master)
-            freed += layout.num_bytes
-            if freed > GIVEN_BACK_BYTES:  # else the host would hold all blocks twice for a while
-                give_back()
-                freed = 0
-        if arena is None or shared is None:
-            return
-        if arena.leader:
-            carry(still, shared[-1], write=True)
-        arena.filled()
-        if not arena.leader:
-            carry(still, shared[-1], write=False)
 
     def detach(self) -> None:
         """Leaves a plain module whose blocks lie on the host: the masters are their weights from now on."""
