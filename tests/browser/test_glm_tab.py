@@ -42,7 +42,6 @@ def test_its_options_and_both_tasks_are_told_in_both_languages(
 ) -> None:
     page = watched().page
     form = opened(server, page, language)
-    form.locator(".wt-buttons button").nth(3).click()  # start over
     form.locator("[data-tier=expert]").click()
     share = shown(form, "model.options.generated_prior")
     expect(share).to_contain_text(own)
@@ -61,7 +60,6 @@ def test_an_edit_is_trained_from_nothing_and_its_result_is_not_for_comfyui(
 ) -> None:
     page = watched("zh-CN").page
     form = opened(server, page, "zh")
-    form.locator(".wt-buttons button").nth(3).click()
     form.locator("[data-tier=basic]").click()
     form.locator('.wt-tasks input[value="edit"]').check()
     expect(form.locator('.wt-basic [data-key="data.conditions"]')).to_be_visible()

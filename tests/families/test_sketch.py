@@ -36,3 +36,8 @@ def test_released_models_are_variants_of_the_family_with_a_config_of_its_class()
             named = {"variant": variant} if "variant" in spec.options.model_fields else {}
             parts = {part.name for part in spec.parts(spec.options(**named))}
             assert configs.keys() <= parts and configs, (name, variant)
+
+
+def test_page_and_files_agree_on_what_comfyui_loads() -> None:
+    for name in registry.FAMILIES:
+        assert registry.spec(name).comfyui_loads == getattr(registry.keys(name), "in_comfyui", True), name
