@@ -63,7 +63,8 @@ def assemble(
         ema = Ema(parameters, config.optimizer.ema) if config.optimizer.ema else None
         learners.append(Learner(part, module, adapter, config.method.kind, optimizer, ema, fitted, turns_on))
     planned = way.plan is None or way.plan.previews
-    return Team(learners, companion_of(config, family, resolved, tell, shelf_folder(config, way), planned))
+    beside = companion_of(config, family, resolved, tell, shelf_folder(config, way), planned)
+    return Team(learners, beside, way.turn_steps)
 
 
 def step_settings(config: Config, shift: float, part: Part) -> StepSettings:

@@ -18,10 +18,11 @@ from whitetuner.config.schema import Config
 from whitetuner.errors import UserError
 from whitetuner.families import registry
 from whitetuner.family import Family
-from whitetuner.memory.beside import Beside
+from whitetuner.memory.beside import Beside, exchange_s, turn_steps
 from whitetuner.memory.build import Build
 from whitetuner.memory.machine import GIB
 from whitetuner.memory.phases import PhaseBuild, device_budget
+from whitetuner.memory.plan import Plan
 from whitetuner.memory.quantize import Kind
 from whitetuner.memory.skeleton import sketch_module
 from whitetuner.memory.swap.engine import SwapEngine
@@ -122,6 +123,16 @@ def _drawing(config: Config, family: Family) -> Family | None:
     if rest is None or not config.preview.every or not config.preview.prompts:
         return None
     return registry.load(family.spec.name, rest, family.paths)
+
+
+def turn_steps_of(plan: Plan, config: Config) -> int:
+    """Optimizer steps of a turn of one of two learners, by this plan."""
+    best, link = plan.best, plan.machine.link_bytes_per_s
+    filled = best.parts["resident blocks"] + best.parts["slots"]
+    small = best.parts["other weights"] + best.parts["adapter and optimizer"]
+    exchange = exchange_s(filled, small, best.disk_bytes // 2, link)
+    step_s = best.seconds * config.optimizer.gradient_accumulation
+    return turn_steps(exchange, step_s, config.run.steps or 2000)
 
 
 def companion_of(

@@ -16,7 +16,7 @@ import torch
 
 from whitetuner.adapters.attach import attach
 from whitetuner.adapters.choose import choose
-from whitetuner.companions import beside_of
+from whitetuner.companions import beside_of, turn_steps_of
 from whitetuner.config.full import refuse_wrong_full
 from whitetuner.config.schema import Config
 from whitetuner.encoding import Encoding, encoding_of
@@ -71,7 +71,8 @@ class Shape:
 class Way:
     """What a run does. quantize: of the frozen base;  residents: None: all;  plain: blocks not computed again;
     plan: where it comes from, None when nothing had to be planned;  pieces: tokens of one in Part.token_wise, 0: whole;
-    on_disk: of several denoisers those whose turn it is not wait in files;  encoding: how the encoders are held before it."""
+    on_disk: of several denoisers those whose turn it is not wait in files;  turn_steps: of such a turn, None: the
+    usual;  encoding: how the encoders are held before it."""
 
     base: str
     quantize: Kind | None
@@ -81,11 +82,13 @@ class Way:
     plan: Plan | None = None
     pieces: int = 0
     on_disk: bool = False
+    turn_steps: int | None = None
     encoding: Encoding = field(default_factory=Encoding)
 
     def facts(self) -> dict[str, Any]:
         """For run.json."""
         more = {"pieces": self.pieces} if self.pieces else {}
+        more |= {"turn_steps": self.turn_steps} if self.turn_steps else {}
         plan = self.plan and self.plan.to_json()
         return {"base": self.base, **more, "plan": plan, **self.encoding.facts()}
 
@@ -178,6 +181,7 @@ def way_of(
             frozenset() if memory.gradient_checkpointing is True else frozenset(range(count)),
             pieces=pieces,
             on_disk=on_disk,
+            turn_steps=earlier.get("turn_steps") if earlier else None,
             encoding=encoding_of(config, family, device, dtype, earlier),
         )
     if device.type == "cpu":
@@ -186,9 +190,13 @@ def way_of(
     else:
         machine = this_machine(device, memory.limit_gb)
     sketched = Sketched(family, part, family.stride(), dtype)
+    plan = Reckoning(config, sketched, largest(shapes, sketched), asked).plan(machine)
+    turns = len(family.spec.parts(family.options)) > 1
     return replace(
-        _way(Reckoning(config, sketched, largest(shapes, sketched), asked).plan(machine)),
+        _way(plan),
         pieces=pieces,
+        # Whose turn a step is must not change on resume.
+        turn_steps=earlier.get("turn_steps") if earlier else turn_steps_of(plan, config) if turns else None,
         encoding=encoding_of(config, family, device, dtype, earlier),
     )
 
@@ -345,7 +353,7 @@ def fit_denoiser(
         movable=turns and device.type != "cpu",
         trained=config.method.kind == "full",
         tell=tell,
-        shelf=None if folder is None else Shelf(folder),
+        shelf=None if folder is None or arena is not None else Shelf(folder),  # ranks share what waits
         arena=arena,
     )
     if fitted.engine is not None:

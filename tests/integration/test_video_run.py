@@ -175,6 +175,23 @@ def test_one_expert_learns_and_draws_with_the_other(
     assert not any((done.folder / "samples").rglob("*.png"))
 
 
+def test_turns_by_the_plan_are_written_down_and_stay_on_resume(place: Path, tmp_path: Path) -> None:
+    """A plan for another machine may want other turns; whose turn a step is must not change with it."""
+    from whitetuner.planning import Shape, way_of
+
+    values = config(place, tmp_path, **{"memory.vram_gb": 2, "run.steps": 3})
+    planned = load_config(None, base=values).config
+    family, shapes = open_family(planned), [Shape(Size(64, 64, 5), 1, (Size(64, 64),))]
+    ways = {
+        name: way_of(planned, family, torch.device("cpu"), torch.float32, shapes, earlier)
+        for name, earlier in (("new", {}), ("old", {"base": "fp32"}), ("same", {"turn_steps": 77}))
+    }
+    assert ways["new"].turn_steps == 20 == ways["new"].facts()["turn_steps"]
+    assert ways["old"].turn_steps is None and ways["same"].turn_steps == 77
+    done = recipe.run(load_config(None, base=values))
+    assert json.loads((done.folder / "run.json").read_text("utf-8"))["resolved"]["turn_steps"] == 20
+
+
 def test_experts_that_wait_on_disk_and_off_the_device_change_no_bit(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

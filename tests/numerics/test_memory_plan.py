@@ -20,7 +20,7 @@ from whitetuner.adapters.choose import choose
 from whitetuner.adapters.shapes import AdapterSettings
 from whitetuner.errors import UserError
 from whitetuner.families import registry
-from whitetuner.memory.beside import Beside, has_room
+from whitetuner.memory.beside import Beside, exchange_s, has_room, turn_steps
 from whitetuner.memory.machine import CONTEXT_BYTES, GIB, Machine, typical_machine
 from whitetuner.memory.measure import BlockCost, StepCost, measure_step
 from whitetuner.memory.plan import Plan, Wishes, corrected, make_plan
@@ -257,6 +257,23 @@ def test_two_experts_are_counted_and_wait_on_disk_where_the_host_is_small(
         assert chosen == (together if has_room(together.host_bytes, machine) else apart)
     else:
         assert together == apart == chosen == alone
+
+
+@given(
+    exchange=st.floats(0, 300),
+    step=st.floats(0.05, 500),
+    steps=st.integers(1, 100_000),
+    link=st.integers(1, 50),
+)
+def test_a_turn_is_long_enough_for_its_beginning_and_leaves_a_fair_share(
+    exchange: float, step: float, steps: int, link: int
+) -> None:
+    turn = turn_steps(exchange, step, steps)
+    longest = max(20, steps // 10)
+    assert 20 <= turn <= longest
+    assert exchange <= 0.03 * turn * step * (1 + 1e-9) or turn == longest
+    assert turn == 20 or exchange > 0.03 * (turn - 1) * step
+    assert exchange_s(link * GIB, 0, 0, link * GIB) == 1 and exchange_s(0, GIB, 10**9, 2 * GIB) == 3
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
-"""What models that take turns with the planned one hold: on the card what never leaves it, on the host their blocks, or a file
-on disk for them."""
+"""What models that take turns with the planned one hold on the host, or in files on disk, and how long a turn must be."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +11,12 @@ from whitetuner.memory.swap.host import PIN_SHARE
 
 #: The process itself on the host: interpreter, libraries, data loading.
 HOST_BASE_BYTES = 3 * GIB
+#: What a disk reads in order, bytes a second: an SSD at SATA.
+DISK_BYTES_PER_S = 0.5e9
+#: Of a turn's time at most, what its beginning may take; and no turn is longer than this part of the run, for a fair share.
+SHARE_OF_TURN, SHARE_OF_RUN = 0.03, 0.1
+#: Steps of a turn at least.
+TURN_STEPS = 20
 
 
 class Held(NamedTuple):
@@ -58,3 +64,18 @@ ALONE = Beside()
 def has_room(host_bytes: int, machine: Machine) -> bool:
     """Memory for the process, streamed weights and inputs, and these within what may be pinned."""
     return host_bytes <= machine.host_bytes and host_bytes - HOST_BASE_BYTES <= PIN_SHARE * machine.host_bytes
+
+
+def exchange_s(resident_bytes: int, small_bytes: int, parked_bytes: int, link_bytes_per_s: float) -> float:
+    """Seconds at the beginning of a turn in which nothing can be computed, at most.
+
+    resident_bytes: of blocks and slots that must be filled anew on the card; small_bytes: what lies outside of the blocks, of
+    which one model's goes and the other's comes; parked_bytes: read from a file
+    """
+    return (resident_bytes + 2 * small_bytes) / link_bytes_per_s + parked_bytes / DISK_BYTES_PER_S
+
+
+def turn_steps(exchange: float, step_s: float, run_steps: int) -> int:
+    """Optimizer steps of a turn, so that its beginning (`exchange` seconds) is within SHARE_OF_TURN of it."""
+    wanted = math.ceil(exchange / (SHARE_OF_TURN * step_s)) if step_s else TURN_STEPS
+    return max(TURN_STEPS, min(wanted, int(SHARE_OF_RUN * run_steps)))

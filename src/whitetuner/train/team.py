@@ -12,10 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
+from whitetuner.memory.beside import TURN_STEPS
 from whitetuner.train.learner import Learns
-
-#: Steps of a turn. 14 GB over a link of 25 GB/s take half a second, twenty steps of such a model minutes: well under 1 %.
-TURN_STEPS = 20
 
 
 class Beside(Protocol):
@@ -30,20 +28,26 @@ class Beside(Protocol):
 
 
 class Team:
-    """Learners in the order of the family's parts, and what draws beside them. Raises nothing of its own."""
+    """Learners in the order of the family's parts, and what draws beside them. Raises nothing of its own.
 
-    def __init__(self, learners: Sequence[Learns], beside: Beside | None = None) -> None:
+    turn_steps: of a turn; the same for all of a run, resumed or not; None: TURN_STEPS
+    """
+
+    def __init__(
+        self, learners: Sequence[Learns], beside: Beside | None = None, turn_steps: int | None = None
+    ) -> None:
         assert learners
+        self.turn_steps = turn_steps or TURN_STEPS
         self.learners, self.beside = tuple(learners), beside
         self._holder: Learns | None = None
 
     def at(self, step: int) -> Learns:
         """Who learns in the optimizer step after `step` steps."""
-        return self.learners[step // TURN_STEPS % len(self.learners)]
+        return self.learners[step // self.turn_steps % len(self.learners)]
 
     def turn_ends(self, step: int) -> int:
         """The step at which the turn running after `step` steps is over."""
-        return (step // TURN_STEPS + 1) * TURN_STEPS
+        return (step // self.turn_steps + 1) * self.turn_steps
 
     def make_way_for(self, learner: Learns) -> None:
         """It has the device from now on: the others leave."""
