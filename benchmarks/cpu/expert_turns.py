@@ -23,7 +23,7 @@ from whitetuner.config.load import load_config
 from whitetuner.memory.beside import SHARE_OF_TURN, exchange_s
 from whitetuner.memory.machine import GIB, typical_machine
 from whitetuner.memory.plan import Plan
-from whitetuner.memory.swap.backend import CpuBackend
+from whitetuner.memory.swap.backend import CpuBackend, Mark
 from whitetuner.memory.swap.engine import SwapEngine
 from whitetuner.records import Size
 from whitetuner.released import plan_released
@@ -42,7 +42,8 @@ def main() -> None:
         **found,
         "limit": SHARE_OF_TURN,
         "largest_share": max(shares),
-        "ok": max(shares) <= SHARE_OF_TURN and all(row["more"] <= row["held"] for row in found["traffic"]),
+        "ok": max(shares) <= SHARE_OF_TURN
+        and all(row["residents"] <= row["more"] <= row["held"] for row in found["traffic"]),
         "predicted": "plans: speeds assumed for a usual card of each size; not measured on a GPU",
         "environment": environment("torch", "diffusers"),
     }
@@ -65,20 +66,31 @@ class Expert(nn.Module):
         return x
 
 
+class Counting(CpuBackend):
+    """Blocks that were copied to the device, residents too."""
+
+    blocks = 0
+
+    def load(self, target: torch.Tensor, master: torch.Tensor, free: Mark | None) -> Mark:
+        self.blocks += 1
+        return super().load(target, master, free)
+
+
 def traffic(residents: int) -> dict[str, Any]:
     """In blocks: of a step within a turn, of the first one of a turn, and what the card holds of one expert."""
-    experts = [Expert() for _ in range(2)]
+    backends = [Counting(None) for _ in range(2)]
     engines = [
-        SwapEngine(one, ("blocks",), residents, CpuBackend(None), slots=2, smallest_bytes=0).attach()
-        for one in experts
+        SwapEngine(Expert(), ("blocks",), residents, backend, slots=2, smallest_bytes=0).attach()
+        for backend in backends
     ]
     loads: list[int] = []
     for step in range(4 * TURN):
-        mine, other = engines[step // TURN % 2], engines[1 - step // TURN % 2]
+        turn = step // TURN % 2
         if step % TURN == 0:
-            other.evict()
-        mine.module(torch.ones(1, WIDTH)).square().mean().backward()
-        loads.append(mine.step_end().loads)
+            engines[1 - turn].evict()
+        before = backends[turn].blocks
+        engines[turn].module(torch.ones(1, WIDTH)).square().mean().backward()
+        loads.append(backends[turn].blocks - before)
     within, first = loads[-1], loads[-TURN]
     held = residents + (2 if residents < BLOCKS else 0)
     return {"residents": residents, "within": within, "first": first, "more": first - within, "held": held}
