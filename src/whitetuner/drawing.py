@@ -184,6 +184,13 @@ def size_to_draw(subject: Subject, size: Size | None, frames: int | None, images
         )
     check_size(size, stride_px, "--size")
     if not spec.frames:
+        if frames is not None:
+            raise UserError(
+                "{title} draws pictures, and no clips",
+                where="--frames",
+                mend="leave it out",
+                title=spec.title,
+            )
         return size
     size = size._replace(frames=frames or subject.usual.frames)
     check_frames(size.frames, spec, "--frames")

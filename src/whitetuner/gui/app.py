@@ -137,6 +137,7 @@ def make_app(settings: Settings) -> Access:
 def bound(settings: Settings) -> socket.socket:
     """A listening socket at the wanted port or the next free one. Raises UserError when there is none."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    reason = "ports are numbers up to 65535"
     for port in range(settings.port, min(65536, settings.port + PORTS_TRIED)):
         one = socket.socket(family, socket.SOCK_STREAM)
         if os.name != "nt":  # there the option would let two servers share a port

@@ -35,26 +35,43 @@ def empty_module(cls: Any, folder: Path, overrides: Mapping[str, Any] | None = N
             mend="use the bf16 version of the model; it is quantised while it loads (memory.base)",
             method=settings["quantization_config"].get("quant_method", "unknown"),
         )
-    with init_empty_weights(include_buffers=False):
-        if hasattr(cls, "from_config") and hasattr(cls, "load_config"):
-            named = settings.get("_class_name", cls.__name__)
-            if named not in (cls.__name__, *recast.reads):
-                raise UserError(
-                    "the folder holds a {named}, but a {wanted} is needed here",
-                    where=str(folder / "config.json"),
-                    mend="point this part of the model at the folder that belongs to it",
-                    named=named,
-                    wanted=cls.__name__,
-                )
-            module = cls.from_config({**settings, "_class_name": cls.__name__, **overrides})
-        else:
-            config = cls.config_class.from_pretrained(str(folder), local_files_only=True, **overrides)
-            module = cls(config)
-            if (folder / "generation_config.json").is_file() and module.can_generate():
-                kind = type(module.generation_config)
-                module.generation_config = kind.from_pretrained(str(folder), local_files_only=True)
+    try:
+        with init_empty_weights(include_buffers=False):
+            module = _built(cls, folder, settings, overrides)
+    except _SENSELESS as error:
+        raise UserError(
+            "the model cannot be built from its config.json ({reason})",
+            where=str(folder / "config.json"),
+            mend="download this file again; the model it belongs to may be newer than this program",
+            reason=(str(error).splitlines() or [type(error).__name__])[0][:160],
+        ) from error
     if hasattr(module, "tie_weights"):  # once more: moving parameters to meta has cut the ties made inside
         module.tie_weights()
+    return module
+
+
+#: What the libraries raise over numbers and words in a config.json that make no model. (RuntimeError: torch, over sizes; no
+#: weights are made here, so even memory that does not suffice is a size that makes no sense.)
+_SENSELESS = (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, RuntimeError, MemoryError)
+
+
+def _built(cls: Any, folder: Path, settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> Any:
+    if hasattr(cls, "from_config") and hasattr(cls, "load_config"):
+        named = settings.get("_class_name", cls.__name__)
+        if named not in (cls.__name__, *recast_of(cls).reads):
+            raise UserError(
+                "the folder holds a {named}, but a {wanted} is needed here",
+                where=str(folder / "config.json"),
+                mend="point this part of the model at the folder that belongs to it",
+                named=named,
+                wanted=cls.__name__,
+            )
+        return cls.from_config({**settings, "_class_name": cls.__name__, **overrides})
+    config = cls.config_class.from_pretrained(str(folder), local_files_only=True, **overrides)
+    module = cls(config)
+    if (folder / "generation_config.json").is_file() and module.can_generate():
+        kind = type(module.generation_config)
+        module.generation_config = kind.from_pretrained(str(folder), local_files_only=True)
     return module
 
 

@@ -227,8 +227,9 @@ class RunFolder:
             raise UserError(
                 "nothing is running here (this run: {status})",
                 where=str(self.path),
-                mend="",
+                mend="`whitetuner jobs` lists what is; to go on: whitetuner train {config} --resume latest",
                 status=self.status(),
+                config=_quoted(self.config_file),
             )
         try:
             write_atomically(self.control / word, "")
