@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,22 @@ from whitetuner.checkpoint.store import read
 from whitetuner.config.load import dump_config, load_config
 from whitetuner.evidence import checkpoint, digest, losses
 from whitetuner.families import registry
-from whitetuner.runs import events
+from whitetuner.runs import events, place
 from whitetuner.tiny import tiny_values
 
-#: What is attacked: changes of the config.
-KINDS: dict[str, dict[str, Any]] = {
-    "adapters": {},
+#: What is attacked: (changes of the config, ranks).
+KINDS: dict[str, tuple[dict[str, Any], int]] = {
+    "adapters": ({}, 1),
+    "full": (
+        {
+            "method.kind": "full",
+            "optimizer.lr": 1e-3,
+            "optimizer.max_grad_norm": 0.0,
+            "memory.blocks_to_swap": 1,
+        },
+        1,
+    ),
+    "two ranks": ({}, 2),
 }
 
 
@@ -52,6 +63,8 @@ class Ground:
     def __init__(self, folder: Path, kind: str, pictures: int, steps: int, **more: Any) -> None:
         torch.set_num_threads(1)
         self.folder, self.steps = folder, steps
+        changes, self.ranks = KINDS[kind]
+        self.method = changes.get("method.kind", "lokr")
         registry.make_tiny("flux2-klein", str(folder / "model"))
         (folder / "data").mkdir()
         for index in range(pictures):
@@ -63,7 +76,7 @@ class Ground:
         self.values = {
             **tiny_values("flux2-klein", folder / "model", folder / "data", folder / "out"),
             **{"run.steps": steps, "optimizer.ema": 0.9, "validation.sigmas": 2, "validation.items": 1},
-            **KINDS[kind],
+            **changes,
             **more,
         }
 
@@ -84,16 +97,24 @@ class Ground:
 
     def whole(self, name: str = "whole") -> Facts:
         """The run, left alone."""
-        said = say("train", self.config(name))
-        assert said.code == 0, said.text
+        config = self.config(name)
+        if self.ranks == 1:
+            said = say("train", config)
+            assert said.code == 0, said.text
+        else:
+            codes = ended(start_ranks(config, [], self.ranks))
+            assert codes == [0] * self.ranks, config.with_suffix(".txt").read_text(encoding="utf-8")
         return self.facts(name)
 
     def facts(self, name: str) -> Facts:
         run = self.run(name)
-        final = run / "final" / "lokr" / "lokr.safetensors"
-        return Facts(
-            digest(checkpoint(run, self.steps)), tuple(map(repr, losses(run))), without_names(final, name)
+        inner = (
+            "lokr/lokr.safetensors"
+            if self.method == "lokr"
+            else "transformer/diffusion_pytorch_model.safetensors"
         )
+        tensors = tensors_of(run / "final" / inner)
+        return Facts(digest(checkpoint(run, self.steps)), tuple(map(repr, losses(run))), tensors)
 
     def forget(self, name: str) -> None:
         """Makes room: nothing of this run is looked at again."""
@@ -101,8 +122,8 @@ class Ground:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def without_names(file: Path, name: str) -> bytes:
-    """The tensors' bytes: the header holds the run's own name."""
+def tensors_of(file: Path) -> bytes:
+    """The tensors' bytes; the header holds the run's own name."""
     raw = file.read_bytes()
     return raw[8 + int.from_bytes(raw[:8], "little") :]
 
@@ -130,6 +151,34 @@ def forked(work: Callable[[], int], told: Path) -> int:
         finally:
             os._exit(code)
     return child
+
+
+def start_ranks(config: Path, words: list[str], ranks: int) -> list[int]:
+    """Pids of forked ranks, told who they are as torchrun tells it."""
+    meeting = config.with_suffix(".port")
+    meeting.unlink(missing_ok=True)
+
+    def rank(number: int) -> int:
+        told = {"RANK": number, "WORLD_SIZE": ranks, "LOCAL_RANK": number, "LOCAL_WORLD_SIZE": ranks}
+        told |= {
+            place.RENDEZVOUS: meeting,
+            place.DEVICE: "cpu",
+            place.ARRIVAL: 60,
+            "MASTER_PORT": 0,  # told in that file: two tests at once must not meet
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        os.environ.update({name: str(value) for name, value in told.items()})
+        return cli.main(["train", str(config), *words])
+
+    return [
+        forked(partial(rank, number), config.with_suffix(f".{number}.txt" if number else ".txt"))
+        for number in range(ranks)
+    ]
+
+
+def ended(pids: list[int]) -> list[int]:
+    """Exit codes; a signal's is negative."""
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
 def whole_checkpoints(run: Path) -> dict[str, str]:

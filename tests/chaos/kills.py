@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ground import Facts, Ground, forked, left_overs, whole_checkpoints
+from ground import Facts, Ground, ended, forked, left_overs, start_ranks, whole_checkpoints
 
 from whitetuner import cli
 from whitetuner.errors import EXIT_STOPPED
@@ -34,57 +34,84 @@ class Tally:
     unlike: list[str] = field(default_factory=list)
 
 
-def start(config: Path, resume: bool, cold: bool) -> int:
-    """The pid of a training process: forked from this one, or a new interpreter."""
-    words = ["train", str(config), *(["--resume", "latest"] if resume else [])]
+def start(ground: Ground, config: Path, resume: bool, cold: bool) -> list[int]:
+    """Pids of a training: forked from this process, or a new interpreter (which starts its ranks itself)."""
+    more = ["--resume", "latest"] if resume else []
+    if not cold and ground.ranks > 1:
+        return start_ranks(config, more, ground.ranks)
+    words = ["train", str(config), *more]
     told = config.with_suffix(".txt")
     if not cold:
-        return forked(lambda: cli.main(words), told)
+        return [forked(lambda: cli.main(words), told)]
+    words += ["--gpus", ",".join(["cpu"] * ground.ranks)] if ground.ranks > 1 else []
     with told.open("w", encoding="utf-8") as file:
         child = subprocess.Popen(
             [sys.executable, "-m", "whitetuner", *words], stdout=file, stderr=file, stdin=subprocess.DEVNULL
         )
     child.returncode = 0  # it is waited for by its number
-    return child.pid
+    return [child.pid]
 
 
 def attack(
     ground: Ground, whole: Facts, name: str, kills: int, seed: int, within_s: float, cold: bool, tally: Tally
 ) -> None:
-    """Up to so many signals into one run, each within so many seconds of a start; then it is left to end, and compared."""
+    """Up to so many signals into one run, half of them within so many seconds of a start, half at work; then it is left to
+    end, and compared. Of several ranks one is hit, or all at once."""
     chance, config, run = random.Random(seed), ground.config(name), ground.run(name)
     before: dict[str, str] = {}
     resume = False
     for _ in range(kills):
         sent = chance.choice(SIGNALS)
-        pid = start(config, resume, cold)
-        time.sleep(chance.uniform(0.0, within_s))
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if not done:
-            os.kill(pid, sent)
-            _, status = os.waitpid(pid, 0)
+        pids = start(ground, config, resume, cold)
+        if chance.random() < 0.5:
+            time.sleep(chance.uniform(0.0, within_s))
+        else:  # a slow machine would else be hit on its way there alone
+            await_steps(run, pids[0], chance.randrange(1, 12))
+            time.sleep(chance.uniform(0.0, 0.05))
+        there = [pid for pid in pids if not over(pid)]
+        if there:
             tally.kills += 1
             tally.doing[doing(run)] += 1
-        code = os.waitstatus_to_exitcode(status)
-        if code not in (0, -sent, EXIT_STOPPED):
+        for pid in there if chance.random() < 0.7 else there[-1:]:
+            os.kill(pid, sent)
+        codes = ended(pids)
+        # A rank whose neighbour was killed ends by itself, and says so.
+        fine = (0, -sent, EXIT_STOPPED) + ((1, 3) if ground.ranks > 1 else ())
+        if any(code not in fine for code in codes):
             tally.unlike.append(
-                f"{name}: exit code {code}: {config.with_suffix('.txt').read_text(encoding='utf-8')[-300:]}"
+                f"{name}: exit codes {codes}: {config.with_suffix('.txt').read_text(encoding='utf-8')[-300:]}"
             )
             return
         now = whole_checkpoints(run)
         if newest(now) < newest(before) or any(now.get(one, was) != was for one, was in before.items()):
             tally.lost.append(f"{name}: {sorted(before)} became {sorted(now)}")
         before, resume = now, (run / "run.json").exists()
-        if code == 0:
+        if not any(codes):
             break
     else:
-        _, status = os.waitpid(start(config, resume, cold), 0)
-        code = os.waitstatus_to_exitcode(status)
+        codes = ended(start(ground, config, resume, cold))
     tally.runs += 1
-    if code or ground.facts(name) != whole or left_overs(run):
-        tally.unlike.append(f"{name}: exit code {code}, left over {left_overs(run)}")
+    if any(codes) or ground.facts(name) != whole or left_overs(run):
+        tally.unlike.append(f"{name}: exit codes {codes}, left over {left_overs(run)}")
     else:
         ground.forget(name)
+
+
+def over(pid: int) -> bool:
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def await_steps(run: Path, pid: int, count: int) -> None:
+    """Until it has learned so many steps more, or is over."""
+    before = None
+    while not over(pid):
+        last = events.last_of(run / "events.jsonl", (events.StepDone, events.RunStarted))
+        step = last.step if isinstance(last, events.StepDone) else 0
+        if before is None or step < before:
+            before = step
+        if step >= before + count:
+            return
+        time.sleep(0.003)
 
 
 def newest(saved: dict[str, str]) -> int:

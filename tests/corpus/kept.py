@@ -37,7 +37,7 @@ def _run(place: Place) -> tuple[Path, Path]:
 
 
 def _damaged(fault: str, harm: Callable[[Path], object], *says: str) -> Case:
-    """By its name it is refused; "latest" passes it over (tests/integration/test_bad_input.py)."""
+    """By its name it is refused; "latest" passes it over (tests/chaos/test_damage.py)."""
 
     def make(place: Place) -> list[Typed]:
         run, config = _run(place)

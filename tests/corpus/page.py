@@ -104,5 +104,4 @@ CASES = [
         {"tab": TAB, "text": _GOOD, "path": "/etc/passwd", "caption": "x"},
         "refused",
     ),
-    _asked("a folder list of a file", "/api/path/list", {"folder": "/etc/passwd"}),
 ]

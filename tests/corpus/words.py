@@ -156,7 +156,17 @@ CASES = [
         says=("--task",),
     ),
     _typed(
-        "a plan of a family with settings", "plan", "zimage", "--set", "memory.base=int8", says=("--set",)
+        "a plan with a misspelt setting", "plan", "zimage", "--set", "memory.bse=int8", says=("memory.base",)
+    ),
+    _typed(
+        "a plan of full training over a quantised base",
+        "plan",
+        "zimage",
+        "--set",
+        "method.kind=full",
+        "--set",
+        "memory.base=int8",
+        says=("memory.base",),
     ),
     _typed(
         "a plan of a config with a size",

@@ -324,7 +324,13 @@ def _finding(
     if error["type"] in _FINDINGS:
         text, bound = _FINDINGS[error["type"]]
         limit, near = error.get("ctx", {}).get(bound, ""), _near_word(error)
-        mend = 'did you mean "{near}"?' if near else "{help}"
+        mend = (
+            'did you mean "{near}"?'
+            if near
+            else "{help}"
+            if help_text
+            else "docs/config.md lists all options"
+        )
         return UserError(text, where=place, mend=mend, value=value, bound=limit, help=help_text, near=near)
     return UserError(
         "{value}: {message}", where=place, mend="{help}", value=value, message=message, help=help_text

@@ -52,7 +52,16 @@ def empty_module(cls: Any, folder: Path, overrides: Mapping[str, Any] | None = N
 
 #: What the libraries raise over numbers and words in a config.json that make no model. (RuntimeError: torch, over sizes; no
 #: weights are made here, so even memory that does not suffice is a size that makes no sense.)
-_SENSELESS = (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, RuntimeError, MemoryError)
+_SENSELESS = (
+    TypeError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    IndexError,
+    ArithmeticError,
+    RuntimeError,
+    MemoryError,
+)
 
 
 def _built(cls: Any, folder: Path, settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> Any:
