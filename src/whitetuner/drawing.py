@@ -183,17 +183,9 @@ def size_to_draw(subject: Subject, size: Size | None, frames: int | None, images
             largest=LARGEST_PX,
         )
     check_size(size, stride_px, "--size")
-    if not spec.frames:
-        if frames is not None:
-            raise UserError(
-                "{title} draws pictures, and no clips",
-                where="--frames",
-                mend="leave it out",
-                title=spec.title,
-            )
-        return size
-    size = size._replace(frames=frames or subject.usual.frames)
-    check_frames(size.frames, spec, "--frames")
+    if spec.frames or frames is not None:
+        size = size._replace(frames=frames or subject.usual.frames)
+        check_frames(size.frames, spec, "--frames")
     return size
 
 

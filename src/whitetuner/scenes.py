@@ -60,6 +60,10 @@ def refuse_faulty(family: Family, text: str) -> None:
 def check_frames(frames: int, spec: FamilySpec, where: str) -> None:
     """Raises UserError, proposing the nearest, when this model cannot draw so many frames."""
     step = spec.frames
+    if not step:
+        raise UserError(
+            "{title} draws pictures, and no clips", where=where, mend="leave it out", title=spec.title
+        )
     if frames % step != 1 % step:
         below = max(1, (frames - 1) // step * step + 1)
         raise UserError(

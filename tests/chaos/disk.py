@@ -2,7 +2,7 @@
 
 Counted is every call that asks the disk for room under the watched folders: opening a new file, each write of a file object
 down at its descriptor (`io.FileIO`, which buffers and text wrappers end in), `os.write`, `os.sendfile`, making a folder, a
-name or a link, `fsync`; and `save_file` of safetensors, which writes from Rust. Reading and removing always work.
+name or a link, `fsync`. Reading and removing always work.
 """
 
 from __future__ import annotations
@@ -20,10 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors import SafetensorError
 
 from whitetuner import recipe
-from whitetuner.checkpoint import store
 from whitetuner.runs import board
 
 
@@ -184,16 +182,6 @@ def on(disk: Disk) -> Iterator[Disk]:
 
         return call
 
-    real_save = store.save_file
-
-    def save_file(tensors: Any, path: Path, metadata: Any = None) -> None:
-        if disk.asks("save_file", disk.file(path)):
-            real_save(tensors, path, metadata=metadata)
-            real_os["truncate"](path, path.stat().st_size // 2)
-            reason = f"{os.strerror(disk.reason)} (os error {disk.reason})"
-            raise SafetensorError(f"Error while serializing: I/O error: {reason}")
-        real_save(tensors, path, metadata=metadata)
-
     with pytest.MonkeyPatch.context() as patch:
         # How often is written must not hang on how fast the machine is at this moment.
         patch.setattr(recipe, "PROGRESS_EVERY_S", float("inf"))
@@ -208,7 +196,6 @@ def on(disk: Disk) -> Iterator[Disk]:
             patch.setattr(os, "sendfile", by_handle("sendfile", 0))
         for name in ("mkdir", "rename", "replace", "link"):
             patch.setattr(os, name, by_path(name, 0 if name == "mkdir" else 1))
-        patch.setattr(store, "save_file", save_file)
         yield disk
 
 
