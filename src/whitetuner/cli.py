@@ -162,6 +162,12 @@ def _families(given: argparse.Namespace) -> int:
     return commands.families(as_json=given.json)
 
 
+def _fetch(given: argparse.Namespace) -> int:
+    from whitetuner import commands
+
+    return commands.fetch(given.name, given.family)
+
+
 def _file(given: argparse.Namespace) -> int:
     from whitetuner import file_commands
 
@@ -210,6 +216,7 @@ WORDS: dict[str, Word] = {
     "fork": _fork,
     "plan": _plan,
     "cache": _cache,
+    "fetch": _fetch,
     "stop": _stop,
     "watch": _watch,
     "sample": _sample,

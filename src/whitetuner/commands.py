@@ -82,6 +82,7 @@ def train(
     others.
     """
     from whitetuner.config.load import load_config
+    from whitetuner.hub import fetch_for
     from whitetuner.runs.jobs import claimed
     from whitetuner.runs.place import entries, entry_of, place_here
 
@@ -99,6 +100,7 @@ def train(
     if place is not None and place.launcher:
         return _train(loaded, config, resume, place)
     with claimed(folder, config, gpus=asked, resume=resume or run.resume, wait=wait) as held:
+        fetch_for(loaded.config, print)  # once, before ranks are started
         if not several:
             return _train(loaded, config, resume, place)
         from whitetuner.runs.spawn import spawn
@@ -180,11 +182,23 @@ def plan(given: argparse.Namespace) -> int:
 def cache(config: Path, overrides: Sequence[str]) -> int:
     """Encodes what is not encoded yet."""
     from whitetuner.config.load import load_config
+    from whitetuner.hub import fetch_for
     from whitetuner.prepared import cache_only
 
     loaded = load_config(config, overrides)
+    fetch_for(loaded.config, print)
     count, seconds = cache_only(loaded.config)
     print(f"{count} pictures are encoded ({seconds:.1f} s)")
+    return 0
+
+
+def fetch(name: str, family: str | None) -> int:
+    """Fetches a model by its hub name; the family is told from the name of the model, or given."""
+    from whitetuner.families import registry
+    from whitetuner.hub import family_of, fetch
+
+    spec = registry.spec(family or family_of(name))
+    print(f"model.path = {str(fetch(name, spec, print))!r}, or the name itself")
     return 0
 
 

@@ -24,7 +24,7 @@ from whitetuner.families import registry
 from whitetuner.family import BuildFn, Family, FamilySpec, ModelPaths
 from whitetuner.memory.build import Build, rehearse_module
 from whitetuner.memory.phases import PhaseBuild, device_budget
-from whitetuner.models import check_model, check_size, family_of, model_folder, wishes_of
+from whitetuner.models import check_model, check_size, family_of, model_folder, model_paths, wishes_of
 from whitetuner.records import EncodeInput, Size
 from whitetuner.rehearsal import check_weights
 from whitetuner.resolve import choose_device, choose_dtype
@@ -145,24 +145,20 @@ def subject_of(model: str, adapter: Path | None, family_name: str | None) -> Sub
 def _of_run(run: RunFolder, adapter: Path | None) -> Subject:
     """The run's model, all of it, with the final files of what it learned (or with the file that is given)."""
     config = load_config(run.config_file).config
-    if config.model.path is None:
-        raise UserError(
-            "this run's model was given part by part",
-            where=str(run.config_file),
-            mend="give the model folder and --adapter instead of the run",
-        )
-    spec, folder = registry.spec(config.model.family), model_folder(config.model.path)
+    spec, given = registry.spec(config.model.family), model_paths(config)
     options = config.model_options()
-    family = registry.load(spec.name, spec.whole(options), ModelPaths(folder))
+    family = registry.load(spec.name, spec.whole(options), given)
     check_model(spec, family.paths, family.options)
     kind, learned = config.method.kind, spec.parts(registry.load(spec.name, options, family.paths).options)
     files = {} if adapter is None else adapter_files(adapter, family)
     if adapter is None and kind == "full":
         own = {part.name: run.final_model(part.name) for part in learned}
-        family = registry.load(spec.name, spec.whole(options), ModelPaths(folder, own))
+        family = registry.load(
+            spec.name, spec.whole(options), ModelPaths(given.folder, {**given.single, **own})
+        )
     elif adapter is None:
         files = {part.name: run.final_adapter(kind, part.file(kind)) for part in learned}
-    usual, frames = wishes_of(folder).size or spec.default_size, config.data.num_frames
+    usual, frames = wishes_of(given.folder).size or spec.default_size, config.data.num_frames
     if frames is not None and spec.frames:
         usual = usual._replace(frames=max(frames) if isinstance(frames, list) else frames)
     sides, base = (target_resolution(config), reference_resolution(config)), config.memory.encoder_base

@@ -14,7 +14,7 @@ from whitetuner.errors import UserError, UserErrors
 from whitetuner.families import registry
 from whitetuner.family import WISHES, FamilySpec, ModelPaths, Options
 from whitetuner.records import Size
-from whitetuner.single_files import component_of, settings_of, whence
+from whitetuner.single_files import component_of, fetched_folder, is_hub_name, settings_of, whence
 
 BUILTIN = "builtin:nano"
 SINGLE_PARTS = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder", "tokenizer")
@@ -142,14 +142,16 @@ def model_folder(path: str) -> Path:
             path=folder,
         )
     if not folder.is_dir():
-        hub = path.count("/") == 1 and not path.startswith((".", "/", "~")) and "\\" not in path
+        here = fetched_folder(path) if is_hub_name(path) else None
+        if here is not None:
+            return here
         raise UserError(
-            "{path} looks like a hub name; fetching from a hub is not there yet"
-            if hub
+            "{path} looks like a hub name, and was not fetched yet"
+            if is_hub_name(path)
             else "there is no folder {path}",
             where="model.path",
-            mend="download the model first and give its folder"
-            if hub
+            mend="`whitetuner fetch {path}` fetches what is needed (so does training); or give a folder"
+            if is_hub_name(path)
             else "give the folder that holds model_index.json",
             path=path,
         )
@@ -242,13 +244,13 @@ class ModelWishes:
     size: Size | None = None
 
 
-def wishes_of(folder: Path) -> ModelWishes:
+def wishes_of(folder: Path | None) -> ModelWishes:
     """What a model folder says of itself in whitetuner.json; small models (the embedded one, those of `tiny`) have one.
 
     Raises UserError when the file cannot be read.
     """
-    file = folder / WISHES
-    if not file.is_file():
+    file = None if folder is None else folder / WISHES
+    if file is None or not file.is_file():
         return ModelWishes()
     document = read_settings(file)
     size = document.get("size")

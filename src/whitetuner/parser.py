@@ -13,7 +13,7 @@ GROUPS = {
     "Try": ("demo", "selftest", "tiny", "testdata"),
     "Train": ("init", "check", "plan", "cache", "train", "stop", "fork", "gui"),
     "Look": ("sample", "watch", "jobs", "families", "doctor"),
-    "Files": ("export", "merge", "extract", "resize", "inspect", "caption"),
+    "Files": ("fetch", "export", "merge", "extract", "resize", "inspect", "caption"),
 }
 
 
@@ -220,6 +220,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _files(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
     """The words about files of adapters and models."""
+    fetch = add("fetch", "fetch a model by its hub name: only what is needed, with its size told before")
+    fetch.add_argument(
+        "name", metavar="ORG/MODEL", help="HF_ENDPOINT names a mirror, HF_HOME the place of the files"
+    )
+    fetch.add_argument("--family", help="needed only when the name does not tell")
+
     namings, kinds = ("comfyui", "diffusers", "lycoris"), ("fp32", "bf16", "fp16")
 
     export = add("export", "write an adapter or a whole model in the names of another program")

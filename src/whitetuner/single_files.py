@@ -69,6 +69,29 @@ def settings_of(spec: FamilySpec, part: str) -> Path | None:
     return None
 
 
+def is_hub_name(path: str) -> bool:
+    """ORG/MODEL, as a hub names models: one slash, and nothing that only a path has."""
+    name = path.strip().strip('"')
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None and not name.endswith(
+        ".safetensors"
+    )
+
+
+def fetched_note(name: str) -> Path:
+    """Where it is noted that a hub's model was fetched, whole (whitetuner.hub)."""
+    return state_folder() / "hub" / f"{name.strip().replace('/', '--')}.json"
+
+
+def fetched_folder(name: str) -> Path | None:
+    """The folder of a model that was fetched from a hub; None when it was not, or is not whole any more."""
+    note = fetched_note(name)
+    if not note.is_file():
+        return None
+    document = json.loads(note.read_text(encoding="utf-8"))
+    folder = Path(document["folder"])
+    return folder if all((folder / file).is_file() for file in document["files"]) else None
+
+
 def table_source(component: Path) -> Path | None:
     """The single file that a component folder stands for; None for a folder with weights of its own."""
     table = component / "weights.json"

@@ -42,6 +42,7 @@ FLOORS = [
         "checks",
         "models",
         "single_files",
+        "hub",
         "denoisers",
         "file_words",
         "prepared",
