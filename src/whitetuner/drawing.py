@@ -64,7 +64,6 @@ def sample(
     """Draws one picture, or with a video model a clip of so many frames, and writes it.
 
     model: run folder, model folder or builtin:nano; strength: factor of the adapter
-
     images: given pictures (edit), read as the run's own were; the first one's size is drawn at where none is named.
     In an i2v task the one image is the first frame: a picture, or a video whose first frame is taken.
     A clip goes into an .mp4 (PyAV is needed), or as a contact sheet into a picture file.
@@ -146,16 +145,14 @@ def _of_run(run: RunFolder, adapter: Path | None) -> Subject:
     """The run's model, all of it, with the final files of what it learned (or with the file that is given)."""
     config = load_config(run.config_file).config
     spec, given = registry.spec(config.model.family), model_paths(config)
-    options = config.model_options()
-    family = registry.load(spec.name, spec.whole(options), given)
+    options, whole = config.model_options(), spec.whole(config.model_options())
+    family = registry.load(spec.name, whole, given)
     check_model(spec, family.paths, family.options)
     kind, learned = config.method.kind, spec.parts(registry.load(spec.name, options, family.paths).options)
     files = {} if adapter is None else adapter_files(adapter, family)
     if adapter is None and kind == "full":
         own = {part.name: run.final_model(part.name) for part in learned}
-        family = registry.load(
-            spec.name, spec.whole(options), ModelPaths(given.folder, {**given.single, **own})
-        )
+        family = registry.load(spec.name, whole, ModelPaths(given.folder, {**given.single, **own}))
     elif adapter is None:
         files = {part.name: run.final_adapter(kind, part.file(kind)) for part in learned}
     usual, frames = wishes_of(given.folder).size or spec.default_size, config.data.num_frames

@@ -38,7 +38,7 @@ _UNREAD = (
     "*.jpg",
 )
 _SECOND = re.compile(
-    r"\.(fp16|bf16|fp32|fp8|ema|non_ema)[.-].*safetensors|\.(fp16|bf16|fp32|fp8|ema|non_ema)\.safetensors"
+    r"\.(fp16|bf16|fp32|fp8|ema|non_ema)[.-].*(safetensors|json)|\.index\.(fp16|bf16|fp32|fp8)\.json"
 )
 
 Say = Callable[[str], None]

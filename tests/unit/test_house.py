@@ -111,6 +111,7 @@ PACKAGES = {
     "skimage": "scikit-image",
     "lycoris": "lycoris-lora",
     "pillow_heif": "pillow-heif",
+    "huggingface_hub": "huggingface-hub",
 }
 
 
