@@ -254,7 +254,7 @@ def family(name: str, task: str | None, method: str, out: Path) -> int:
 
     events, _ = read(result.folder / "events.jsonl")
     losses = [event.loss for event in events if isinstance(event, Validation)]
-    use = "for ComfyUI" if spec.comfyui_loads else "adapter (no ComfyUI loads this model)"
+    use = "for ComfyUI" if spec.comfyui_loads else "final file (no ComfyUI loads this model)"
     print(
         f"\nvalidation loss: {losses[0]:.4f} at step 0 -> {losses[-1]:.4f} at step {result.step} (random weights)\n"
         f"picture:  {picture} (noise: the weights are random)\nconfig:   {config}\n{use}: {result.final[0]}\n"

@@ -56,19 +56,28 @@ def _gradient(layer: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def swapped(values: Mapping[str, Any], blocks: int) -> tuple[bool, str, str]:
-    """E5: a run with every block swapped, and one with some and recompute, against one with none. values: of the config."""
-    hashes, seen = [], []
-    for name, more in (
-        ("resident", {}),
-        ("swapped", {"memory.blocks_to_swap": blocks}),
-        (
-            "swapped-and-recomputed",
-            {"memory.blocks_to_swap": max(1, blocks // 2), "memory.gradient_checkpointing": True},
-        ),
-    ):
+    """E5: a run with every block swapped, and one with some and recompute, against one with none; then the same of full
+    training, where blocks are updated and written back. values: of the config. Hashes: adapter+full.
+    """
+    every = {"memory.blocks_to_swap": blocks}
+    some = {"memory.blocks_to_swap": max(1, blocks // 2), "memory.gradient_checkpointing": True}
+    full = {"method.kind": "full", "optimizer.lr": 1e-3}
+    adapter = _runs(values, {"resident": {}, "swapped": every, "swapped-and-recomputed": some})
+    whole = _runs(values, {"full": full, "full-swapped": {**every, **full}})
+    pairs = zip((adapter, whole), ([h for h, _ in adapter], [h for h, _ in whole]), strict=True)
+    same = all(len(set(hashes)) == 1 and all(run[1] == runs[0][1] for run in runs) for runs, hashes in pairs)
+    left = f"{adapter[0][0]}+{whole[0][0]}"
+    right = "+".join("/".join(dict.fromkeys(h for h, _ in runs[1:])) for runs in (adapter, whole))
+    return same, left, right
+
+
+def _runs(
+    values: Mapping[str, Any], ways: Mapping[str, Mapping[str, Any]]
+) -> list[tuple[str, list[tuple[Any, ...]]]]:
+    """(hash of the checkpoint, losses) of a run in each way."""
+    found = []
+    for name, more in ways.items():
         base = {**values, "run.name": name, "run.steps": 4, "save.every": 4, **more}
         result = recipe.run(load_config(None, base=base))
-        hashes.append(digest(checkpoint(Path(result.folder), 4)))
-        seen.append(losses(result.folder))
-    same = len(set(hashes)) == 1 and seen[0] == seen[1] == seen[2]
-    return same, hashes[0], "/".join(dict.fromkeys(hashes[1:]))
+        found.append((digest(checkpoint(Path(result.folder), 4)), losses(result.folder)))
+    return found

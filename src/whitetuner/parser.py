@@ -48,7 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
         "family", nargs="?", metavar="FAMILY[:VARIANT]", help="a random tiny model of that family instead"
     )
     demo.add_argument("--task", help="t2i, edit, ... (default: the family's first)")
-    demo.add_argument("--method", default="lokr", choices=("lokr", "lora"))
+    demo.add_argument("--method", default="lokr", choices=("lokr", "lora", "full"))
     demo.add_argument(
         "--out", type=Path, default=Path("output/demo"), help="folder of the results (default: %(default)s)"
     )

@@ -138,7 +138,7 @@ def validate(values: Mapping[str, Any], origins: dict[str, str], path: Path | No
     filled = known_only(Config, values)
     spec = _spec(filled, errors, origins)
     if spec is not None:
-        for key, setting in {**spec.settings, **_of_optimizer(filled)}.items():
+        for key, setting in {**spec.settings, **_of_full(filled), **_of_optimizer(filled)}.items():
             if not _has(filled, key):
                 filled = merge(filled, nested({key: setting.value}))
                 origins[key] = f"family default ({setting.source})"
@@ -274,6 +274,17 @@ def _spec(
         )
         return None
     return spec_of(family)
+
+
+def _of_full(values: Mapping[str, Any]) -> dict[str, Setting]:
+    """What full training wants otherwise than adapters, where nothing is said."""
+    method = values.get("method")
+    if not isinstance(method, Mapping) or method.get("kind") != "full":
+        return {}
+    return {
+        "optimizer.lr": Setting(1e-5, "full training moves every weight: a tenth of an adapter's, or less"),
+        "optimizer.name": Setting("adafactor", "full training: it keeps next to nothing for each weight"),
+    }
 
 
 def _of_optimizer(values: Mapping[str, Any]) -> dict[str, Setting]:

@@ -34,6 +34,11 @@ def begin(job: Job, number: int) -> None:
     prompts = config["preview"]["prompts"]
     if not 0 <= number < len(prompts):
         raise UserError("this run has no such prompt", mend="choose one of its previews")
+    if config["method"]["kind"] == "full":
+        raise UserError(
+            "a whole model has no strength: it is what it learned",
+            mend="look at the run's previews, or draw with `whitetuner sample`",
+        )
     folder.final_adapter(config["method"]["kind"])
     if found(folder)["drawing"]:
         raise UserError("the strengths are being drawn already", mend="wait until they are there")
