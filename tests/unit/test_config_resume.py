@@ -49,8 +49,8 @@ def test_what_may_change_is_told_in_one_line_each(change: dict[str, object]) -> 
     [
         ({"run__seed": 7}, "order and noise follow from the seed"),
         ({"model__path": "other"}, "trained on that model"),
-        ({"method__rank": 4}, "the saved adapter has that shape"),
-        ({"method__kind": "lora"}, "the saved adapter has that shape"),
+        ({"method__rank": 4}, "what is saved has that shape"),
+        ({"method__kind": "lora"}, "what is saved has that shape"),
         ({"data__batch_size": 2}, "follow from the data set"),
         ({"data__resolution": 512}, "follow from the data set"),
         ({"noise__shift": 2.0}, "noise levels seen so far"),

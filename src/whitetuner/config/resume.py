@@ -52,7 +52,7 @@ FREE_IN_FORK = (
 #: May not: why.
 _WHY = {
     "model.": "the adapter was trained on that model",
-    "method.": "the saved adapter has that shape and start",
+    "method.": "what is saved has that shape and start",
     "data.": "order and noise follow from the data set",
     "noise.": "the noise levels seen so far were drawn so",
     "run.seed": "order and noise follow from the seed",

@@ -253,9 +253,13 @@ class WholeLearner:
         return torch.randint(count, (min(count, _SAMPLED),), generator=generator)
 
     def _sample(self) -> dict[str, Tensor]:
+        engine = self.fitted.engine
+        if engine is not None:
+            engine.backend.drain()  # residents are looked at where they are: their masters may be older
+        homes = {} if engine is None else engine.homes(away=True)
+        each = ((name, homes.get(id(p), p.data)) for name, p in self.trained.items())
         return {
-            name: one.reshape(-1)[self._places[name].to(one.device)].float().cpu()
-            for name, one in self.values()
+            name: one.reshape(-1)[self._places[name].to(one.device)].float().cpu() for name, one in each
         }
 
     def weight_change(self) -> float:

@@ -213,10 +213,10 @@ class SwapEngine:
         for entry in self.layouts[index].entries:
             entry.tensor.data = entry.view(self._masters[index])
 
-    def homes(self) -> dict[int, torch.Tensor]:
-        """id of each tensor that moves -> its part of its master."""
-        masters = [self.master(index) for index in range(len(self.layouts))]
-        each = zip(self.layouts, masters, strict=True)
+    def homes(self, away: bool = False) -> dict[int, torch.Tensor]:
+        """id of each tensor that moves -> its part of its master; away: not of blocks that lie on the device for good."""
+        kept = self.residents if away and self._placement is not None else frozenset()
+        each = [(self.layouts[i], self.master(i)) for i in range(len(self.layouts)) if i not in kept]
         return {id(entry.tensor): entry.view(master) for layout, master in each for entry in layout.entries}
 
     def master(self, index: int) -> torch.Tensor:
