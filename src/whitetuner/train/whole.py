@@ -258,9 +258,7 @@ class WholeLearner:
             engine.backend.drain()  # residents are looked at where they are: their masters may be older
         homes = {} if engine is None else engine.homes(away=True)
         each = ((name, homes.get(id(p), p.data)) for name, p in self.trained.items())
-        return {
-            name: one.reshape(-1)[self._places[name].to(one.device)].float().cpu() for name, one in each
-        }
+        return {name: one.reshape(-1)[self._places[name].to(one.device)].float().cpu() for name, one in each}
 
     def weight_change(self) -> float:
         """Root mean square distance from where the run began, of up to 1024 numbers of each tensor weighed by its size."""
