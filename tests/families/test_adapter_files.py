@@ -12,7 +12,7 @@ import diffusers
 import pytest
 import torch
 from lycoris.wrapper import create_lycoris_from_weights
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from subjects import Subject
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from whitetuner.adapters.files import load_adapter
 from whitetuner.adapters.names import NAMINGS
 from whitetuner.adapters.shapes import AdapterSettings
 from whitetuner.checkpoint.export import export_adapter
-from whitetuner.checkpoint.original import from_original
+from whitetuner.checkpoint.original import from_original, to_original
 from whitetuner.denoisers import open_denoiser
 from whitetuner.families import registry
 from whitetuner.file_words import extract, merge, resize
@@ -196,3 +196,46 @@ def test_what_was_merged_is_extracted_again(subject: Subject, form: str, tmp_pat
         assert small.modules == len(deltas) and 0 < error < 1
         _, error = resize(out, tmp_path / "d.safetensors", {"rank": settings.rank + 1}, subject.name)
         assert error < 1e-5
+
+
+#: Who writes LoRA files how: module's name from the original one, names of the two factors.
+TRAINERS = {
+    "musubi-tuner, kohya": (lambda name: "lora_unet_" + name.replace(".", "_"), "lora_down", "lora_up"),
+    "ai-toolkit": (lambda name: f"diffusion_model.{name}", "lora_A", "lora_B"),
+}
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_training_goes_on_from_the_files_of_other_trainers(
+    subject: Subject, trainer: str, tmp_path: Path
+) -> None:
+    """In names of the first release, where query, key and value may be one layer; alpha other than the rank."""
+    name_of, down, up = TRAINERS[trainer]
+    keymap, (_, module) = registry.keys(subject.name), module_of(subject)
+    layers = {f"{path}.weight" for path in choose(module, subject.spec.adapter_targets)}
+    state = module.state_dict()
+    table = to_original(state, keymap, {}).table
+    generator, file = torch.Generator().manual_seed(3), tmp_path / "theirs.safetensors"
+    tensors, dense = {}, {}
+    for name, place in table.items():
+        if not place.pieces or not all(piece.source in layers for piece in place.pieces):
+            continue
+        a = torch.randn(2, place.shape[1], generator=generator)
+        b = torch.randn(place.shape[0], 2, generator=generator)
+        prefix = name_of(name.removesuffix(".weight"))
+        tensors |= {
+            f"{prefix}.{down}.weight": a,
+            f"{prefix}.{up}.weight": b,
+            f"{prefix}.alpha": torch.tensor(1.0),
+        }
+        dense[name] = b @ a * 0.5
+    save_file(tensors, file)
+    wanted = keymap.from_original(dense)
+    settings, found = load_adapter(file, keymap)
+    assert (settings.kind, settings.rank, settings.alpha) == ("lora", 2, 1.0)
+    model = copy.deepcopy(module)
+    adapter = attach(model, choose(model, subject.spec.adapter_targets), settings, seed=1)
+    adapter.start_from(found)
+    assert {f"{path}.weight" for path in adapter.deltas} == set(wanted) == layers
+    for path, delta in adapter.deltas.items():
+        close(delta.weight().detach(), wanted[f"{path}.weight"], path)
