@@ -18,7 +18,9 @@ from whitetuner.families import registry
 from whitetuner.families.contract import quiet
 from whitetuner.memory.build import Build
 from whitetuner.prepared import encoded_twice
+from whitetuner.records import Size
 from whitetuner.resolve import open_family
+from whitetuner.selftest import Bench
 from whitetuner.tiny import tiny_values
 
 pytestmark = pytest.mark.slow
@@ -88,3 +90,18 @@ def test_nothing_but_the_config_decides_what_is_learned(
     config = load_config(None, base={**values, "run.name": "twice"}).config
     cached, live = encoded_twice(config, open_family(config), Build())
     assert cached.keys() == live.keys() and all(torch.equal(cached[name], live[name]) for name in live)
+
+
+def test_selftest_knows_videos(tmp_path: Path) -> None:
+    """Its rows over clips; E1 with its mutants and the rows that hang on no family are proved elsewhere, and take a minute."""
+    bench = Bench("wan", tmp_path)
+    rows = (
+        bench.one_config,
+        bench.encoders,
+        bench.accumulation,
+        bench.quantised_base,
+        bench.swapped,
+        bench.cached_is_live,
+    )
+    assert [row.__name__ for row in rows if not row()[0]] == []
+    assert bench.task == "i2v" and bench.case().condition_sizes == (Size(64, 96, 1),)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from PIL import Image
 
 from whitetuner.data import video
 from whitetuner.data.check import check_sets
+from whitetuner.data.check_page import write_check_html
 from whitetuner.data.scan import Films, scan
 from whitetuner.data.video import frame_files, frames_of, look
 from whitetuner.data.video_clips import ClipRules, choose_clips, clip_lengths, resampled, spans
@@ -19,6 +23,7 @@ from whitetuner.data.video_folders import content_digests, list_videos
 from whitetuner.data.video_stream import AHEAD, FrameStream
 from whitetuner.errors import UserError, UserErrors
 from whitetuner.records import Size
+from whitetuner.runs.film import contact_sheet
 
 #: Rows of a numbered frame's bar code: its number in twelve bits.
 BITS = 12
@@ -226,6 +231,14 @@ def test_bad_files_are_told(tmp_path: Path) -> None:
     assert "only sound" in said(tmp_path / "sound.mp4")
 
 
+def test_a_codec_that_is_not_known_is_told(tmp_path: Path) -> None:
+    path = film(tmp_path / "a.mp4", 9)
+    path.write_bytes(
+        path.read_bytes().replace(b"avc1", b"zzzz")
+    )  # the sample entry's kind (ISO/IEC 14496-12, 8.5.2)
+    assert "codec cannot be decoded" in said(path) and "ffmpeg" in said(path, deep=True)
+
+
 def test_without_pyav_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = film(tmp_path / "a.mp4", 5)
     monkeypatch.setitem(__import__("sys").modules, "av", None)
@@ -353,6 +366,22 @@ def test_items_are_the_clips_that_check_announces(tmp_path: Path) -> None:
     assert "b.mov: 64x96, 8 fps, 12 frames -> 23 at 16 fps; used: 0, 0, 1, 1, ... 4 (9 of them)" in text
     assert "frames are shown twice" in text and "short.mp4: 96x64, 16 fps, 3 frames: left out" in text
     assert report.as_json()["films"][0]["clips"] == [list(range(9))]
+
+
+def test_the_page_of_a_check_has_a_contact_sheet_of_every_clip(tmp_path: Path) -> None:
+    report = check_sets([options(data_set(tmp_path / "data"))], 16, films=FILMS)
+    page = write_check_html(report, tmp_path / "report.html").read_text(encoding="utf-8")
+    pictures = [
+        Image.open(io.BytesIO(base64.b64decode(one))) for one in re.findall(r"base64,([\w+/=]+)", page)
+    ]
+    sheets = [one for one in pictures if one.width > 3 * 16 and one.height > 2 * 14]
+    wanted = contact_sheet(
+        [numbered(0, 24, 16).resize((20, 16))] * 8
+    )  # a quarter of 80 x 48, at least 16, eight of nine frames
+    assert [one.size for one in sheets if one.size == wanted.size] == [
+        wanted.size
+    ] * 2  # a.mp4 and the folder; b.mov is upright
+    assert len(pictures) == 2 * 3, "the clips that are used, each with its sheet"
 
 
 def test_several_clips_of_a_video_are_items_of_their_own_and_random_ones_one_item(tmp_path: Path) -> None:
