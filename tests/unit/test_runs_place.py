@@ -56,6 +56,11 @@ def test_variables_that_cannot_be_are_refused(changed: dict[str, str]) -> None:
         place_here({**TORCHRUN, **changed})
 
 
+def test_two_runs_of_the_spawner_take_free_ports() -> None:
+    place = place_here({**TORCHRUN, "WHITETUNER_RENDEZVOUS": "port"})
+    assert place is not None and place.port == 0 and place.rendezvous == "port"
+
+
 def test_two_slurm_jobs_do_not_meet() -> None:
     one, two = place_here(SLURM), place_here({**SLURM, "SLURM_JOB_ID": "124"})
     assert one is not None and two is not None and one.port != two.port

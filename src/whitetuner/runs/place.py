@@ -71,7 +71,7 @@ def _torchrun(given: Mapping[str, str]) -> Place:
         _number(given, "LOCAL_RANK", rank),
         _number(given, "LOCAL_WORLD_SIZE", world),
         given.get("MASTER_ADDR", "127.0.0.1"),
-        _number(given, "MASTER_PORT", _PORT),
+        0 if RENDEZVOUS in given else _number(given, "MASTER_PORT", _PORT),  # a free one, told in that file
         given.get(RENDEZVOUS, ""),
         given.get(DEVICE, ""),
         _number(given, LAUNCHER, 0),
