@@ -4,8 +4,8 @@
 
 The embedded model with a LoKr, a fixed batch of 8 a rank; forward, backward, clip and update in each way, one after the other in
 every round, the order turned from round to round, both ranks together at the start of each. "none" adds nothing up (ranks only
-compute side by side), a round's time is the slower rank's; "solo" is rank 0 alone on the machine. Ratios are medians over rounds of a way's time to that of another
-in the same round, with their 95 % interval. Target: ours/none at most 1.05, or 2 ms.
+compute side by side); a round's time is the slower rank's. "solo" is rank 0 alone on the machine. Ratios are medians over rounds
+of a way's time to that of another in the same round, with their 95 % interval. Target: ours/none at most 1.05, or 2 ms.
 """
 
 from __future__ import annotations
@@ -145,7 +145,11 @@ def main() -> None:
         draw_folder(folder / "data" / "old", 16, 2)
         write_config(folder, 100_000).rename(folder / "config.toml")
         own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "WORLD_SIZE": "2"}
-        own["WHITETUNER_RENDEZVOUS"] = str(folder / "port")
+        own |= {
+            "WHITETUNER_RENDEZVOUS": str(folder / "port"),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "29555",
+        }
         command = [
             sys.executable,
             "-m",

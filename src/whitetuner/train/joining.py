@@ -51,6 +51,9 @@ def joined(place: Place | None, device: torch.device) -> Iterator[Ranks]:
     second = dist.PrefixStore("whitetuner", _store(place, store.port, time.monotonic() + 60, keeps=False))
     keeper = None if place.rank == 0 else presences[0]
     others = [one for one in presences if one.rank != place.rank]
+    interface = _interface(place)
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     watch = Watch(second, me, others, place.launcher, keeper)
     on_card = device.type == "cuda" and dist.is_nccl_available()
     dist.init_process_group(
@@ -65,6 +68,27 @@ def joined(place: Place | None, device: torch.device) -> Iterator[Ranks]:
         yield ranks
     finally:
         ranks.close()
+
+
+def _interface(place: Place) -> str | None:
+    """The network interface by which rank 0 is reached: gloo would take that of the host's name, which may lead nowhere.
+
+    None where it cannot be told: Windows, and a name that means this machine's loopback while others are elsewhere.
+    """
+    if os.name == "nt":
+        return None
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing
+            probe.connect((place.host, place.port or 1))
+            own = probe.getsockname()[0]
+    except OSError:  # no IPv4 way to that name: gloo's own choice
+        return None
+    if own.startswith("127.") and place.world > place.local_world:
+        return None
+    names = psutil.net_if_addrs().items()
+    if own.startswith("127."):
+        own = "127.0.0.1"
+    return next((name for name, addresses in names if any(one.address == own for one in addresses)), None)
 
 
 def _born() -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -82,8 +83,10 @@ class Watch:
         self._beats: dict[int, tuple[bytes, float]] = {}
         self._beaten = 0.0
         self._remote = [one for one in others if one.machine != me.machine]
-        self._thread = threading.Thread(target=self._run, name="ranks-watch", daemon=True)
-        self._thread.start()
+        self._found: UserError | None = None
+        self._answered = time.monotonic()
+        for work in (self._ask, self._run):
+            threading.Thread(target=work, name="ranks-watch", daemon=True).start()
 
     def verdict(self, wait_s: float = SILENT_S + 10) -> UserError | None:
         """Who is lost, as soon as it is known; None when nobody is."""
@@ -93,18 +96,30 @@ class Watch:
     def stop(self) -> None:
         self.over.set()
 
+    def _ask(self) -> None:
+        """Speaks with the store, which does not answer at all while the way to its machine is cut."""
+        while not self.over.wait(LOOK_EVERY_S):
+            self._found = self._look()
+            self._answered = time.monotonic()
+            if self._found is not None:
+                return
+
     def _run(self) -> None:
         while not self.over.wait(LOOK_EVERY_S):
             if self._launcher and not psutil.pid_exists(self._launcher):
                 self._launcher = 0
                 self.orphaned()
-            reason = self._look()
+            reason = self._found
+            if reason is None and self._gone_store is not None:
+                silent = time.monotonic() - self._answered > SILENT_S
+                reason = lost_error(self._gone_store) if silent else None
             if reason is None:
                 continue
             self.lost = reason
             self._known.set()
             if not self.over.wait(GRACE_S):
                 self.last_words(reason)
+                print(f"error: {reason}", file=sys.stderr, flush=True)
                 os._exit(EXIT_FAILED)
             return
 
