@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from whitetuner.errors import UserError
 
@@ -170,7 +170,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             )
         try:
             header = json.loads(stream.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, numbers or brackets without end
             raise UserError(
                 "not a safetensors file: its header is not JSON", where=str(path), mend="download it again"
             ) from error
@@ -178,37 +178,53 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raise UserError(
             "not a safetensors file: its header is no table", where=str(path), mend="download it again"
         )
+    words = header.pop("__metadata__", None) or {}
+    if not isinstance(words, dict) or not all(isinstance(text, str) for text in words.values()):
+        raise UserError(
+            "not a safetensors file: its notes are no table of texts",
+            where=str(path),
+            mend="download it again",
+        )
     entries: dict[str, TensorEntry] = {}
-    end = 0
+    places: list[tuple[int, int, str]] = []
     for name, entry in header.items():
-        if name == "__metadata__":
-            continue
         if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
             raise UserError(
                 "not a safetensors file: its header tells no shape of {name}",
                 where=str(path),
                 mend="download it again",
-                name=name,
+                name=name[:200],
             )
-        if entry["dtype"] not in _DTYPES:
+        if not isinstance(entry["dtype"], str) or entry["dtype"] not in _DTYPES:
             raise UserError(
                 "tensor {name} has the number format {dtype}, which is not known here",
                 where=str(path),
                 mend="use a bf16, fp16, fp32 or fp8 version of the model",
-                name=name,
+                name=name[:200],
                 dtype=entry["dtype"],
             )
-        begin, stop = entry["data_offsets"]
-        dtype, shape = _DTYPES[entry["dtype"]], torch.Size(entry["shape"])
-        end = max(end, stop)
-        entries[name] = TensorEntry(path, shape, dtype, prod(shape) * dtype.itemsize)
-        if stop - begin != entries[name].num_bytes:
+        dtype, shape, offsets = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        known = _counts(shape) and _counts(offsets) and len(offsets) == 2
+        num_bytes = prod(shape) * dtype.itemsize if known else -1
+        if not known or offsets[1] - offsets[0] != num_bytes or num_bytes > actual:
             raise UserError(
                 "tensor {name} does not have the size that its shape asks for",
                 where=str(path),
                 mend="download it again",
-                name=name,
+                name=name[:200],
             )
+        entries[name] = TensorEntry(path, torch.Size(shape), dtype, num_bytes)
+        places.append((offsets[0], offsets[1], name))
+    end = 0
+    for begin, stop, name in sorted(places):
+        if begin != end:
+            raise UserError(
+                "tensor {name} does not lie where the one before it ends: the header is damaged",
+                where=str(path),
+                mend="download it again",
+                name=name[:200],
+            )
+        end = stop
     if actual != 8 + length + end:
         raise UserError(
             "the file is cut off or damaged: it has {actual} bytes, its header promises {expected}",
@@ -218,6 +234,11 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             expected=8 + length + end,
         )
     return entries
+
+
+def _counts(values: object) -> bool:
+    """A list of whole numbers from 0 on that a tensor can have."""
+    return isinstance(values, list) and all(type(one) is int and 0 <= one < 1 << 62 for one in values)
 
 
 class TensorFiles(Mapping[str, torch.Tensor]):
@@ -245,9 +266,20 @@ class TensorFiles(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         file = self.entries[name].file
-        if file not in self._open:
-            self._open[file] = self._stack.enter_context(safe_open(str(file), framework="pt", device="cpu"))
-        return self._open[file].get_tensor(name)
+        try:
+            if file not in self._open:
+                self._open[file] = self._stack.enter_context(
+                    safe_open(str(file), framework="pt", device="cpu")
+                )
+            return self._open[file].get_tensor(name)
+        except SafetensorError as error:
+            raise UserError(
+                "this is no whole safetensors file ({reason}; {size} bytes)",
+                where=str(file),
+                mend="download or copy it again",
+                reason=str(error)[:300],
+                size=file.stat().st_size,
+            ) from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
