@@ -1,7 +1,7 @@
 """The long attacks, with a table of what came of them:
 
     python tests/chaos kills --out benchmarks/results/chaos_kills.json       100 signals per kind, 20 of them into cold starts
-    python tests/chaos disk --out benchmarks/results/chaos_disk.json         a full disk at each write, staying full; at each third, for once
+    python tests/chaos disk --out benchmarks/results/chaos_disk.json         a full disk at each write, and at each third for once
 
 Exit code 1 when anything was lost, differed, or was not told.
 """

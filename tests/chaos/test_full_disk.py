@@ -38,7 +38,7 @@ def letters(number: int) -> str:
     ("call", "file"),
     [
         ("write", "NAME/events.jsonl"),
-        ("write", "NAME/checkpoints/.checkpoint-4.writing/lokr/lokr.safetensors"),
+        ("write", "NAME/checkpoints/.checkpoint-4.writing/training_state.json"),
         ("write", "NAME/tensorboard/train_4steps_1gpu_N_N/events.out.tfevents.N"),
     ],
 )

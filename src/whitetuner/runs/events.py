@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -149,9 +149,39 @@ def from_line(line: str) -> Event | None:
         known = _FIELDS[kind]
         if "null" in line:  # seldom, and a run may have 200,000 lines
             values = {key: _number(known.get(key), value) for key, value in values.items()}
-        return KINDS[kind](**{key: value for key, value in values.items() if key in known})
-    except (ValueError, KeyError, TypeError, AttributeError):
+        given = {key: value for key, value in values.items() if key in known}
+        return KINDS[kind](**given) if all(_IS[known[key]](value) for key, value in given.items()) else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+
+
+#: A run's folder may come from anybody, and those who show it reckon with its numbers: what none of ours can be is torn.
+_MOST = 1e15
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and (value != value or -_MOST < value < _MOST)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and -_MOST < value < _MOST
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+#: Annotation of a field -> whether a value is one.
+_IS: dict[Any, Callable[[Any], bool]] = {
+    "str": _is_text,
+    "int": _is_count,
+    "int | None": lambda value: value is None or _is_count(value),
+    "float": _is_number,
+    "bool": lambda value: isinstance(value, bool),
+    "list[str]": lambda value: isinstance(value, list) and all(map(_is_text, value)),
+    "list[float]": lambda value: isinstance(value, list) and all(map(_is_number, value)),
+    "dict[str, float]": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
+}
 
 
 def _number(annotation: Any, value: Any) -> Any:

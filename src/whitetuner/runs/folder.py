@@ -209,10 +209,10 @@ class RunFolder:
         """run.json. Raises UserError when it is damaged."""
         try:
             document = json.loads(self.run_file.read_text(encoding="utf-8"))
-            if not isinstance(document, dict) or "run_id" not in document:
+            if not _is_of_a_run(document):
                 raise ValueError("it is not what a run writes")
             return document
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 "run.json is damaged ({reason})",
                 where=str(self.path),
@@ -338,6 +338,21 @@ class Guest(RunFolder):
 
     def asked(self, word: str) -> bool:
         return False
+
+
+def _is_of_a_run(document: Any) -> bool:
+    """Whatever looks at a run reads these; its folder may come from anybody."""
+    if not isinstance(document, dict) or not isinstance(document.get("run_id"), str):
+        return False
+    config, began = document.get("config"), document.get("began", 0.0)
+    if not isinstance(config, dict) or not all(isinstance(one, dict) for one in config.values()):
+        return False
+    if not isinstance(config.get("run", {}).get("name"), str):
+        return False
+    tables = ("versions", "hardware", "resolved", "origins", "measured")
+    return all(isinstance(document.get(name, {}), dict) for name in tables) and (
+        isinstance(began, (int, float)) and 0 <= began < 1e11
+    )
 
 
 def _quoted(text: object) -> str:
