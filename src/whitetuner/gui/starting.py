@@ -114,8 +114,8 @@ def resume(job: Job, more: int = 0) -> Job:
     overrides = _own(run)
     if more > 0:
         document = folder.document()
-        before = document.get("resolved", {}).get("steps") or document["config"]["run"]["steps"]
-        overrides.append(f"run.steps={int(before) + more}")
+        before = document.get("resolved", {}).get("steps") or document["config"].get("run", {}).get("steps")
+        overrides.append(f"run.steps={(before if isinstance(before, int) else 0) + more}")
     return start.start(
         folder.config_file, run, cwd=Path(job.cwd), gpus=job.gpus, resume="latest", overrides=overrides
     )

@@ -347,7 +347,7 @@ def _is_of_a_run(document: Any) -> bool:
     config, began = document.get("config"), document.get("began", 0.0)
     if not isinstance(config, dict) or not all(isinstance(one, dict) for one in config.values()):
         return False
-    if not isinstance(config.get("run", {}).get("name"), str):
+    if not isinstance(config.get("run", {}).get("name", ""), str):
         return False
     tables = ("versions", "hardware", "resolved", "origins", "measured")
     return all(isinstance(document.get(name, {}), dict) for name in tables) and (

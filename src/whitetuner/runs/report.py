@@ -55,7 +55,7 @@ def write_report(path: Path, status: str | None = None) -> Path:
     ]
     environment = Environment(loader=PackageLoader("whitetuner.runs"), autoescape=True, trim_blocks=True)
     text = environment.get_template("report.html").render(
-        name=document["config"]["run"]["name"],
+        name=document["config"].get("run", {}).get("name", path.name),
         status=STATUS[status or folder.status()],
         began=_clock(document["began"]) if "began" in document else "",
         random=document.get("resolved", {}).get("random_weights", False),
