@@ -373,7 +373,9 @@ class Session:
         self.tell(events.Phase(name="export"))
         files = write_final(self.config, self.team, self.family.keys, self.folder, self.loaded.metadata())
         size = self.data.items[0].size
-        return (*files, *beside_final(self.config, self.family, self.folder, size, files))
+        for path in beside_final(self.config, self.family, self.folder, size, files):
+            self._message("info", f"a ComfyUI workflow that draws with it: final/{path.name}")
+        return files
 
     def _progress(self, phase: str, done: int, total: int) -> None:
         if self.signals.asked or self.folder.asked("stop"):
