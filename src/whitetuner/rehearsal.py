@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from whitetuner.adapters.attach import Adapter, attach, layer_sizes
 from whitetuner.adapters.choose import choose
 from whitetuner.adapters.shapes import AdapterSettings, reading_limits
 from whitetuner.checkpoint.export import check_names
+from whitetuner.checkpoint.original import to_original
 from whitetuner.config.schema import Config
 from whitetuner.errors import UserError
 from whitetuner.families import registry
@@ -40,7 +42,9 @@ def rehearse(config: Config, family: Family, *, here: bool = True) -> None:
     modules = family.load(rehearse_module)
     for part in family.spec.parts(family.options):
         if config.method.kind == "full":
-            trained = list(trained_of(config, modules[part.name]).values())
+            module: Any = modules[part.name]
+            trained = list(trained_of(config, module).values())
+            to_original(module.state_dict(), family.keys, module.config)  # as the final file will be written
         else:
             adapter, _ = adapter_for(config, family, part, modules[part.name], torch.device("cpu"))
             trained = list(adapter.parameters())
