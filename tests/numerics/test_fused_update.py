@@ -148,6 +148,7 @@ def test_updated_block_by_block_is_plain_training_to_the_bit(
     assert same(weights(one), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "adamw8bit"])
 def test_every_optimizer_does_what_it_does_over_everything(name: str) -> None:
     losses, wanted = plain(name)
@@ -156,7 +157,10 @@ def test_every_optimizer_does_what_it_does_over_everything(name: str) -> None:
         assert learn(one) == losses and same(weights(one), wanted)
 
 
-@pytest.mark.parametrize("precision", ["bf16_stochastic", "kahan", "fp32_master", "bf16"])
+@pytest.mark.parametrize(
+    "precision",
+    ["bf16_stochastic", "fp32_master", *(pytest.param(p, marks=pytest.mark.slow) for p in ("kahan", "bf16"))],
+)
 def test_no_residency_changes_a_bit_of_any_precision(precision: Precision) -> None:
     first = learner(None, precision=precision)
     wanted = learn(first), weights(first)
@@ -166,7 +170,7 @@ def test_no_residency_changes_a_bit_of_any_precision(precision: Precision) -> No
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16_stochastic", "kahan", "fp32_master"])
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", pytest.param("adafactor", marks=pytest.mark.slow)])
 def test_saved_and_loaded_goes_on_to_the_bit_with_other_residents(precision: Precision, name: str) -> None:
     whole = learner(2, precision=precision, name=name, ema=0.9)
     losses = learn(whole, limit=0.5)
@@ -359,13 +363,13 @@ def test_random_rounding_is_right_on_average_and_goes_to_a_neighbour(base: float
     value = torch.full((1 << 18,), base) * torch.linspace(1, 1.01, 1 << 18)
     target = torch.empty_like(value, dtype=torch.bfloat16)
     total = torch.zeros_like(value, dtype=torch.float64)
-    for step in range(64):
+    for step in range(32):
         round_stochastic(target, value.clone(), key_of(1, step, "w"))
         assert bool(((target.float() - value).abs() < value.abs() * 2**-7).all())
         total += target.double()
-    error = (total / 64 - value.double()) / value.double().abs()
-    # deviation of one rounding below 2^-8 / sqrt(12) relative; the mean of 2^24 of them lies within 5 / 4096 of that
-    assert abs(float(error.mean())) < 2**-8 / 12**0.5 * 5 / 4096
+    error = (total / 32 - value.double()) / value.double().abs()
+    # deviation of one rounding below 2^-8 / sqrt(12) relative; the mean of 2^23 of them lies within 5 / 2896 of that
+    assert abs(float(error.mean())) < 2**-8 / 12**0.5 * 5 / 2896
     exact = value.to(torch.bfloat16)
     round_stochastic(target, exact.float(), 5)
     assert torch.equal(target, exact), "what bf16 holds stays"
