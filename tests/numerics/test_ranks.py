@@ -20,6 +20,7 @@ from whitetuner.adapters.attach import attach
 from whitetuner.adapters.shapes import AdapterSettings
 from whitetuner.config.load import load_config
 from whitetuner.data.samples import make_testdata
+from whitetuner.errors import UserError
 from whitetuner.evidence import checkpoint, digest, losses
 from whitetuner.families import registry
 from whitetuner.memory.swap.arena import Arena, Link, kind_for
@@ -288,3 +289,29 @@ def test_what_one_rank_writes_all_read(tmp_path: Path, kinds: list[str]) -> None
 def test_a_small_dev_shm_is_said(tmp_path: Path) -> None:
     told = forked_ranks.together(2, partial(arena_of, world=2, room=1 << 10, kinds=["file"]), tmp_path)
     assert told[0] == told[1] and "GB free, the model needs" in told[0]
+
+
+def not_finite(values: dict[str, Any], ranks: Ranks) -> str:
+    """Rank 1's model has a broken weight from the third step on."""
+    try:
+        with recipe.Session.open(load_config(None, base=values), ranks=ranks) as session:
+            session.prepare()
+            session.advance(2)
+            if ranks.rank == 1:
+                module = session.team.learners[0].module
+                next(iter(module.parameters())).data.view(-1)[0] = float("nan")
+            session.run()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lokr", "full"])
+def test_a_loss_that_is_not_finite_ends_all_ranks(place: dict[str, Any], tmp_path: Path, kind: str) -> None:
+    base = whole(place) if kind == "full" else place
+    values = {**base, "run.steps": 20, "save.every": 0, "run.name": f"broken-{kind}"}
+    told = forked_ranks.together(2, partial(not_finite, values), tmp_path)
+    assert all("finite" in one for one in told), told
+    if kind == "lokr":  # in full training every rank finds the sum of a block's gradients broken
+        assert told[0].startswith("rank 1: ") and told[0].removeprefix("rank 1: ") == told[1]
