@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import getpass
 import json
+import re
 import zipfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,7 @@ def _of_run(folder: RunFolder) -> dict[str, str]:
     ]
     found = {"run.json": json.dumps(told, indent=1, ensure_ascii=False), "events.jsonl": "".join(lines)}
     for log in sorted(folder.logs.glob("*.log"))[-3:] if folder.logs.is_dir() else []:
-        found[f"logs/{log.name}"] = log.read_bytes()[-_LOG_BYTES:].decode("utf-8", "replace")
+        found[f"logs/{log.name}"] = _unquoted(log.read_bytes()[-_LOG_BYTES:].decode("utf-8", "replace"))
     for name in ("events.jsonl", *(one for one in found if one.startswith("logs/"))):
         for words in sorted(private, key=len, reverse=True):  # messages and logs may say them again
             found[name] = found[name].replace(words, "(words)")
@@ -85,7 +87,19 @@ def _settings(value: Any, name: str = "") -> Any:
     return value
 
 
+#: Messages quote what they are about, a caption among it; places in program files stay.
+_QUOTED = re.compile(r"""(?<![\w(=])(?<!File )('[^\n]{4,}?'(?!\w)|"[^"\n]{4,}")""")
+
+
+def _unquoted(text: str) -> str:
+    return _QUOTED.sub("(words)", text)
+
+
 def _event(event: events.Event) -> str:
+    if isinstance(event, events.Message):
+        event = replace(event, text=_unquoted(event.text))
+    if isinstance(event, events.Failed):
+        event = replace(event, reason=_unquoted(event.reason))
     if isinstance(event, events.Preview):
         hidden = [f"({len(prompt)} characters)" for prompt in event.prompts]
         event = events.Preview(

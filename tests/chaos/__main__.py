@@ -2,6 +2,7 @@
 
     python tests/chaos kills --out benchmarks/results/chaos_kills.json       100 signals per kind, 20 of them into cold starts
     python tests/chaos disk --out benchmarks/results/chaos_disk.json         a full disk at each write, and at each third for once
+    python tests/chaos long --count 20000 --out benchmarks/results/chaos_long.json         what grows with the steps
 
 Exit code 1 when anything was lost, differed, or was not told.
 """
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from full_disk import EVERYTHING, attack, writes_of
 from ground import KINDS, Ground
 from kills import Tally
 from kills import attack as kill
+from long_run import grown
 
 #: Of a run of forty steps: a start that is forked is at work at once, a cold one has to load first.
 WARM_S, COLD_S = 1.1, 14.0
@@ -86,7 +89,12 @@ def _alike(message: str) -> str:
     return "".join("N" if char.isdigit() else char for char in text)
 
 
-ATTACKS: dict[str, Callable[[Path, str, int], dict[str, Any]]] = {"kills": kills, "disk": disk}
+def long(folder: Path, kind: str, count: int) -> dict[str, Any]:
+    found = grown(Ground(folder, kind, pictures=4, steps=9), "long", count)
+    return {**asdict(found), "ok": found.memory_mb < 10 and found.page_mb < 10 and found.step_ratio < 2}
+
+
+ATTACKS: dict[str, Callable[[Path, str, int], dict[str, Any]]] = {"kills": kills, "disk": disk, "long": long}
 
 
 def main() -> int:
@@ -95,7 +103,9 @@ def main() -> int:
     )
     parser.add_argument("attack", choices=ATTACKS)
     parser.add_argument("--kind", choices=KINDS, action="append", help="default: all")
-    parser.add_argument("--count", type=int, default=100, help="signals per kind (default: %(default)s)")
+    parser.add_argument(
+        "--count", type=int, default=100, help="signals per kind, or steps (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="write the table there as JSON")
     given = parser.parse_args()
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):

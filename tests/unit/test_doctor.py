@@ -93,18 +93,23 @@ def test_a_bug_report_holds_no_words_no_pictures_and_no_names(place: Path) -> No
         events.Preview(step=5, files=["samples/secret.png"], prompts=[secret], seconds=1.0),
         events.Message(level="warning", text=f"the prompt '{secret}' is long"),
         events.Failed(reason=f"{Path.home()}/models: torn"),
+        events.Failed(reason="'Clarissa said it': the model's part 'text' makes numbers that are not finite"),
         config=config,
     )
     (run / "samples").mkdir()
     (run / "samples" / "secret.png").write_bytes(b"picture")
     (run / "logs").mkdir(exist_ok=True)
-    (run / "logs" / "a.log").write_text(f"Traceback: {secret}\n{Path.home()}", encoding="utf-8")
+    (run / "logs" / "a.log").write_text(
+        f'Traceback: {secret}\n{Path.home()}\nerror: "Clarissa\'s": x', encoding="utf-8"
+    )
     names = write_bundle(place / "bug.zip", [doctor.Finding("GPU", "none")], run)
     assert names == ["machine.txt", "machine.json", "run.json", "events.jsonl", "logs/a.log"]
     with zipfile.ZipFile(place / "bug.zip") as file:
         texts = {name: file.read(name).decode() for name in file.namelist()}
     for name, text in texts.items():
-        assert "Duchess" not in text and "picture" not in text.replace("pictures", ""), name
+        assert (
+            "Duchess" not in text and "Clarissa" not in text and "picture" not in text.replace("pictures", "")
+        ), name
         assert str(Path.home()) not in text or len(str(Path.home())) < 2
     told = json.loads(texts["run.json"])["config"]
     assert told["optimizer"] == {"lr": 0.001} and told["data"]["trigger"] == f"({len(secret)} characters)"
