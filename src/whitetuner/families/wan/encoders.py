@@ -107,7 +107,7 @@ class LatentEncoder:
 
     def fingerprint(self) -> str:
         files = files_of(self.paths.component("vae"))
-        return fingerprint_files(files, extra=f"wan {self.name} 1: {sorted(self.fields)}")
+        return fingerprint_files(files, extra=f"wan {self.name} 2: {sorted(self.fields)}")
 
     def load(self, build: BuildFn) -> None:
         self._vae = build(AutoencoderKLWan, self.paths.component("vae"), keep_precise=("*",))
@@ -124,20 +124,19 @@ class LatentEncoder:
 
     def latent(self, vae: Any, slices: Iterable[Tensor]) -> Tensor:
         """(C, T, H, W) of slices of pixels: one frame first, then four at a time."""
-        return self.normalise(vae, self.moments(vae, slices).mode())[0]
+        return torch.cat([self.normalise(vae, one.mode()) for one in self.moments(vae, slices)], 2)[0]
 
-    def moments(self, vae: Any, slices: Iterable[Tensor]) -> DiagonalGaussianDistribution:
-        """AutoencoderKLWan._encode with its slices handed in one by one."""
+    def moments(self, vae: Any, slices: Iterable[Tensor]) -> Iterator[DiagonalGaussianDistribution]:
+        """AutoencoderKLWan._encode with its slices handed in one by one, and given back so (quant_conv is 1 x 1 x 1)."""
         vae.clear_cache()
-        found = []
         for pixels in slices:
             given = pixels.to(vae.device, vae.dtype)
             if vae.config.patch_size is not None:
                 given = patchify(given, patch_size=vae.config.patch_size)
             vae._enc_conv_idx = [0]
-            found.append(vae.encoder(given, feat_cache=vae._enc_feat_map, feat_idx=vae._enc_conv_idx))
+            said = vae.encoder(given, feat_cache=vae._enc_feat_map, feat_idx=vae._enc_conv_idx)
+            yield DiagonalGaussianDistribution(vae.quant_conv(said))
         vae.clear_cache()
-        return DiagonalGaussianDistribution(vae.quant_conv(torch.cat(found, 2)))
 
     def normalise(self, vae: Any, latent: Tensor) -> Tensor:
         """latent: (1, C, T, H, W)."""

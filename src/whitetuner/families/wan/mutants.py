@@ -30,7 +30,8 @@ def _first(name: str, wrong: Callable[[Right], Right]) -> Mutate:
 def _sampled(right: Right) -> Right:
     def latent(vae: Any, slices: Any) -> Tensor:
         encoder = right.__self__  # type: ignore[attr-defined]
-        drawn = encoder.moments(vae, slices).sample(torch.Generator().manual_seed(0))
+        source = torch.Generator().manual_seed(0)
+        drawn = torch.cat([one.sample(source) for one in encoder.moments(vae, slices)], 2)
         return encoder.normalise(vae, drawn)[0]
 
     return latent
