@@ -118,6 +118,7 @@ def main() -> None:
     parser.add_argument("--before", type=int, default=200)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--modes", nargs="+", default=MODES[:3], choices=MODES, help="fp32 first")
     given = parser.parse_args()
     torch.set_num_threads(1)
     folder = given.out or Path(tempfile.mkdtemp(prefix="full-precision-"))
@@ -127,7 +128,7 @@ def main() -> None:
         "fp32",
     )
     curves = {}
-    for mode in MODES:
+    for mode in given.modes:
         values = config(folder, half / "final" / "transformer", mode, given.steps)
         _, curves[mode] = learned(values, mode)
         print(mode, curves[mode][0], curves[mode][-1], flush=True)
