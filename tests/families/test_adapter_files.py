@@ -205,7 +205,7 @@ TRAINERS = {
 }
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("trainer", [*list(TRAINERS)[:1], pytest.param("ai-toolkit", marks=pytest.mark.slow)])
 def test_training_goes_on_from_the_files_of_other_trainers(
     subject: Subject, trainer: str, tmp_path: Path
 ) -> None:

@@ -100,12 +100,11 @@ def test_numbers_are_rounded_once_and_what_stays_precise_stays(subject: Subject,
             assert torch.equal(back[name], tensor if name == kept else tensor.to(torch.bfloat16)), name
 
 
+#: The first size of each family in the quick part, the others in the slow one.
 REAL = [
-    (family, variant, part)
+    pytest.param(family, variant, "transformer", marks=[pytest.mark.slow] if number else [])
     for family in registry.FAMILIES
-    for variant, parts in registry.sketch(family).RELEASED.items()
-    for part in parts
-    if part == "transformer"
+    for number, variant in enumerate(registry.sketch(family).RELEASED)
 ]
 
 

@@ -156,6 +156,7 @@ def test_only_what_is_needed_is_fetched_once_and_its_size_is_told_before(hub: Hu
     assert [name for name, _ in hub.asked[before:]] == []
 
 
+@pytest.mark.slow
 def test_parts_that_are_given_otherwise_are_not_fetched(hub: Hub, model: Path) -> None:
     fetch_for(config_of(**{"model.vae": str(model / "vae")}), lambda text: None)
     assert not any(name.startswith("vae/") for name, _ in hub.asked)
@@ -163,6 +164,7 @@ def test_parts_that_are_given_otherwise_are_not_fetched(hub: Hub, model: Path) -
     assert paths.component("vae") == model / "vae"
 
 
+@pytest.mark.slow
 def test_a_fetch_that_was_cut_goes_on_where_it_was(hub: Hub, model: Path) -> None:
     hub.cut = "text_encoder/model.safetensors"
     spec = registry.spec("flux2-klein")
