@@ -142,7 +142,8 @@ def report(before: int, steps: int, curves: Mapping[str, list[tuple[int, float]]
         json.dumps(
             {
                 "command": f"python -m benchmarks.learning.full_precision --before {before} --steps {steps}",
-                "environment": environment(),
+                # where the pictures are kept is nobody's matter
+                "environment": {k: v for k, v in environment().items() if k != "command"},
                 "learning_rate": LR,
                 "final": last,
                 "relative_to_fp32": {mode: loss / last["fp32"] - 1 for mode, loss in last.items()},
