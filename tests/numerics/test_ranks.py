@@ -238,13 +238,13 @@ def test_a_killed_rank_ends_the_run_by_name_and_a_resume_is_as_if_nothing_happen
 def test_every_family_learns_the_same_on_ranks(place: dict[str, Any], name: str, world: int) -> None:
     """With swap and accumulation, against a process that accumulates all of it."""
     folder = Path(place["run.output_dir"]) / f"{name}-{world}"
-    registry.make_tiny(name, str(folder / "model"))
-    data = Path(place["data.images"])
-    if "t2i" not in registry.spec(name).tasks_of(next(iter(registry.spec(name).variants))):
-        data = folder / "data"
+    data, what = Path(place["data.images"]), ()
+    if registry.spec(name).frames:
+        data, what = folder / "data", ("t2v", "t2v-2.1")
         make_testdata("video", data, 3, 0)
+    registry.make_tiny(name, str(folder / "model"), *what[1:])
     own = {
-        **tiny_values(name, folder / "model", data, folder),
+        **tiny_values(name, folder / "model", data, folder, *what),
         **{key: place[key] for key in ("save.every", "preview.every", "validation.every", "log.tensorboard")},
         "run.steps": STEPS,
         "data.batch_size": 1,
