@@ -104,8 +104,8 @@ def test_out_of_memory_within_a_step_changes_no_bit_and_is_told(
     attach = SwapEngine.attach
     failed: list[str] = []
 
-    def attach_and_fail_once(engine: SwapEngine) -> SwapEngine:
-        attach(engine)
+    def attach_and_fail_once(engine: SwapEngine, *given: Any) -> SwapEngine:
+        attach(engine, *given)
         block = engine.layouts[-1].block
         forward: Callable[..., Any] = block.forward
 
