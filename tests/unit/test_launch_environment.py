@@ -82,6 +82,20 @@ def test_one_installation_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "waiting" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("torn", ["_internal/cli/main.py", "RECORD"])
+def test_an_environment_whose_pip_was_torn_is_made_anew(tmp_path: Path, torn: str) -> None:
+    """As a kill while pip is unpacked leaves it: a package that imports, and does nothing."""
+    place = env.Environment(tmp_path / ".venv")
+    made = env.make(place, env.Installed())
+    assert env.make(place, made).own and (place.site_packages / "pip").is_dir()
+    [whole] = place.site_packages.glob("pip-*.dist-info")
+    lost = whole / torn if torn == "RECORD" else place.site_packages / "pip" / torn
+    lost.unlink()
+    env.make(place, made)
+    assert lost.exists() and env.pip_version(place) > (1, 0)
+
+
 def test_packages_torn_by_an_interruption_are_installed_again(tmp_path: Path) -> None:
     for name in ("whole-1.0.dist-info", "torn-2.0.dist-info", "~ld-1.0.dist-info", "~ld"):
         (tmp_path / name).mkdir()

@@ -149,6 +149,11 @@ def _try_lock(handle: int) -> bool:
     return True
 
 
+#: Fails where a kill left pip half-unpacked: it imports then as a package of a few files. What unpacks it writes RECORD last.
+#: Only asked of environments of ours: a distribution's pip may come without.
+WHOLE_PIP = "import sys, pip._internal.cli.main, importlib.metadata as m; sys.exit(not m.files('pip'))"
+
+
 def make(environment: Environment, before: Installed) -> Installed:
     """A working environment with pip in it, made anew where that is ours to do; returns its record, `installing`."""
     folder = environment.folder
@@ -161,7 +166,7 @@ def make(environment: Environment, before: Installed) -> Installed:
                 folder=folder,
             )
         return replace(before, state="installing", own=False, base=os.path.realpath(sys.executable))
-    usable = environment.python.exists() and _runs(environment.python, "import pip")
+    usable = environment.python.exists() and _runs(environment.python, WHOLE_PIP if before.own else "import pip")
     if usable and before.own and before.base and not environment.base_is_there(before):
         usable = False
     if usable:
