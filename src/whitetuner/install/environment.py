@@ -166,7 +166,9 @@ def make(environment: Environment, before: Installed) -> Installed:
                 folder=folder,
             )
         return replace(before, state="installing", own=False, base=os.path.realpath(sys.executable))
-    usable = environment.python.exists() and _runs(environment.python, WHOLE_PIP if before.own else "import pip")
+    usable = environment.python.exists() and _runs(
+        environment.python, WHOLE_PIP if before.own else "import pip"
+    )
     if usable and before.own and before.base and not environment.base_is_there(before):
         usable = False
     if usable:
