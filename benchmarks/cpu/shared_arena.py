@@ -1,11 +1,11 @@
 """Host memory of ranks that share one arena: PSS of 4 ranks with 2 GB of swapped blocks, less that of the same ranks with one.
 
-    python -m benchmarks.cpu.shared_arena [--ranks 4] [--gb 2]
+    python -m benchmarks.cpu.shared_arena [--ranks 4] [--gb 2] [--trained]
 
 The real way: a FLUX.2 Klein transformer of that size with random weights on the disk, built by one rank and stood in for by
 the others, fitted with all blocks swapped, one forward and backward each. PSS counts a page that n processes map as 1/n in
 each, so the sum over the ranks counts it once (Linux, /proc/PID/smaps_rollup). It is taken with the blocks given back
-(`make_room`): the slots stand for the card's memory.
+(`make_room`): the slots stand for the card's memory. --trained: full training's, every block written once by every rank.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def link(ranks: Ranks, name: str) -> Link:
     )
 
 
-def rank(folder: Path) -> None:
+def rank(folder: Path, trained: bool) -> None:
     """One rank: builds, fits, computes once and says its PSS."""
     torch.set_num_threads(1)
     with joined(place_here(), torch.device("cpu")) as ranks:
@@ -79,11 +79,19 @@ def rank(folder: Path) -> None:
         hosted = tuple(f"{name}.*" for name in part.block_lists)
         module = family.load(Build(host=hosted, host_absent=not ranks.first))[part.name]
         arena = Arena(link(ranks, "arena"), kind)
-        fitted = fit(module, part.block_lists, "cpu", residents=(), arena=arena)
+        module.requires_grad_(trained)
+        fitted = fit(module, part.block_lists, "cpu", residents=(), arena=arena, trained=trained)
         block = module.single_transformer_blocks[0]
         assert fitted.engine is not None
+        for index, layout in enumerate(fitted.engine.layouts) if trained else ():
+            with torch.no_grad(), fitted.engine.on_device(index):
+                for entry in layout.entries:
+                    entry.tensor.data.add_(1)
+                fitted.engine.settle()
+                ranks.meet()  # where training would hear of all ranks' gradients
+                fitted.engine.written(index)
         with fitted.engine.weights_of(block):
-            seen = float(next(iter(block.parameters())).float().sum())
+            seen = float(next(iter(block.parameters())).detach().float().sum())
         fitted.make_room()
         give_back()
         ranks.meet()
@@ -96,11 +104,12 @@ def rank(folder: Path) -> None:
         ranks.meet()
 
 
-def measured(folder: Path, ranks: int) -> dict[str, object]:
+def measured(folder: Path, ranks: int, trained: bool) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as meeting:
         processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.cpu.shared_arena", "--rank", str(folder)],
+                [sys.executable, "-m", "benchmarks.cpu.shared_arena", "--rank", str(folder)]
+                + ["--trained"] * trained,
                 env={
                     **os.environ,
                     "OMP_NUM_THREADS": "1",
@@ -122,16 +131,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--gb", type=float, default=2.0)
+    parser.add_argument("--trained", action="store_true")
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.rank is not None:
-        rank(given.rank)
+        rank(given.rank, given.trained)
         return
     with tempfile.TemporaryDirectory() as place:
         full, empty = Path(place) / "full", Path(place) / "empty"
         model(full, given.gb)
         model(empty, 0)
-        with_arena, without = measured(full, given.ranks), measured(empty, given.ranks)
+        with_arena, without = (measured(one, given.ranks, given.trained) for one in (full, empty))
     arena = int(str(with_arena["arena"])) - int(str(without["arena"]))
     extra = sum(with_arena["pss"]) - sum(without["pss"])  # type: ignore[call-overload]
     found = {
@@ -142,10 +152,12 @@ def main() -> None:
         "extra_bytes": extra,
         "extra_over_arena": extra / arena,
         "kind": with_arena["kind"],
+        "trained": given.trained,
         "environment": environment("torch", "diffusers"),
     }
     print(json.dumps(found, indent=1))
-    RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    result = RESULT.with_stem("shared_arena_trained") if given.trained else RESULT
+    result.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

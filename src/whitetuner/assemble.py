@@ -12,7 +12,7 @@ from whitetuner.config.schema import Config
 from whitetuner.diffusion.sigmas import SigmaSettings
 from whitetuner.family import Family, Part
 from whitetuner.memory.fused import units_of
-from whitetuner.memory.swap.arena import Arenas
+from whitetuner.memory.swap.arena import Arena, Arenas
 from whitetuner.planning import Way, denoiser_build, fit_denoiser, shelf_folder
 from whitetuner.rehearsal import adapter_for, optimizer_for, trained_of
 from whitetuner.resolve import Resolved
@@ -48,13 +48,13 @@ def assemble(
     turns_on = device if turns and device.type != "cpu" else None
     for part in parts:
         module = modules[part.name]
+        arena = None if arenas is None else arenas.of(part.name)
         if config.method.kind == "full":
-            learners.append(_whole(config, resolved, way, part, module, tell, turns_on, ranks))
+            learners.append(_whole(config, resolved, way, part, module, tell, turns_on, ranks, arena))
             continue
         adapter, limits = adapter_for(config, family, part, module, device)
         for limit in limits:
             tell("warning", str(limit))
-        arena = None if arenas is None else arenas.of(part.name)
         fitted = fit_denoiser(
             config, way, module, part, device, lambda text: tell("info", text), turns, arena
         )
@@ -92,12 +92,13 @@ def _whole(
     tell: Callable[[str, str], None],
     turns_on: torch.device | None,
     ranks: Ranks | None,
+    arena: Arena | None,
 ) -> WholeLearner:
     """A denoiser that learns with its own weights."""
     o, device, precision = config.optimizer, resolved.device, resolved.precision
     trained = trained_of(config, module)
     turns = turns_on is not None
-    fitted = fit_denoiser(config, way, module, part, device, lambda text: tell("info", text), turns)
+    fitted = fit_denoiser(config, way, module, part, device, lambda text: tell("info", text), turns, arena)
     settings = WholeSettings(
         config.run.seed,
         precision,  # type: ignore[arg-type]  # checked by the schema

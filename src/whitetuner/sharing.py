@@ -179,12 +179,14 @@ def arenas_of(
 ) -> Arenas | None:
     """What the ranks of this machine share of the weights that wait on the host; None where there is nothing to share.
 
-    Full training writes its weights, and experts on disk leave the host: then each rank has its own.
+    Experts on disk leave the host, and full training's running average takes the weights' place on rank 0 alone, while it is
+    shown: then each rank has its own.
     """
     family = resolved.family
     turns = len(family.spec.parts(family.options)) > 1 and resolved.device.type == "cuda"
     streams = (way.residents is not None or turns) and resolved.device.type in ("cpu", "cuda")
-    rows = ranks.told(streams and not way.on_disk and config.method.kind != "full")
+    replaced = config.method.kind == "full" and config.optimizer.ema > 0
+    rows = ranks.told(streams and not way.on_disk and not replaced)
     mates = [rank for rank in ranks.ranks_here if rows[rank]]
     if ranks.rank not in mates or len(mates) == 1:
         return None

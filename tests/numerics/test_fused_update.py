@@ -418,3 +418,23 @@ def test_a_state_without_engine_stays_where_it_is() -> None:
     with ring.present(None, 3, lambda: []):
         pass
     assert ring.device_bytes == ring.host_bytes == 0
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_shared_master_holds_every_earlier_block_when_the_ranks_speak(shared: bool) -> None:
+    """A rank's copy back that is still on its way then could later write over what a faster rank has learned since."""
+    one = learner(0, seed=None)  # copies back are as late as they may be
+    engine = one.engine
+    assert engine is not None
+    engine.shared = shared
+    before = [engine.master(index).clone() for index in range(len(engine.layouts))]
+    updated: list[int] = []
+    late: list[int] = []
+
+    def speak(name: str, gradients: dict[str, Tensor]) -> None:
+        late.extend(index for index in updated if torch.equal(engine.master(index), before[index]))
+        updated.extend(i for i, layout in enumerate(engine.layouts) if layout.path == name)
+
+    one.updates.share = speak
+    learn(one, 1)
+    assert len(updated) == 6 and bool(late) != shared

@@ -171,10 +171,21 @@ def whole(place: dict[str, Any]) -> dict[str, Any]:
     return {**place, **more}
 
 
-def test_full_training_on_two_ranks_is_two_accumulated_batches_to_the_bit(place: dict[str, Any]) -> None:
-    """Gradients are added up block by block in the backward pass, with every block swapped."""
-    several = run({**whole(place), "memory.blocks_to_swap": 3, "run.name": "whole-two"}, 2)
-    assert same(several, alone(whole(place), "whole-one", optimizer__gradient_accumulation=2))
+@pytest.mark.parametrize("ema", [0.0, pytest.param(0.9, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("away", [3, pytest.param(2, marks=pytest.mark.slow)])
+def test_full_training_on_two_ranks_is_two_accumulated_batches_to_the_bit(
+    place: dict[str, Any], ema: float, away: int
+) -> None:
+    """Gradients are added up block by block in the backward pass; swapped blocks have one copy on the host for both ranks,
+    which both write, but for a running average, which takes the weights' place on one of them.
+    """
+    values = {**whole(place), "optimizer.ema": ema}
+    name = f"whole-two-{ema}-{away}"
+    several = run({**values, "memory.blocks_to_swap": away, "run.name": name}, 2)
+    assert same(several, alone(values, f"{name}-one", optimizer__gradient_accumulation=2))
+    found, _ = events.read(several / "events.jsonl")
+    told = [one.text for one in found if isinstance(one, events.Message)]
+    assert any("one copy of them for the 2 ranks" in text for text in told) == (not ema), told
 
 
 @pytest.mark.slow

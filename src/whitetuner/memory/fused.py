@@ -170,6 +170,8 @@ class BlockUpdates:
             # the order of the sum does not change a bit of a sum of two
             gradients[name] = total.add_(gradients[name]) if name in gradients else total
         if self.share is not None:
+            if engine is not None:
+                engine.settle()
             self.share(unit.name, gradients)
         self.applied = True
         self.update(unit, gradients)

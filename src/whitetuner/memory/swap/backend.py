@@ -86,6 +86,10 @@ class Backend(Protocol):
         """What is computed from now on comes after `mark`."""
         ...
 
+    def finish(self, mark: Mark) -> None:
+        """Returns when the copy that ends there has arrived."""
+        ...
+
     def drain(self) -> None:
         """Returns when all copies have arrived."""
         ...
@@ -164,6 +168,9 @@ class CpuBackend:
         queue = self._up if mark in self._up else self._down
         while queue and queue[0] <= mark:
             self._run_oldest(queue)
+
+    def finish(self, mark: Mark) -> None:
+        self.wait(mark)
 
     def drain(self) -> None:
         for queue in (self._up, self._down):

@@ -152,6 +152,9 @@ class DeviceBackend:
     def wait(self, mark: Mark) -> None:
         self._compute.wait_event(_event(mark))
 
+    def finish(self, mark: Mark) -> None:
+        _event(mark).synchronize()
+
     def drain(self) -> None:
         for mark in self._last.values():
             _event(mark).synchronize()

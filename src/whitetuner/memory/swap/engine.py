@@ -67,11 +67,12 @@ class SwapEngine:
         smallest_bytes: int | None = None,
         trained: bool = False,
     ) -> None:
-        self.module, self.backend, self.slots = module, backend, slots
+        self.module, self.backend, self.slots, self.trained = module, backend, slots, trained
         self.layouts = layouts_of(blocks_of(module, block_lists), smallest_bytes, trained)
         self.after_backward: Callable[[int], None] | None = None
         self.residents = self._which(residents)
         self.pinned = ""
+        self.shared = False
         self._masters: list[torch.Tensor] = []
         self._shelf: Shelf | None = None  # where the masters were parked last
         self._parked = False
@@ -121,10 +122,12 @@ class SwapEngine:
         """Writes the masters, brings residents and everything that never moves to the device, wraps the
         blocks.
 
-        arena: where the masters are shared with other processes; not its leader, this one takes what the leader has read
+        arena: where the masters are shared with other processes; not its leader, this one takes what the leader has read.
+               When blocks train, all of them write the same bits: `settle` keeps the slow from writing over the fast
         """
         assert not self.attached
-        self._masters = written_masters(self.layouts, self.backend, arena)
+        self.shared = arena is not None
+        self._masters = written_masters(self.layouts, self.backend, arena, self.trained)
         moved = {id(entry.tensor) for layout in self.layouts for entry in layout.entries}
         for tensor in (*self.module.parameters(), *self.module.buffers()):
             if id(tensor) not in moved:
@@ -227,6 +230,15 @@ class SwapEngine:
     def flush(self) -> None:
         """Brings every master up to what was trained; nothing to do where nothing trains."""
         self.backend.drain() if self._placement is None else self._placement.flush()
+
+    def settle(self) -> None:
+        """Before a word to processes that share the masters: nothing of earlier blocks is still to be written into them.
+
+        Processes update a block only when all have had its gradients, after a word. So none writes a block that another
+        still has to read, and with this none writes an older step's numbers over another's newer ones.
+        """
+        if self.shared and self._placement is not None:
+            self._placement.settle()
 
     def written(self, index: int) -> None:
         """The block's trained tensors were changed on the device; the block is in use."""

@@ -96,10 +96,11 @@ def _tensors(block: nn.Module) -> Iterable[torch.Tensor]:
     yield from block.buffers()
 
 
-def small_of(layouts: Sequence[BlockLayout]) -> list[torch.Tensor]:
-    """The frozen tensors of the blocks that do not move, each once."""
+def small_of(layouts: Sequence[BlockLayout], trained: bool = False) -> list[torch.Tensor]:
+    """The frozen tensors of the blocks that do not move, each once. trained: those that train, too (not adapters)."""
     moving = {id(entry.tensor) for layout in layouts for entry in layout.entries}
-    found = {id(t): t for layout in layouts for t in _tensors(layout.block) if not t.requires_grad}
+    each = (t for layout in layouts for t in _tensors(layout.block))
+    found = {id(t): t for t in each if trained or not t.requires_grad}
     return [tensor for key, tensor in found.items() if key not in moving]
 
 

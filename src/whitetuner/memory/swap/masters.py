@@ -16,14 +16,15 @@ GIVEN_BACK_BYTES = 64 * 2**20
 
 
 def written_masters(
-    layouts: Sequence[BlockLayout], backend: Backend, arena: Arena | None
+    layouts: Sequence[BlockLayout], backend: Backend, arena: Arena | None, trained: bool = False
 ) -> list[torch.Tensor]:
     """The master of every block; the blocks' tensors are bound to them.
 
     arena: shared; its leader's weights are everybody's, small tensors that do not move included
+    trained: the blocks' own weights train
     """
     sizes = [layout.num_bytes for layout in layouts]
-    still = small_of(layouts) if arena is not None else []
+    still = small_of(layouts, trained) if arena is not None else []
     rest = padded(sum(padded(one.numel() * one.element_size()) for one in still))
     shared = None if arena is None else arena.masters([*sizes, rest])
     masters, freed = [], 0

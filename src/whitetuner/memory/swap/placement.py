@@ -56,6 +56,7 @@ class Placement:
         self._slot_at = {buffer.untyped_storage().data_ptr(): s for s, buffer in enumerate(self.buffers)}
         self._freed: list[dict[tuple[int, int], tuple[int, tuple[Mark, ...]]]] = [{} for _ in self.buffers]
         self._stored: dict[int, Mark] = {}
+        self._unsettled: list[Mark] = []
         self.dirty: set[int] = set()
         self._releases = 0
         self._ready: dict[int, Mark] = {}
@@ -163,14 +164,22 @@ class Placement:
     def _store(self, index: int, lies: torch.Tensor) -> None:
         size = self.layouts[index].trained_bytes
         self._stored[index] = self.backend.store(self.masters[index][:size], lies[:size], self.backend.mark())
+        self._unsettled.append(self._stored[index])
         self.counters.copies_back += 1
         self.counters.bytes_down += size
+
+    def settle(self) -> None:
+        """Returns when every copy back that was begun has arrived."""
+        for mark in self._unsettled:
+            self.backend.finish(mark)
+        self._unsettled.clear()
 
     def flush(self) -> None:
         """Returns when every master holds what its block holds."""
         for index in sorted(self.dirty):
             self._store(index, self.kept[index])
         self.dirty.clear()
+        self._unsettled.clear()
         self.backend.drain()
 
     def reload(self, index: int) -> None:
