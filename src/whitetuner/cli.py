@@ -98,7 +98,16 @@ def _testdata(given: argparse.Namespace) -> int:
 def _init(given: argparse.Namespace) -> int:
     from whitetuner import commands
 
-    return commands.init(given.preset, given.tiny, given.out, given.foreign, given.data, given.family)
+    return commands.init(
+        given.preset,
+        given.tiny,
+        given.out,
+        given.foreign,
+        given.data,
+        given.family,
+        given.goal,
+        given.vram,
+    )
 
 
 def _check(given: argparse.Namespace) -> int:

@@ -25,10 +25,18 @@ def init(
     foreign: Path | None = None,
     data: Path | None = None,
     family: str | None = None,
+    goal: str | None = None,
+    vram_gb: float | None = None,
 ) -> int:
-    """Prints or writes a commented config; foreign: of another trainer, told on standard error what became of it."""
+    """Prints or writes a commented config; foreign: of another trainer, told on standard error what became of it.
+
+    goal, vram_gb: what is taught and how much of the card may be used, written into a preset
+    """
+    from whitetuner.config.goals import with_goal, with_memory
     from whitetuner.config.preset import preset_text, presets
 
+    if (goal or vram_gb is not None) and (preset is None or foreign or tiny):
+        raise UserError("--goal and --vram go with a preset", where="init", mend="name one: whitetuner init")
     if foreign is not None:
         from whitetuner.importers import reading
 
@@ -44,6 +52,8 @@ def init(
         return 0
     else:
         text = preset_text(preset)
+        text = text if goal is None else with_goal(text, goal)
+        text = text if vram_gb is None else with_memory(text, vram_gb)
     if out is None:
         print(text)
         return 0

@@ -88,6 +88,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--data", type=Path, metavar="FILE", help="--from: musubi-tuner's or kohya's data set file"
     )
     init.add_argument("--family", help="--from: where the file does not tell the model's family")
+    init.add_argument(
+        "--goal", help="what is taught: character, object, style, composition, edit, motion, general"
+    )
+    init.add_argument("--vram", type=float, metavar="GB", help="how much of the card may be used")
     init.add_argument("-o", "--out", type=Path, help="file to write (none: to the screen)")
 
     check = add("check", "look a config or a picture folder over: every problem at once")

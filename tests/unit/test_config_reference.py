@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from whitetuner.config import landed
+from whitetuner.config.goals import goals, with_goal, with_memory
 from whitetuner.config.kinds import refuse_wrong_data
 from whitetuner.config.landed import not_landed, refuse_not_landed
 from whitetuner.config.load import load_config
@@ -104,6 +105,31 @@ def test_a_preset_is_a_config_that_trains_today(name: str) -> None:
     assert config.data_sets()
     assert preset_text(name).startswith("# "), "its first line says what it is for"
     assert name.startswith(("nano", config.model.family))
+
+
+@pytest.mark.parametrize("name", sorted(presets()))
+def test_a_preset_for_every_goal_and_card_keeps_its_comments_and_says_why(name: str, tmp_path: Path) -> None:
+    plain = preset_text(name)
+    task = load_config(None, preset=name).config.model.task
+    for goal in goals((task,)):
+        text = with_memory(with_goal(plain, goal.key), 12)
+        (tmp_path / "c.toml").write_text(text, encoding="utf-8")
+        config = load_config(tmp_path / "c.toml").config
+        assert config.memory.vram_gb == 12
+        for key, value in goal.values():
+            section, _, field = key.partition(".")
+            assert getattr(getattr(config, section), field) == value
+        for _, why in goal.changes.values():
+            assert f"# {why}" in text
+        kept = [line for line in plain.splitlines() if line.startswith("#")]
+        assert [line for line in text.splitlines() if line.startswith("#")] == kept
+    others = {one.key for one in goals()} - {one.key for one in goals((task,))}
+    for key in [*others, "nonsense"]:
+        with pytest.raises(UserError, match="there is no goal"):
+            with_goal(plain, key)
+    for gb in (0.0, -1.0, float("nan"), 1e9):
+        with pytest.raises(UserError, match="no card's memory"):
+            with_memory(plain, gb)
 
 
 def test_an_unknown_preset_names_the_known_ones() -> None:

@@ -11,12 +11,12 @@ import pytest
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
+from whitetuner.config.goals import goals
 from whitetuner.config.load import load_config
 from whitetuner.config.preset import presets
 from whitetuner.errors import UserError
 from whitetuner.gui import form_api, forms, made, plan_card
 from whitetuner.gui.drafts import LARGEST_BYTES, Drafts
-from whitetuner.gui.goals import goals
 from whitetuner.gui.pickers import LISTED, Roots, can_ask, listing
 from whitetuner.gui.training_tabs import tab_of, tabs
 
@@ -120,11 +120,21 @@ def test_own_presets_are_kept_offered_and_dropped(form: Form) -> None:
 
 
 @pytest.mark.parametrize("goal", [one.key for one in goals()])
-def test_a_goal_sets_what_it_says(form: Form, goal: str) -> None:
-    state = form.change(form.open()["state"]["text"], goal=goal)
-    wanted = next(one.changes for one in goals() if one.key == goal)
-    assert {key: state["values"][key] for key in wanted} == wanted
-    assert not state["errors"]
+def test_a_goal_sets_what_it_says_on_every_tab_that_has_it(tmp_path: Path, goal: str) -> None:
+    of = next(one for one in goals() if one.key == goal)
+    wanted = {key: str(value) for key, value in of.values()}
+    seen = 0
+    for tab in tabs():
+        form = Form(Roots.of(None), tmp_path, tab.key)
+        before = form.open()
+        state = form.change(before["state"]["text"], goal=goal)
+        assert not state["errors"]
+        if goal in [key for key, _, _ in before["goals"]]:
+            assert {key: state["values"][key] for key in wanted} == wanted
+            seen += 1
+        else:
+            assert state["values"] == before["state"]["values"]
+    assert seen
 
 
 def test_a_config_is_imported_to_the_tab_where_it_belongs(form: Form) -> None:

@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from whitetuner.config.document import parse
+from whitetuner.config.goals import goals
 from whitetuner.config.preset import preset_text, presets
 from whitetuner.errors import UserError
 from whitetuner.gui import forms, made, plan_card
@@ -25,7 +26,6 @@ from whitetuner.gui.commands_shown import commands
 from whitetuner.gui.document import NAME, changed, inner_value, with_row, without_row
 from whitetuner.gui.drafts import LARGEST_BYTES, Drafts
 from whitetuner.gui.fields import FormField
-from whitetuner.gui.goals import goals
 from whitetuner.gui.pickers import Roots, ask, can_ask, listing
 from whitetuner.gui.told import each, parts, where
 from whitetuner.gui.training_tabs import Tab, tab_for, tab_of
@@ -110,7 +110,7 @@ class FormApi:
             "state": self._state(tab, text, language),
             "presets": [[name, title] for name, title in presets().items() if self._fits(name, tab)],
             "own_presets": [name for name, one in self.drafts.presets().items() if _is_of(one, tab)],
-            "goals": [[one.key, one.title(language), one.help(language)] for one in goals()],
+            "goals": [[one.key, one.title(language), one.help(language)] for one in goals(tab.tasks)],
             "native": self.roots.native and can_ask(),
         }
 
@@ -133,7 +133,9 @@ class FormApi:
         if not isinstance(changes, dict):
             raise UserError("the request is not understood", mend="load the page again")
         if isinstance(body.get("goal"), str):
-            changes = {**next((one.changes for one in goals() if one.key == body["goal"]), {}), **changes}
+            goal = next((one for one in goals(of.tasks) if one.key == body["goal"]), None)
+            asked = {} if goal is None else {key: str(value) for key, value in goal.values()}
+            changes = {**asked, **changes}
         for key, given in changes.items():
             if key == "model.task" and given in of.tasks:
                 text = with_task(text, given)
