@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import sys
@@ -32,17 +33,19 @@ from long_run import grown
 WARM_S, COLD_S = 1.1, 14.0
 
 
-def kills(folder: Path, kind: str, count: int) -> dict[str, Any]:
+def kills(folder: Path, kind: str, count: int, until: float) -> dict[str, Any]:
     ground = Ground(
         folder, kind, pictures=12, steps=40, **{"save.every": 2, "save.keep": 2, "validation.every": 10}
     )
     whole, warm, cold = ground.whole(), Tally(), Tally()
     seed = 0
-    while warm.kills < count:
-        kill(ground, whole, f"warm-{seed}", min(5, count - warm.kills), seed, WARM_S, False, warm)
-        seed += 1
-    while cold.kills < count // 5:
-        kill(ground, whole, f"cold-{seed}", min(5, count // 5 - cold.kills), seed, COLD_S, True, cold)
+    while (warm.kills < count or cold.kills < count // 5) and time.perf_counter() < until:
+        # In turn, so that both were seen when the time is over.
+        early = warm.kills < count and warm.kills <= 5 * cold.kills + 5
+        tally, most = (warm, count) if early or cold.kills >= count // 5 else (cold, count // 5)
+        name = f"{'warm' if tally is warm else 'cold'}-{seed}"
+        within_s = WARM_S if tally is warm else COLD_S
+        kill(ground, whole, name, min(5, most - tally.kills), seed, within_s, tally is cold, tally)
         seed += 1
     return {
         "forked": _told(warm),
@@ -61,7 +64,7 @@ def _told(tally: Tally) -> dict[str, Any]:
     }
 
 
-def disk(folder: Path, kind: str, count: int) -> dict[str, Any]:
+def disk(folder: Path, kind: str, count: int, until: float) -> dict[str, Any]:
     ground = Ground(folder, kind, pictures=2, steps=4, **EVERYTHING)
     whole, found = ground.whole(), []
     writes = writes_of(ground)
@@ -89,12 +92,25 @@ def _alike(message: str) -> str:
     return "".join("N" if char.isdigit() else char for char in text)
 
 
-def long(folder: Path, kind: str, count: int) -> dict[str, Any]:
+def long(folder: Path, kind: str, count: int, until: float) -> dict[str, Any]:
     found = grown(Ground(folder, kind, pictures=4, steps=9), "long", count)
     return {**asdict(found), "ok": found.memory_mb < 10 and found.page_mb < 10 and found.step_ratio < 2}
 
 
-ATTACKS: dict[str, Callable[[Path, str, int], dict[str, Any]]] = {"kills": kills, "disk": disk, "long": long}
+def _where() -> dict[str, Any]:
+    return {
+        "command": f"python tests/chaos {' '.join(sys.argv[1:])}",
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cores": os.cpu_count(),
+    }
+
+
+ATTACKS: dict[str, Callable[[Path, str, int, float], dict[str, Any]]] = {
+    "kills": kills,
+    "disk": disk,
+    "long": long,
+}
 
 
 def main() -> int:
@@ -106,22 +122,30 @@ def main() -> int:
     parser.add_argument(
         "--count", type=int, default=100, help="signals per kind, or steps (default: %(default)s)"
     )
-    parser.add_argument("--out", type=Path, help="write the table there as JSON")
+    parser.add_argument("--minutes", type=float, help="of kills: no new run is begun after so many per kind")
+    parser.add_argument("--out", type=Path, help="write the table there as JSON, beside the kinds it has")
     given = parser.parse_args()
+    if given.minutes is not None and given.attack != "kills":
+        parser.error("--minutes belongs to kills")
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
-    result: dict[str, Any] = {"what": f"{given.attack} into runs of a tiny FLUX.2 klein", "kinds": {}}
+    kinds: dict[str, Any] = {}
     # The disk is filled below this process alone; ranks are others.
-    kinds = [kind for kind, (_, ranks) in KINDS.items() if ranks == 1 or given.attack == "kills"]
-    for kind in given.kind or kinds:
+    able = [kind for kind, (_, ranks) in KINDS.items() if ranks == 1 or given.attack == "kills"]
+    for kind in given.kind or able:
         with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
             os.environ["WHITETUNER_STATE"] = str(Path(folder) / "state")
             began = time.perf_counter()
-            found = ATTACKS[given.attack](Path(folder), kind, given.count)
-            result["kinds"][kind] = {**found, "minutes": round((time.perf_counter() - began) / 60, 1)}
-    result["ok"] = all(one["ok"] for one in result["kinds"].values())
-    result["command"] = f"python tests/chaos {' '.join(sys.argv[1:])}"
-    result |= {"python": platform.python_version(), "system": platform.platform(), "cores": os.cpu_count()}
+            until = began + 60 * given.minutes if given.minutes else math.inf
+            found = ATTACKS[given.attack](Path(folder), kind, given.count, until)
+            kinds[kind] = {**found, "minutes": round((time.perf_counter() - began) / 60, 1), **_where()}
+    if given.out and given.out.exists():
+        kinds = {**json.loads(given.out.read_text(encoding="utf-8"))["kinds"], **kinds}
+    result = {
+        "what": f"{given.attack} into runs of a tiny FLUX.2 klein",
+        "kinds": kinds,
+        "ok": all(one["ok"] for one in kinds.values()),
+    }
     text = json.dumps(result, indent=1, ensure_ascii=False)
     print(text)
     if given.out:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import adapters
@@ -47,5 +48,8 @@ def rendered(answers: Sequence[Answer]) -> str:
 
 
 def _cell(text: str) -> str:
+    text = re.sub(r"\d{8}_\d{6}", "TIME", text)  # in names of folders
     short = text if len(text) <= 300 else f"{text[:297]}..."
-    return short.replace("|", "\\|").replace("<", "&lt;")
+    # A zero byte would make the whole document no text.
+    shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in short)
+    return shown.replace("|", "\\|").replace("<", "&lt;")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,12 +69,6 @@ FOREIGN = ("this is not TOML", "whitetuner", "File exists", "Not a directory", "
 
 def _rows(text: str) -> list[str]:
     return [
-        line.partition("| ")[2].partition(" |")[0]
-        if any(word in line for word in FOREIGN)
-        else _timeless(line)
+        line.partition("| ")[2].partition(" |")[0] if any(word in line for word in FOREIGN) else line
         for line in text.splitlines()
     ]
-
-
-def _timeless(line: str) -> str:
-    return re.sub(r"\d{8}_\d{6}", "TIME", line)

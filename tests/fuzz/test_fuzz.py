@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -432,6 +433,26 @@ READERS: dict[str, tuple[Callable[[Place, Any], None], Callable[[], st.SearchStr
         1200,
     ),
 }
+
+
+#: What was not read nor refused once: (who reads it, what).
+FOUND: list[tuple[str, Any]] = [
+    ("another trainer's config", "?"),  # YAML: {None: None}
+    ("another trainer's config", "config: {process: [{2020-01-01: 1, 3: [x]}]}"),
+    ("checkpoint", {**_STATE, "files": {"a" * 300: {"sha256": "", "bytes": 0}}}),
+    ("checkpoint", {**_STATE, "files": {"\x00": {"sha256": "", "bytes": 0}}}),
+    ("checkpoint", {**_STATE, "files": {"a.json": {"sha256": "", "bytes": math.inf}}}),
+    ("checkpoint", {**_STATE, "step": math.inf}),
+    ("requests", ("/api/path/list", {"path": "a" * 300})),
+    ("requests", ("/api/path/list", {"path": "a/" * 5000})),
+    ("requests", ("/api/data/look", {"tab": TAB, "text": "", "folder": "a" * 300})),
+    ("requests", ("/api/runs/JOB/strengths", {"tab": TAB, "text": ""})),  # its run.json names no prompts
+]
+
+
+@pytest.mark.parametrize("name, value", FOUND, ids=lambda one: one if isinstance(one, str) else "")
+def test_what_was_found_stays_mended(place: Place, name: str, value: Any) -> None:
+    READERS[name][0](place, value)
 
 
 def fuzz(place: Place, name: str, examples: int) -> None:

@@ -255,7 +255,8 @@ def test_strengths_are_drawn_by_words_that_no_prompt_can_change(place: Path) -> 
         "cfg": None,
         "images": [],
     }
-    job = made(run, config={"method": {"kind": "lokr"}, "preview": {"prompts": [prompt]}})
+    config = {"method": {"kind": "lokr"}, "preview": {"prompts": [prompt]}}
+    job = made(run, config={"model": {"family": "flux2-klein"}, **config})
     words = strengths.commands(run, 0)
     assert [one[-4:-3] for one in words] == [
         [f"--strength={percent / 100}"] for percent in strengths.PERCENTS

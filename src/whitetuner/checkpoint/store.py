@@ -240,7 +240,7 @@ def read(path: Path, run_id: str | None = None) -> Checkpoint:
         known = {name: (int(facts["bytes"]), str(facts["sha256"])) for name, facts in files.items()}
         if not known:
             raise ValueError("it names no files")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise damaged("training_state.json is damaged ({reason})", reason=error) from error
     if state.get(OWN_HASH) != _own_hash(state):
         raise damaged("{name} was changed after it was saved (its hash differs)", name=STATE_FILE)
@@ -250,9 +250,13 @@ def read(path: Path, run_id: str | None = None) -> Checkpoint:
     documents: dict[str, Any] = {}
     for name, (size, digest) in known.items():
         file = path / name
-        if not file.resolve().is_relative_to(path.resolve()):
+        try:
+            inside, there = file.resolve().is_relative_to(path.resolve()), file.is_file()
+        except (OSError, ValueError, RuntimeError):  # too long, no name at all, links in a ring
+            inside, there = True, False
+        if not inside:
             raise damaged("it names a file outside of itself ({name})", name=name)
-        if not file.is_file():
+        if not there:
             raise damaged("{name} is missing", name=name)
         if file.stat().st_size != size:
             raise damaged(
@@ -260,10 +264,13 @@ def read(path: Path, run_id: str | None = None) -> Checkpoint:
             )
         if _sha256(file) != digest:
             raise damaged("{name} was changed after it was saved (its hash differs)", name=name)
-        if file.suffix == ".safetensors":
-            tensors[name] = Saved(file)
-        elif file.suffix == ".json":
-            documents[name] = json.loads(file.read_text(encoding="utf-8"))
+        try:  # the hashes agree, and whoever wrote them may have meant harm
+            if file.suffix == ".safetensors":
+                tensors[name] = Saved(file)
+            elif file.suffix == ".json":
+                documents[name] = json.loads(file.read_text(encoding="utf-8"))
+        except (UserError, ValueError, RecursionError) as error:
+            raise damaged("{name} cannot be read ({reason})", name=name, reason=error) from error
     return Checkpoint(path, step, state, tensors, documents)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -44,6 +45,8 @@ class Roots:
             raise UserError("no path is given", mend="choose a folder")
         try:
             path = Path(given).expanduser().resolve()
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+                path.lstat()  # raises for a name that is longer than this system takes
         except (OSError, RuntimeError, ValueError) as error:  # ValueError: half a character
             raise UserError(
                 "{path} is no path ({reason})", mend="choose a folder", path=given, reason=error
@@ -99,7 +102,7 @@ def listing(roots: Roots, text: str) -> dict[str, Any]:
     Keys: path, parent (None at a root), folders, files ([name, bytes]), pictures (how many), more (not shown), tops.
     """
     path = roots.path(text) if text.strip() else roots.tops()[0].resolve()
-    while not path.is_dir() and path != path.parent:
+    while not _is_dir(path) and path != path.parent:
         path = path.parent
     if not roots.allows(path):
         path = roots.tops()[0]
@@ -186,7 +189,7 @@ def _natural(name: str) -> tuple[list[tuple[int, int, str]], str]:
     return [(0, int(one), "") if one.isdigit() else (1, 0, one) for one in parts], name
 
 
-def _is_dir(entry: os.DirEntry[str]) -> bool:
+def _is_dir(entry: os.DirEntry[str] | Path) -> bool:
     try:
         return entry.is_dir()
     except OSError:

@@ -60,7 +60,7 @@ def copy_to_comfyui(settings: Settings, job: Job, given: str) -> Path:
     source = inside(folder.path, folder.final / f"{folder.path.name}.safetensors")
     if source is None:
         raise UserError("this run has no final file yet", where=job.run, mend="let it run to its end")
-    kind = folder.document()["config"]["method"]["kind"]
+    kind = folder.document()["config"].get("method", {}).get("kind")
     target = roots.path(str(models / ("diffusion_models" if kind == "full" else "loras")))
     try:
         target.mkdir(exist_ok=True)

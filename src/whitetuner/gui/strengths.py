@@ -15,6 +15,8 @@ from typing import Any
 
 import psutil
 
+from whitetuner.config.load import load_config
+from whitetuner.config.schema import Config
 from whitetuner.errors import UserError
 from whitetuner.runs.devices import Held, devices, wish_of
 from whitetuner.runs.files import write_atomically
@@ -30,16 +32,16 @@ _LOOK_EVERY_S = 1.0
 def begin(job: Job, number: int) -> None:
     """Starts drawing prompt `number` of the run's previews. Raises UserError without a final file, or while it draws already."""
     folder = RunFolder(Path(job.run))
-    config = folder.document()["config"]
-    prompts = config["preview"]["prompts"]
+    config = _config(folder)
+    prompts = config.preview.prompts
     if not 0 <= number < len(prompts):
         raise UserError("this run has no such prompt", mend="choose one of its previews")
-    if config["method"]["kind"] == "full":
+    if config.method.kind == "full":
         raise UserError(
             "a whole model has no strength: it is what it learned",
             mend="look at the run's previews, or draw with `whitetuner sample`",
         )
-    folder.final_adapter(config["method"]["kind"])
+    folder.final_adapter(config.method.kind)
     if found(folder)["drawing"]:
         raise UserError("the strengths are being drawn already", mend="wait until they are there")
     place = _place(folder)
@@ -52,7 +54,7 @@ def begin(job: Job, number: int) -> None:
         command = [sys.executable, "-m", "whitetuner.gui.strengths", job.run, str(number)]
         process = detached(command, Path(job.cwd), output, log)
     state = {
-        "prompt": prompts[number]["text"],
+        "prompt": prompts[number].text,
         "pid": process.pid,
         "born": psutil.Process(process.pid).create_time(),
     }
@@ -64,10 +66,16 @@ def found(folder: RunFolder) -> dict[str, Any]:
     place = _place(folder)
     try:
         state = json.loads((place / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        prompt, drawing = str(state["prompt"]), _lives(int(state["pid"]), float(state["born"]))
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):  # anybody's folder
         return {"prompt": "", "percents": [], "drawing": False}
     there = [percent for percent in PERCENTS if picture(folder, percent).is_file()]
-    return {"prompt": state["prompt"], "percents": there, "drawing": _lives(state["pid"], state["born"])}
+    return {"prompt": prompt, "percents": there, "drawing": drawing}
+
+
+def _config(folder: RunFolder) -> Config:
+    """Raises UserError for a config that does not hold: the folder may come from anybody."""
+    return load_config(None, base=folder.document()["config"]).config
 
 
 def picture(folder: RunFolder, percent: int) -> Path:
@@ -89,11 +97,12 @@ def _lives(pid: int, born: float) -> bool:
 def commands(run: Path, number: int) -> list[list[str]]:
     """The words of `whitetuner sample` for each strength; every value is an argument of its own."""
     folder = RunFolder(run)
-    prompt = folder.document()["config"]["preview"]["prompts"][number]
-    more = [f"--prompt={prompt['text']}", f"--negative={prompt['negative']}", f"--seed={prompt['seed']}"]
-    more += [f"--size={'x'.join(map(str, prompt['size']))}"] if prompt["size"] else []
-    more += [f"--{name}={prompt[name]}" for name in ("steps", "cfg") if prompt[name] is not None]
-    more += [f"--image={path}" for path in prompt["images"]]
+    prompt = _config(folder).preview.prompts[number]
+    more = [f"--prompt={prompt.text}", f"--negative={prompt.negative}", f"--seed={prompt.seed}"]
+    more += [f"--size={'x'.join(map(str, prompt.size))}"] if prompt.size else []
+    more += [f"--steps={prompt.steps}"] if prompt.steps is not None else []
+    more += [f"--cfg={prompt.cfg}"] if prompt.cfg is not None else []
+    more += [f"--image={path}" for path in prompt.images]
     return [
         ["sample", *more, f"--strength={percent / 100}", f"--out={picture(folder, percent)}", "--", str(run)]
         for percent in PERCENTS

@@ -177,7 +177,8 @@ def read(arguments: Mapping[str, Any], data: Mapping[str, Any] | None) -> Import
 def _flat(document: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in document.items():
-        found.update(_flat(value) if isinstance(value, Mapping) else {name.replace("-", "_"): value})
+        # YAML has keys that are no words: none at all, numbers, days.
+        found.update(_flat(value) if isinstance(value, Mapping) else {str(name).replace("-", "_"): value})
     return found
 
 

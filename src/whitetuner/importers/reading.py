@@ -122,7 +122,8 @@ def document_of(text: str, name: str) -> dict[str, Any]:
             mend="mend it, or export it again",
             reason=(str(error).splitlines() or [type(error).__name__])[0],
         ) from error
-    return found if isinstance(found, dict) else {}
+    # YAML's keys may be no words (none at all, numbers, days); no program's settings are named so.
+    return {str(name): value for name, value in found.items()} if isinstance(found, dict) else {}
 
 
 def _data_of(document: Mapping[str, Any], path: Path, data: Path | None) -> dict[str, Any] | None:
