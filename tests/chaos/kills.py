@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 from ground import Facts, Ground, ended, forked, left_overs, start_ranks, whole_checkpoints
 
 from whitetuner import cli
@@ -20,6 +21,8 @@ from whitetuner.runs import events
 
 #: One in four is asked to stop, the others are ended from outside.
 SIGNALS = (signal.SIGKILL,) * 6 + (signal.SIGTERM, signal.SIGINT)
+#: For ranks to notice that nobody looks after them any more, and to save.
+ORPHANS_S = 120
 
 
 @dataclass
@@ -72,9 +75,15 @@ def attack(
         if there:
             tally.kills += 1
             tally.doing[doing(run)] += 1
+        ranks = [rank for pid in there if cold for rank in psutil.Process(pid).children(recursive=True)]
         for pid in there if chance.random() < 0.7 else there[-1:]:
             os.kill(pid, sent)
         codes = ended(pids)
+        # Whoever started them is gone: they save and stop by themselves, and nobody can go on until they have.
+        _, left = psutil.wait_procs(ranks, timeout=ORPHANS_S)
+        if left:
+            tally.unlike.append(f"{name}: ranks went on for {ORPHANS_S} s without who started them")
+            return
         # A rank whose neighbour was killed ends by itself, and says so.
         fine = (0, -sent, EXIT_STOPPED) + ((1, 3) if ground.ranks > 1 else ())
         if any(code not in fine for code in codes):
