@@ -79,6 +79,7 @@ def direct_requirements() -> dict[str, str]:
         "pyproject.toml",
         "constraints.txt",
         "req.txt",
+        "release.txt",
         "launch.py",
         "gui.py",
         "start.sh",
@@ -180,7 +181,7 @@ def test_the_extras_of_launch_py_are_those_of_pyproject() -> None:
 
     extras = PROJECT["optional-dependencies"]
     assert {*EXTRAS, "dev"} <= set(extras)
-    assert set(re.split(r"[\[\],]", extras["all"][0])[1:-1]) == set(extras) - {"all", "dev"}
+    assert set(re.split(r"[\[\],]", extras["all"][0])[1:-1]) == set(extras) - {"all", "dev", "fuzz"}
 
 
 def test_the_seeds_words_install_the_pinned_project() -> None:
