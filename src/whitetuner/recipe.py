@@ -153,7 +153,7 @@ class Session:
             self._failed(failure)
             raise failure from error
         if self.ranks.first:
-            status = "stopped" if stopped else "finished"
+            status: events.Ending = "stopped" if stopped else "finished"
             self.tell(events.Ended(status=status, step=self.step))
             self._report(status)
         return Result(path, self.step, stopped, files)
@@ -388,7 +388,7 @@ class Session:
             self.tell(events.Progress(phase=phase, done=done, total=total))
 
     def _message(self, level: str, text: str) -> None:
-        self.tell(events.Message(level=level, text=text))
+        self.tell(events.Message(level="warning" if level == "warning" else "info", text=text))
 
     def tell(self, event: events.Event) -> None:
         self.folder.append(event)

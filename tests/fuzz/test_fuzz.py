@@ -443,6 +443,8 @@ FOUND: list[tuple[str, Any]] = [
     ("checkpoint", {**_STATE, "files": {"\x00": {"sha256": "", "bytes": 0}}}),
     ("checkpoint", {**_STATE, "files": {"a.json": {"sha256": "", "bytes": math.inf}}}),
     ("checkpoint", {**_STATE, "step": math.inf}),
+    ("events", b'{"kind": "ended", "status": "gone", "step": 2}\n'),
+    ("events", b'{"kind": "message", "level": [], "text": "x"}\n'),
     ("requests", ("/api/path/list", {"path": "a" * 300})),
     ("requests", ("/api/path/list", {"path": "a/" * 5000})),
     ("requests", ("/api/data/look", {"tab": TAB, "text": "", "folder": "a" * 300})),

@@ -13,9 +13,12 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 from whitetuner.runs.files import write_atomically
+
+Ending = Literal["finished", "stopped"]
+Level = Literal["info", "warning"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +108,8 @@ class Validation(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Message(Event):
-    """level: info or warning."""
-
     kind: ClassVar[str] = "message"
-    level: str
+    level: Level
     text: str
 
 
@@ -120,10 +121,8 @@ class Failed(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Ended(Event):
-    """status: finished or stopped."""
-
     kind: ClassVar[str] = "ended"
-    status: str
+    status: Ending
     step: int
 
 
@@ -174,6 +173,8 @@ def _is_text(value: Any) -> bool:
 #: Annotation of a field -> whether a value is one.
 _IS: dict[Any, Callable[[Any], bool]] = {
     "str": _is_text,
+    "Ending": lambda value: value in get_args(Ending),
+    "Level": lambda value: value in get_args(Level),
     "int": _is_count,
     "int | None": lambda value: value is None or _is_count(value),
     "float": _is_number,
