@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 from starlette.testclient import TestClient
+from targets import TARGETS
 
 from whitetuner.adapters.files import load_adapter
 from whitetuner.checkpoint import store
@@ -455,6 +456,15 @@ FOUND: list[tuple[str, Any]] = [
 @pytest.mark.parametrize("name, value", FOUND, ids=lambda one: one if isinstance(one, str) else "")
 def test_what_was_found_stays_mended(place: Place, name: str, value: Any) -> None:
     READERS[name][0](place, value)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_what_atheris_begins_with_is_read(tmp_path: Path, name: str) -> None:
+    """`python tests/fuzz` goes on from here; it is not installed with the other tools."""
+    read, seeds = TARGETS[name]
+    for seed in seeds():
+        read(tmp_path, seed)
+        read(tmp_path, seed[: len(seed) // 2])
 
 
 def fuzz(place: Place, name: str, examples: int) -> None:

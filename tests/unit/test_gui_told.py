@@ -12,6 +12,8 @@ from test_house import assignments, literals
 from whitetuner.config import landed
 from whitetuner.config import told as config_told
 from whitetuner.config.load import load_config
+from whitetuner.config.schema import Config
+from whitetuner.config.told import keys_of
 from whitetuner.errors import UserError, UserErrors
 from whitetuner.gui.told import each, parts, table, told, translated, where
 
@@ -103,3 +105,36 @@ def test_what_a_child_said_inside_another_message_is_translated() -> None:
 def test_what_a_child_process_printed_is_recognised(english: str, chinese: str) -> None:
     assert translated(english, "zh") == chinese
     assert translated(english, "en") == english
+
+
+def test_what_the_schemas_own_checks_say_is_chinese_too() -> None:
+    """`raise ValueError("...")` in the config's sections becomes the {message} of "{value}: {message}"."""
+    said = {
+        text: file.name
+        for file in sorted((SOURCE / "config").glob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)
+        if ast.unparse(node.exc.func) == "ValueError"
+        for part in node.exc.args
+        for text in literals(part, {}) or [ast.unparse(part)]
+    }
+    assert len(said) > 8
+    assert [f"{file}: {text!r}" for text, file in said.items() if text not in table()] == []
+
+
+def test_whatever_the_schema_can_find_wrong_has_words_of_ours() -> None:
+    """pydantic's kinds of findings that the config's types can have; one without an entry would be told in its own English."""
+    bad: list[object] = [None, "", "x", -1, 0.5, 10**9, float("nan"), True, [], ["x", "x"], {}, {"a": 1}]
+    english: set[str] = set()
+    for key in sorted(keys_of(Config)):
+        for value in bad:
+            try:
+                load_config(None, base={"model.family": "flux2-klein", key: value})
+            except UserError as error:
+                for one in each(error):
+                    english |= {
+                        f"{key} = {value!r}: {text}"
+                        for text in parts(one, "zh")
+                        if text and not re.search("[\\u4e00-\\u9fff]", text)
+                    }
+    assert english == set()
