@@ -1,0 +1,126 @@
+"""docs/laboratory.md and its charts, from the tables that are there: means, spread, every seed, and what failed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.learning.suites import ASKS
+from benchmarks.learning.table import spread
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).parents[2]
+RESULTS, PAGE, PICTURES = ROOT / "benchmarks/results", ROOT / "docs/laboratory.md", ROOT / "docs/img"
+
+HEAD = """\
+# The laboratory
+
+What a setting is worth is measured on the embedded model (nano: a small real FLUX.2 Klein that draws six shapes), not felt. Every
+cell is [the demo](demo.md)'s recipe with the cell's settings changed; 32 pictures of a new concept are learned beside 256 of what
+the model knows. A program then judges fresh pictures: **new** is the share of the concept drawn right, **old** that of the old
+vocabulary (what it lost was forgotten), **validation** the loss on pictures held out, at fixed noise. ± is the sample standard
+deviation over seeds; a share of 64 pictures is itself uncertain by up to 6 points, one of 96 by up to 5 (standard error), so
+differences below that say nothing. What holds on a model of 1.6 M parameters need not hold on a released one.
+
+Seconds are those of the steps on a busy machine, and layers this small say nothing of time at real width: for that see
+[adapters](adapters.md).
+
+This page is written by `python -m benchmarks.learning.laboratory --write-docs` from `benchmarks/results/laboratory_*.json`.
+"""
+NEW_COLOUR, OLD_COLOUR = "#2a7de1", "#e08600"
+
+
+def tables() -> dict[Path, dict[str, Any]]:
+    """In the order of ASKS; one for each concept."""
+    found = [
+        (path, json.loads(path.read_text(encoding="utf-8"))) for path in RESULTS.glob("laboratory_*.json")
+    ]
+    order = list(ASKS)
+    return dict(sorted(found, key=lambda one: (order.index(one[1]["settings"]["suite"]), one[0].name)))
+
+
+def page() -> str:
+    return HEAD + "".join(section(path.stem, document) for path, document in tables().items())
+
+
+def section(name: str, document: Mapping[str, Any]) -> str:
+    settings, before, cells = document["settings"], document["before"], document["cells"]
+    rows, seeds = document["rows"], document["seeds"]
+    wanted = len(cells) * len(seeds)
+    lines = [
+        f"\n## {ASKS[settings['suite']]} (`{settings['concept']}`)\n",
+        f"{settings['steps']} steps of {settings['batch']} unless a cell says otherwise; {len(rows)} of {wanted} cells are there "
+        f"({len(cells)} settings, {len(seeds)} seeds). Before: new {before['new']:.0%}, old {before['old']:.0%} of "
+        f"{settings['judged_new']} and {settings['judged_old']} pictures.\n",
+        f"`{document['environment']['command']}`\n",
+        "| | new | old | validation | seconds a step | seeds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for cell in cells:
+        lines.append(table_row(cell, [row for row in rows if row["cell"] == cell], len(seeds)))
+    refused = [row for row in rows if "failed" in row]
+    if refused:
+        lines += ["", "What failed:", ""]
+        lines += [f"- {row['cell']}, seed {row['seed']}: {row['failed'].splitlines()[0]}" for row in refused]
+    return "\n".join([*lines, "", f"![{settings['suite']}](img/{name}.png)", ""])
+
+
+def table_row(cell: str, rows: Sequence[Mapping[str, Any]], seeds: int) -> str:
+    done = [row for row in rows if "failed" not in row]
+    if not done:
+        return f"| {cell} | {'failed' if rows else 'not run'} | | | | 0 of {seeds} |"
+
+    def share(key: str) -> str:
+        mean, deviation = spread(done, key)
+        return f"{100 * mean:.0f} %" + (f" ± {100 * deviation:.0f}" if len(done) > 1 else "")
+
+    loss, deviation = spread(done, "validation")
+    told = f"{loss:.4f}" + (f" ± {deviation:.4f}" if len(done) > 1 else "")
+    pace = spread(done, "seconds_per_step")[0]
+    return f"| {cell} | {share('new')} | {share('old')} | {told} | {pace:.2f} | {len(done)} of {seeds} |"
+
+
+def chart(document: Mapping[str, Any]) -> Image.Image:
+    """A bar for the mean of each cell, a dot for each seed; lines where the untaught model stands."""
+    cells, height, left, width = list(document["cells"]), 34, 250, 760
+    board = Image.new("RGB", (width, 40 + height * len(cells) + 26), "white")
+    draw = ImageDraw.Draw(board)
+
+    def at(share: float) -> float:
+        return left + (width - left - 30) * share
+
+    bottom = 36 + height * len(cells)
+    draw.text((left, 10), "new", fill=NEW_COLOUR)
+    draw.text((left + 40, 10), "old", fill=OLD_COLOUR)
+    draw.text(
+        (left + 80, 10), "share drawn right: mean (bar), seeds (dots), old before (line)", fill="#444444"
+    )
+    for part in range(5):
+        draw.line([(at(part / 4), 30), (at(part / 4), bottom)], fill="#e5e5e5")
+        draw.text((at(part / 4) - 8, bottom + 6), f"{25 * part} %", fill="#666666")
+    for number, cell in enumerate(cells):
+        top = 34 + height * number
+        draw.text((8, top + 8), cell, fill="#222222")
+        rows = [row for row in document["rows"] if row["cell"] == cell and "failed" not in row]
+        if not rows:
+            failed = any(row["cell"] == cell for row in document["rows"])
+            draw.text((left + 6, top + 8), "failed" if failed else "not run", fill="#c0392b")
+            continue
+        for offset, key, colour in ((2, "new", NEW_COLOUR), (15, "old", OLD_COLOUR)):
+            mean = spread(rows, key)[0]
+            draw.rectangle([left, top + offset, max(left + 1, at(mean)), top + offset + 11], fill=colour)
+            for row in rows:
+                x, y = at(row[key]), top + offset + 5.5
+                draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill="white", outline="#222222")
+    before = at(document["before"]["old"])
+    draw.line([(before, 30), (before, bottom)], fill="#8a5200")
+    return board
+
+
+def write() -> None:
+    for path, document in tables().items():
+        chart(document).save(PICTURES / f"{path.stem}.png", optimize=True)
+    PAGE.write_text(page(), encoding="utf-8")
+    print(PAGE)

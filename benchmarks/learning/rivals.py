@@ -1,0 +1,202 @@
+"""Do our adapters learn what those of PEFT and lycoris-lora learn, at equal steps? Judged by a program.
+
+The same embedded model, pictures, batches, noise, noise levels, optimizer, average and loop for all; only what hangs on the
+layers differs: White Tuner's LoRA and LoKr, PEFT's LoRA and LoKr, lycoris-lora's LoKr, of equal rank or factor over the same
+layers. A rival begins as its library begins it (from the same seed), or, "our start", with the very numbers that ours has.
+Layers this small say nothing about time: benchmarks/cpu/adapter_layer.py times them at real width.
+
+    python -m benchmarks.learning.rivals [--seeds 3] [--steps 200] [--concept zorp|duo|nook] [--minutes 15]
+
+The table may be killed and goes on; `python -m benchmarks.learning.laboratory --write-docs` shows it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from benchmarks.learning.laboratory import begin, command_of, lesson_of, parser_for, result_of, seeds_of
+from benchmarks.learning.suites import LORA, lokr
+from benchmarks.learning.table import Table
+from benchmarks.learning.teach import Lesson, judged, measured
+from lycoris.modules.lokr import LokrModule
+from peft import LoKrConfig, LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+
+from whitetuner import recipe
+from whitetuner.adapters.attach import Adapter
+from whitetuner.rehearsal import optimizer_for
+from whitetuner.train.ema import Ema
+from whitetuner.train.learner import Learner
+from whitetuner.train.team import Team
+
+RANK, FACTOR = 16, 4
+#: PEFT and lycoris-lora keep LoKr's second factor full when half of its longer side is not above the rank.
+FULL_RANK = 10_000
+
+#: module path -> name as in `Delta.named_parameters` -> parameter
+Parameters = dict[str, dict[str, nn.Parameter]]
+
+
+def peft_lora(module: nn.Module, paths: list[str]) -> Parameters:
+    inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=paths), module)
+    layers = {path: module.get_submodule(path) for path in paths}
+    return {
+        path: {name: getattr(layer, name)["default"].weight for name in ("lora_A", "lora_B")}
+        for path, layer in layers.items()
+    }
+
+
+def peft_lokr(module: nn.Module, paths: list[str]) -> Parameters:
+    config = LoKrConfig(
+        r=FULL_RANK,
+        alpha=FULL_RANK,
+        decompose_factor=FACTOR,
+        init_weights="lycoris",
+        target_modules=paths,
+    )
+    inject_adapter_in_model(config, module)
+    layers = {path: module.get_submodule(path) for path in paths}
+    return {
+        path: {name: getattr(layer, name)["default"] for name in ("lokr_w1", "lokr_w2")}
+        for path, layer in layers.items()
+    }
+
+
+def lycoris_lokr(module: nn.Module, paths: list[str]) -> Parameters:
+    found: Parameters = {}
+    for path in paths:
+        layer = module.get_submodule(path)
+        theirs = LokrModule(
+            path.replace(".", "_"), layer, lora_dim=1, alpha=1, factor=FACTOR, full_matrix=True
+        )
+        theirs.apply_to()  # the layer's forward is theirs from now on
+        found[path] = dict(theirs.named_parameters())
+    return found
+
+
+@dataclass(frozen=True)
+class Rival:
+    """put_on: hangs theirs on the plain layers, None: ours stay; our_start: with our numbers."""
+
+    ours: dict[str, Any]
+    put_on: Callable[[nn.Module, list[str]], Parameters] | None = None
+    our_start: bool = False
+
+    def told(self) -> dict[str, Any]:
+        who = "White Tuner" if self.put_on is None else self.put_on.__name__
+        return {**self.ours, "adapter": who, "our_start": self.our_start}
+
+
+_LORA, _LOKR = {**LORA, "method.rank": RANK}, lokr(FACTOR)
+RIVALS = {
+    "LoRA 16: White Tuner": Rival(_LORA),
+    "LoRA 16: PEFT": Rival(_LORA, peft_lora),
+    "LoRA 16: PEFT, our start": Rival(_LORA, peft_lora, our_start=True),
+    "LoKr 4: White Tuner": Rival(_LOKR),
+    "LoKr 4: lycoris-lora": Rival(_LOKR, lycoris_lokr),
+    "LoKr 4: lycoris, our start": Rival(_LOKR, lycoris_lokr, our_start=True),
+    "LoKr 4: PEFT": Rival(_LOKR, peft_lokr),
+    "LoKr 4: PEFT, our start": Rival(_LOKR, peft_lokr, our_start=True),
+}
+
+
+class Foreign:
+    """Another library's parameters, as the loop wants an adapter."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        self.of = parameters
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for path, named in self.of.items():
+            for name, parameter in named.items():
+                yield f"{path}.{name}", parameter
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for _, parameter in self.named_parameters()]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+    @torch.no_grad()
+    def begin_as(self, ours: Adapter) -> None:
+        for path, delta in ours.deltas.items():
+            own = dict(delta.named_parameters())
+            assert {n: p.shape for n, p in own.items()} == {n: p.shape for n, p in self.of[path].items()}
+            for name, parameter in own.items():
+                self.of[path][name].copy_(parameter)
+
+
+def exchanged(learner: Learner, rival: Rival, config: Any) -> Learner:
+    """The learner with theirs in the place of ours, of as many numbers."""
+    assert rival.put_on is not None
+    ours = learner.adapter
+    ours.detach()
+    torch.manual_seed(config.run.seed)  # their start comes from the global generator
+    theirs = Foreign(rival.put_on(learner.module, list(ours.deltas)))
+    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
+    if rival.our_start:
+        theirs.begin_as(ours)
+    parameters = theirs.parameters()
+    return Learner(
+        learner.part,
+        learner.module,
+        theirs,  # type: ignore[arg-type]
+        learner.kind,
+        optimizer_for(config, parameters),
+        Ema(parameters, config.optimizer.ema),
+        learner.fitted,
+    )
+
+
+def taught(lesson: Lesson, rival: Rival, seed: int) -> dict[str, Any]:
+    """Trains one and judges it as it lies in memory, average included."""
+    folder = lesson.folder / "rival"
+    shutil.rmtree(folder, ignore_errors=True)
+    with recipe.Session.open(lesson.config("rival", seed, rival.ours)) as session:
+        session.prepare()
+        (learner,) = session.team.learners
+        assert isinstance(learner, Learner)
+        if rival.put_on is not None:
+            session.team = Team([exchanged(learner, rival, session.config)])
+        if not session.advance(session.data.steps):
+            raise KeyboardInterrupt
+        with session.team.averaged():
+            module = session.team.learners[0].module
+            row = judged(lesson, lambda pipeline: setattr(pipeline, "transformer", module))
+    row = {**row, **measured(folder)}
+    shutil.rmtree(folder)
+    return row
+
+
+def run(given: argparse.Namespace) -> Table:
+    lesson = lesson_of(given)
+    table = Table(
+        result_of(given, "rivals"),
+        {name: rival.told() for name, rival in RIVALS.items()},
+        {"suite": "rivals", **lesson.settings()},
+        seeds_of(given),
+    )
+    begin(table, lesson, command_of(given, "benchmarks.learning.rivals"))
+    began = time.monotonic()
+    table.fill(
+        lambda cell, seed: taught(lesson, RIVALS[cell], seed),
+        lambda: time.monotonic() - began > 60 * given.minutes,
+        given.only,
+    )
+    return table
+
+
+def main() -> None:
+    given = parser_for(__doc__ or "").parse_args()
+    torch.set_num_threads(1)
+    run(given)
+
+
+if __name__ == "__main__":
+    main()

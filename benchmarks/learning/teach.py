@@ -1,0 +1,138 @@
+"""One cell of the laboratory: the demo's recipe with some settings changed, trained and judged.
+
+All cells of a lesson share its pictures and its cache, so pictures and captions are encoded once.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from benchmarks.learning.concepts import CONCEPTS, Concept, known_right, save
+from diffusers import Flux2Transformer2DModel
+
+from whitetuner import recipe
+from whitetuner.adapters.attach import attach_state
+from whitetuner.adapters.files import load_adapter
+from whitetuner.config.load import Loaded, load_config
+from whitetuner.demo import NEW_PICTURES, OLD_PICTURES, draw_folder, write_config
+from whitetuner.families import registry
+from whitetuner.nano.draw import draw_set
+from whitetuner.nano.score import draw_with, load_pipeline
+from whitetuner.runs import events
+
+#: Noise and captions of the pictures that are judged; those of the pictures learned from are 21 and 22, as in the demo.
+NEW_SEED, OLD_SEED = 31, 77
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What is equal for all cells of a table.
+
+    folder: pictures, cache and the runs under way; judged_new, judged_old: pictures that are drawn and judged
+    """
+
+    folder: Path
+    concept: str
+    steps: int
+    batch: int
+    judged_new: int
+    judged_old: int
+
+    def settings(self) -> dict[str, Any]:
+        """What a figure depends on, beside the cell; where the pictures are kept is nobody's matter."""
+        return {
+            "concept": self.concept,
+            "steps": self.steps,
+            "batch": self.batch,
+            "judged_new": self.judged_new,
+            "judged_old": self.judged_old,
+        }
+
+    def prepare(self) -> None:
+        """Draws the pictures, unless they are there."""
+        new, old = self.folder / "data" / "new", self.folder / "data" / "old"
+        if not (old / f"{OLD_PICTURES - 1:03d}.txt").exists():
+            save(CONCEPTS[self.concept].draw(NEW_PICTURES, 21), new)
+            draw_folder(old, OLD_PICTURES, 22)
+
+    def config(self, name: str, seed: int, changes: Mapping[str, Any]) -> Loaded:
+        """The demo's recipe, quiet, a tenth of the pictures held out for the validation loss."""
+        quiet = {
+            "run.name": name,
+            "run.seed": seed,
+            "data.batch_size": self.batch,
+            "optimizer.warmup_steps": min(20, self.steps // 10),
+            "save.every": 0,
+            "preview.every": 0,
+            "validation.every": self.steps,
+            "validation.share": 0.1,
+            "validation.items": 24,
+            "log.tensorboard": False,
+        }
+        return load_config(write_config(self.folder, self.steps), base={**quiet, **changes})
+
+
+def judged(lesson: Lesson, prepare: Callable[[Any], None] = lambda pipeline: None) -> dict[str, float]:
+    """Shares of pictures drawn right, of the concept ("new") and of what the model knew ("old").
+
+    prepare: puts on the pipeline what is to be judged
+    """
+    pipeline = load_pipeline()
+    prepare(pipeline)
+    pipeline.transformer.eval()
+    concept = CONCEPTS[lesson.concept]
+    old = Concept("", "", lambda count, seed: draw_set(count, seed), known_right)
+    found = {}
+    for name, one, count, seed in (
+        ("new", concept, lesson.judged_new, NEW_SEED),
+        ("old", old, lesson.judged_old, OLD_SEED),
+    ):
+        asked = one.draw(count, seed)
+        drawn = draw_with(pipeline, [drawing.caption for drawing in asked], seed)
+        found[name] = round(
+            fmean(one.right(picture, a.label) for picture, a in zip(drawn, asked, strict=True)), 4
+        )
+    return found
+
+
+def taught(lesson: Lesson, name: str, seed: int, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Trains a cell and judges its final file: the row of the table. The run's folder is removed at the end.
+
+    Raises UserError when the recipe refuses the cell or its loss is not finite.
+    """
+    folder = lesson.folder / name
+    shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed
+    result = recipe.run(lesson.config(name, seed, changes))
+    if result.stopped:
+        raise KeyboardInterrupt
+    row = {**judged(lesson, lambda pipeline: put_on(pipeline, result)), **measured(result.folder)}
+    shutil.rmtree(folder)
+    return row
+
+
+def put_on(pipeline: Any, result: recipe.Result) -> None:
+    """What a run made, from its final files: an adapter, or a whole transformer."""
+    whole = result.folder / "final" / "transformer"
+    if whole.exists():
+        pipeline.transformer = Flux2Transformer2DModel.from_pretrained(whole, torch_dtype=torch.float32)
+        return
+    attach_state(pipeline.transformer, *load_adapter(result.final[1], registry.keys("flux2-klein")))
+
+
+def measured(folder: Path) -> dict[str, Any]:
+    """Validation loss before and after, seconds of the steps, from the run's events."""
+    told, _ = events.read(folder / "events.jsonl")
+    losses = [one.loss for one in told if isinstance(one, events.Validation)]
+    seconds = [one.seconds for one in told if isinstance(one, events.StepDone)]
+    return {
+        "validation_before": round(losses[0], 5),
+        "validation": round(losses[-1], 5),
+        "seconds": round(sum(seconds), 2),
+        "seconds_per_step": round(median(seconds), 4),
+    }

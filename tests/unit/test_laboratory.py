@@ -1,0 +1,137 @@
+"""The laboratory (benchmarks/learning): its judges, its cells, its table that goes on, and its page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks.learning import laboratory, laboratory_page, rivals
+from benchmarks.learning.concepts import CONCEPTS, draw_duo
+from benchmarks.learning.suites import ASKS, SUITES
+from benchmarks.learning.table import Table
+from benchmarks.learning.teach import Lesson
+
+from whitetuner.config.full import refuse_wrong_full
+from whitetuner.errors import UserError
+from whitetuner.nano.draw import Label, draw_set
+
+CELLS: dict[str, dict[str, Any]] = {"a": {"optimizer.lr": 1.0}, "b": {"optimizer.lr": 2.0}}
+
+
+@pytest.mark.parametrize("word", CONCEPTS)
+def test_the_judge_of_a_concept_knows_it_and_nothing_else(word: str) -> None:
+    concept = CONCEPTS[word]
+    drawn = concept.draw(48, 3)
+    assert len(drawn) == 48 and all(word in one.caption for one in drawn)
+    assert all(concept.right(one.image, one.label) for one in drawn)
+    shifted = [concept.right(a.image, b.label) for a, b in zip(drawn, [*drawn[1:], drawn[0]], strict=True)]
+    assert sum(shifted) <= 4  # neighbours of the same colours
+    known = draw_set(200, 4)
+    asked = [Label(drawn[0].label.shape, one.label.colour, one.label.background) for one in known]
+    coloured = [
+        (a.image, b) for a, b in zip(known, asked, strict=True) if "white" not in (b.colour, b.background)
+    ]
+    assert len(coloured) > 100 and not any(concept.right(image, label) for image, label in coloured)
+
+
+def test_a_duo_with_its_halves_exchanged_is_wrong() -> None:
+    assert not any(CONCEPTS["duo"].right(one.image[:, ::-1], one.label) for one in draw_duo(16, 1))
+
+
+def test_every_cell_is_a_config_of_its_own(tmp_path: Path) -> None:
+    lesson = Lesson(tmp_path, "zorp", 20, 12, 4, 4)
+    assert set(SUITES) < set(ASKS)
+    for cells in SUITES.values():
+        assert 1 < len(cells) <= 12
+        configs = [lesson.config("cell", 42, changes).config for changes in cells.values()]
+        for config in configs:
+            refuse_wrong_full(config)
+        assert len({config.model_dump_json() for config in configs}) == len(cells)
+
+
+def test_a_table_that_was_killed_goes_on_with_what_is_missing(tmp_path: Path) -> None:
+    path, made = tmp_path / "t.json", []
+
+    def make(cell: str, seed: int) -> dict[str, float]:
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append((cell, seed))
+        return {"new": 0.5}
+
+    def table() -> Table:
+        return Table(path, CELLS, {"steps": 3}, [1, 2, 3])
+
+    with pytest.raises(KeyboardInterrupt):
+        table().fill(make, lambda: False)
+    assert made == [("a", 1), ("b", 1), ("a", 2)], "one seed of every cell, then the next"
+    assert len(json.loads(path.read_text())["rows"]) == 3
+    again: list[tuple[str, int]] = []
+    table().fill(lambda cell, seed: again.append((cell, seed)) or {"new": 1.0}, lambda: len(again) == 2)
+    assert again == [("b", 2), ("a", 3)]
+    assert [path.name for path in tmp_path.iterdir()] == ["t.json"]
+
+
+def test_rows_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
+    Table(tmp_path / "t.json", CELLS, {"steps": 3}, [1]).fill(lambda *_: {"new": 0.5}, lambda: False)
+    with pytest.raises(UserError, match="other settings"):
+        Table(tmp_path / "t.json", CELLS, {"steps": 4}, [1])
+    with pytest.raises(UserError, match="other settings"):
+        Table(tmp_path / "t.json", {"a": {"optimizer.lr": 3.0}}, {"steps": 3}, [1])
+
+
+def test_what_a_cell_was_refused_for_is_a_row(tmp_path: Path) -> None:
+    def make(cell: str, seed: int) -> dict[str, float]:
+        if cell == "a":
+            raise UserError("the loss is {value}", value="NaN")
+        return {"new": 0.5, "old": 0.75, "validation": 0.1, "seconds_per_step": 0.2}
+
+    settings = {"suite": "kinds", "concept": "zorp", "steps": 3, "batch": 2, "judged_new": 4, "judged_old": 4}
+    table = Table(tmp_path / "t.json", CELLS, settings, [1, 2])
+    table.document |= {"before": {"new": 0.0, "old": 1.0}, "environment": {"command": "python"}}
+    table.fill(make, lambda: False)
+    text = laboratory_page.section("t", table.document)
+    assert "| a | failed | | | | 0 of 2 |" in text and "- a, seed 2: the loss is NaN" in text
+    assert "| b | 50 % ± 0 | 75 % ± 0 | 0.1000 ± 0.0000 | 0.20 | 2 of 2 |" in text
+
+
+def test_the_page_is_what_the_tables_say() -> None:
+    """`python -m benchmarks.learning.laboratory --write-docs` writes it."""
+    assert laboratory_page.PAGE.read_text(encoding="utf-8") == laboratory_page.page()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures and cache are the same for all."""
+    return tmp_path_factory.mktemp("laboratory")
+
+
+def options(folder: Path, table: str, *words: str) -> argparse.Namespace:
+    own = ["--steps", "2", "--seeds", "1", "--batch", "2", "--judged", "1", "1"]
+    return laboratory.parser_for("").parse_args(
+        [*own, "--folder", str(folder), "--result", str(folder / f"{table}.json"), *words]
+    )
+
+
+@pytest.mark.slow
+def test_a_suite_trains_its_cells_and_never_one_twice(folder: Path) -> None:
+    given = options(folder, "kinds", "--only", "LoKr factor 4")
+    given.suite = "kinds"
+    (row,) = laboratory.run(given).document["rows"]
+    assert row["cell"] == "LoKr factor 4" and row["new"] in (0, 1) and 0 < row["validation"] < 1
+    assert sorted(path.name for path in (folder / "zorp").iterdir()) == ["cache", "config.toml", "data"]
+    assert laboratory.run(given).document["rows"] == [row], "seconds would differ had it been trained again"
+
+
+@pytest.mark.slow
+def test_rivals_that_start_with_our_numbers_learn_what_ours_learn(folder: Path) -> None:
+    names = [name for name in rivals.RIVALS if "White" in name or "our start" in name]
+    rows = rivals.run(options(folder, "rivals", "--only", *names)).document["rows"]
+    losses = {row["cell"]: row["validation"] for row in rows}
+    assert len(losses) == len(names) == 5
+    for kind in ("LoRA", "LoKr"):
+        same = [loss for name, loss in losses.items() if name.startswith(kind)]
+        assert max(same) - min(same) <= 2e-5, losses  # told to five digits
+        assert min(abs(loss - rows[0]["validation_before"]) for loss in same) > 1e-4, "nothing was learned"
