@@ -12,10 +12,12 @@ from whitetuner.config.schema import Config
 from whitetuner.diffusion.sigmas import SigmaSettings
 from whitetuner.family import Family, Part
 from whitetuner.memory.fused import units_of
+from whitetuner.memory.shard import fit_sharded
 from whitetuner.memory.swap.arena import Arena, Arenas
-from whitetuner.planning import Way, denoiser_build, fit_denoiser, shelf_folder
+from whitetuner.planning import Way, denoiser_build, fit_denoiser, in_pieces, shelf_folder
 from whitetuner.rehearsal import adapter_for, optimizer_for, trained_of
 from whitetuner.resolve import Resolved
+from whitetuner.sharing import in_turns, mesh_of
 from whitetuner.train.distributed import Ranks
 from whitetuner.train.ema import Ema
 from whitetuner.train.learner import Learner, Learns
@@ -38,6 +40,9 @@ def assemble(
     arenas: what waits on the host is shared with other ranks of this machine, and read by one of them
     ranks:  with which full training adds up its gradients, block by block
     """
+    if config.memory.shard:
+        assert ranks is not None, "sharding is for several ranks"
+        return _sharded(config, family, resolved, way, tell, ranks)
     device, parts = resolved.device, family.spec.parts(family.options)
     # Parts of a family are of one architecture: what fits one fits each while the others are away.
     lists = parts[0].block_lists
@@ -65,6 +70,48 @@ def assemble(
     planned = way.plan is None or way.plan.previews
     beside = companion_of(config, family, resolved, tell, shelf_folder(config, way), planned)
     return Team(learners, beside, way.turn_steps)
+
+
+def _sharded(
+    config: Config,
+    family: Family,
+    resolved: Resolved,
+    way: Way,
+    tell: Callable[[str, str], None],
+    ranks: Ranks,
+) -> Team:
+    """One denoiser, its weights shared out among the ranks, and a whole adapter on each."""
+    device, (part,) = resolved.device, family.spec.parts(family.options)
+    mesh = mesh_of(ranks, device)
+
+    def load() -> Learns:
+        build = denoiser_build(
+            way, device, resolved.dtype, part.block_lists, turns=True
+        )  # blocks on the host
+        module = family.load(build)[part.name]
+        adapter, limits = adapter_for(config, family, part, module, device)
+        for limit in limits:
+            tell("warning", str(limit))
+        parameters = list(adapter.parameters())
+        in_pieces(module, part, way.pieces)
+        fitted = fit_sharded(
+            module,
+            part.block_lists,
+            mesh,
+            whole=parameters,
+            plain=way.plain,
+            inputs_on_host=config.memory.activation_offload,
+            attention=config.memory.attention,
+            together=ranks.together,
+        )
+        ema = Ema(parameters, config.optimizer.ema) if config.optimizer.ema else None
+        return Learner(
+            part, module, adapter, config.method.kind, optimizer_for(config, parameters), ema, fitted
+        )
+
+    learner = in_turns(ranks, load)
+    tell("info", f"every rank holds 1/{ranks.world} of the weights of each block (FSDP2)")
+    return Team([learner], companion_of(config, family, resolved, tell, shelf_folder(config, way), True))
 
 
 def step_settings(config: Config, shift: float, part: Part) -> StepSettings:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from whitetuner.family import Family, Part
 from whitetuner.prepared import Prepared
 from whitetuner.runs import events
 from whitetuner.runs.folder import RunFolder
+from whitetuner.train.distributed import Ranks
 from whitetuner.train.preview import draw_previews
 from whitetuner.train.step import StepSettings
 from whitetuner.train.team import Team
@@ -28,13 +31,17 @@ def validation_of(
     settings: Callable[[Part], StepSettings],
     sigmas: int,
     device: torch.device,
+    together: Ranks | None = None,
 ) -> events.Validation | None:
-    """The loss on fixed noise at so many sigmas of each part's range, of the averaged weights; None without pictures for it."""
+    """The loss on fixed noise at so many sigmas of each part's range, of the averaged weights; None without pictures for it.
+
+    together: see previews_of
+    """
     if not data.validation:
         return None
     began = time.perf_counter()
     by_sigma: dict[str, float] = {}
-    with team.averaged(), team.guests():
+    with team.averaged(), team.guests(), _waiting(together):
         for learner in team.learners:
             team.make_way_for(learner)
             part = learner.part
@@ -60,10 +67,16 @@ def previews_of(
     folder: RunFolder,
     max_seconds: float,
     device: torch.device,
+    together: Ranks | None = None,
 ) -> list[events.Event]:
-    """Draws into the run's samples/ with the averaged weights; the decoder goes back to the host after."""
+    """Draws into the run's samples/ with the averaged weights; the decoder goes back to the host after.
+
+    together: ranks that have to draw together, of a sharded model; what others than the first draw is thrown away.
+    """
     told: list[events.Event] = []
     with (
+        _drawn_into(folder, together) as samples,
+        _waiting(together),
         team.averaged(),
         team.guests(),
         decoding_in_room(decoder, team.make_room()),
@@ -75,13 +88,16 @@ def previews_of(
             modules,
             decoder.to(device),
             data.scenes,
-            folder.samples,
+            samples,
             step,
             max_seconds,
+            bool if together is None else partial(_one_word, together),
         )
         try:
             drawn = draw()
         except torch.OutOfMemoryError:
+            if together is not None:  # the others are in the middle of a picture
+                raise
             drawn = None
         if drawn is None:
             told.append(
@@ -97,7 +113,7 @@ def previews_of(
                 told.append(_warning(f"no previews of step {step}: the card has no memory for their size"))
     if device.type != "cpu":
         decoder.to("cpu")
-    if drawn is None:
+    if drawn is None or (together is not None and not together.first):
         return told
     if drawn.skipped:
         text = f"{drawn.skipped} previews of step {step} left out: preview.max_seconds was reached"
@@ -106,6 +122,24 @@ def previews_of(
     prompts = [scene.text for scene in data.scenes[: len(files)]]
     told.append(events.Preview(step=step, files=files, prompts=prompts, seconds=drawn.seconds))
     return told
+
+
+def _waiting(together: Ranks | None) -> AbstractContextManager[None]:
+    return nullcontext() if together is None else together.together()
+
+
+def _one_word(ranks: Ranks, late: bool) -> bool:
+    """Rank 0's clock counts."""
+    return ranks.from_first(lambda: late)
+
+
+@contextmanager
+def _drawn_into(folder: RunFolder, together: Ranks | None) -> Iterator[Path]:
+    if together is None or together.first:
+        yield folder.samples
+        return
+    with TemporaryDirectory() as elsewhere:
+        yield Path(elsewhere)
 
 
 def _warning(text: str) -> events.Event:

@@ -19,6 +19,7 @@ from whitetuner.adapters.choose import choose
 from whitetuner.companions import beside_of, turn_steps_of
 from whitetuner.config.full import refuse_wrong_full
 from whitetuner.config.schema import Config
+from whitetuner.config.shard import refuse_wrong_shard
 from whitetuner.encoding import Encoding, encoding_of
 from whitetuner.errors import UserError
 from whitetuner.families import registry
@@ -168,9 +169,10 @@ def way_of(
         asked = str(earlier["base"])  # a smaller card may swap more, but not learn other numbers unasked
     if asked == "nf4":
         require_bitsandbytes()
-    if device.type == "cpu" and memory.limit_gb is None:
+    if memory.shard or (device.type == "cpu" and memory.limit_gb is None):
         base = asked or name_of(dtype)
-        count = _blocks(family, part, dtype)
+        count, again = _blocks(family, part, dtype), memory.gradient_checkpointing
+        again = device.type != "cpu" if again == "auto" else again
         on_disk = memory.experts_on_disk is True and beside_of(config, family, dtype).on_disk is True
         waiting = (count if on_disk else 0) if memory.blocks_to_swap == "auto" else memory.blocks_to_swap
         _check_swap(waiting, count)
@@ -178,7 +180,7 @@ def way_of(
             base,
             _QUANTISED.get(base),
             spread_count(count, count - waiting) if waiting else None,
-            frozenset() if memory.gradient_checkpointing is True else frozenset(range(count)),
+            frozenset() if again is True else frozenset(range(count)),
             pieces=pieces,
             on_disk=on_disk,
             turn_steps=earlier.get("turn_steps") if earlier else None,
@@ -284,6 +286,7 @@ def asked_base(config: Config) -> str | None:
     Raises UserError for a quantised base under full training, whose weights must stay precise.
     """
     refuse_wrong_full(config)
+    refuse_wrong_shard(config)
     given = config.memory.base
     if given == "auto":
         return None

@@ -18,8 +18,6 @@ from whitetuner import sharing
 from whitetuner.assemble import assemble, step_settings
 from whitetuner.between import previews_of, validation_of
 from whitetuner.checkpoint.store import Store
-from whitetuner.config.full import refuse_wrong_full
-from whitetuner.config.landed import refuse_not_landed
 from whitetuner.config.load import Loaded, dump_config
 from whitetuner.data.loader import Loader
 from whitetuner.errors import UserError, cannot_write, out_of_memory
@@ -86,6 +84,7 @@ class Session:
         self.loaded, self.config, self.resolved, self.folder = loaded, loaded.config, resolved, folder
         self.family, self.device = resolved.family, resolved.device
         self.signals, self.resume, self.ranks = signals, resume, ranks
+        self.together = ranks if loaded.config.memory.shard else None
         self.listeners = listeners if ranks.first else ()
         self.build = phase_build(loaded.config, resolved, lambda text: self._message("info", text))
         self.decoder: torch.nn.Module | None = None
@@ -110,9 +109,7 @@ class Session:
         config = loaded.config
         with ExitStack() as stack:
             with ranks.phase():
-                refuse_wrong_full(config)
-                refuse_not_landed(config)
-                sharing.same_config(ranks, config)
+                sharing.refuse_wrong(ranks, config)
                 resolved = resolve(config, ranks.local)
                 rehearse(config, resolved.family)
                 resume = resume or config.run.resume
@@ -262,7 +259,7 @@ class Session:
             self._closing.callback(self.board.close)
         self.tell(events.Phase(name="train", total=self.data.steps))
         self._began_at = self.step
-        if self.step == 0 and self.ranks.first:
+        if self.step == 0 and (self.ranks.first or self.together):
             if config.validation.every:
                 self._validate(0)
             if config.preview.every and config.preview.at_start:
@@ -314,21 +311,32 @@ class Session:
             seen = correct_plan(self.way, self.team.at(step - 1).fitted, self.device)
             if seen:
                 self.folder.update(measured=seen)
-        if not self.ranks.first:
-            return  # the first rank validates, draws and saves for all
+        if self.together is not None:  # of a sharded model each has a share: all take part
+            with self.ranks.phase():
+                self._due(step)
+        elif self.ranks.first:  # validates, draws and saves for all
+            self._due(step)
+
+    def _due(self, step: int) -> None:
         config, last = self.config, step == self.data.steps
         due = lambda every: bool(every) and (step % every == 0 or last)  # noqa: E731 - a word of this paragraph only
         if due(config.validation.every):
             self._validate(step)
-        if self.folder.take("preview") or due(config.preview.every):
+        if self._wished("preview") or due(config.preview.every):
             self._preview(step)
-        if self.folder.take("save") or due(config.save.every) or last:
+        if self._wished("save") or due(config.save.every) or last:
             self.save()
+
+    def _wished(self, word: str) -> bool:
+        wished = partial(self.folder.take, word)
+        return wished() if self.together is None else self.together.from_first(wished)
 
     def save(self) -> Path:
         """A checkpoint of now. Raises UserError when it cannot be written; earlier ones stay."""
         began = time.perf_counter()
         tensors, documents = self.team.save()
+        if not self.ranks.first:
+            return self.folder.path
         self.folder.sync_events()
         path = self.store.save(
             self.step, tensors, documents, {"config": self.loaded.document()}, self.loaded.metadata()
@@ -343,15 +351,9 @@ class Session:
 
     def _validate(self, step: int) -> None:
         count = self.config.validation.sigmas
-        event = validation_of(
-            step,
-            self.family,
-            self.team,
-            self.data,
-            partial(step_settings, self.config, self.data.shift),
-            count,
-            self.device,
-        )
+        settings = partial(step_settings, self.config, self.data.shift)
+        where = (self.data, settings, count, self.device, self.together)
+        event = validation_of(step, self.family, self.team, *where)
         if event is not None:
             self.tell(event)
 
@@ -361,9 +363,8 @@ class Session:
         if self.decoder is None:
             self.decoder = self.family.load_decoder(self.build)
         limit = self.config.preview.max_seconds
-        for event in previews_of(
-            step, self.family, self.team, self.decoder, self.data, self.folder, limit, self.device
-        ):
+        where = (self.data, self.folder, limit, self.device, self.together)
+        for event in previews_of(step, self.family, self.team, self.decoder, *where):
             self.tell(event)
 
     # -- the end ---------------------------------------------------------------------------------------------------

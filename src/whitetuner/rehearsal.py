@@ -37,6 +37,12 @@ def rehearse(config: Config, family: Family, *, here: bool = True) -> None:
     here: on this machine, not only planned on it for another: its packages and devices count, too
     """
     backend_named(config.memory.attention)
+    if config.memory.shard and len(family.spec.parts(family.options)) > 1:
+        raise UserError(
+            "two experts that take turns cannot be sharded",
+            where="memory.shard",
+            mend="set memory.shard = false: blocks wait on the host instead (memory.blocks_to_swap)",
+        )
     check_weights(family)
     check_previews(config, family)
     modules = family.load(rehearse_module)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import secrets
 import socket
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from whitetuner.checkpoint.store import STATE_FILE, Checkpoint, read
+from whitetuner.config.full import refuse_wrong_full
+from whitetuner.config.landed import refuse_not_landed
 from whitetuner.config.load import differences
 from whitetuner.config.schema import Config
+from whitetuner.config.shard import refuse_wrong_shard
 from whitetuner.data.order import Shares
 from whitetuner.data.scan import Scan
 from whitetuner.errors import EXIT_ENVIRONMENT, UserError
@@ -28,8 +33,34 @@ from whitetuner.runs.folder import RunFolder
 from whitetuner.train.distributed import Ranks
 from whitetuner.train.team import Team
 
+T = TypeVar("T")
 #: What each rank may have of its own.
 _OWN = ("memory.device", "memory.vram_gb", "run.resume", "data.workers")
+
+
+def refuse_wrong(ranks: Ranks, config: Config) -> None:
+    """Raises UserError for what the config alone shows to be wrong, and for ranks whose configs differ."""
+    refuse_wrong_full(config)
+    refuse_wrong_shard(config, ranks.world)
+    refuse_not_landed(config)
+    same_config(ranks, config)
+
+
+def mesh_of(ranks: Ranks, device: torch.device) -> DeviceMesh:
+    """All ranks in one row, for FSDP. They make it together."""
+    return init_device_mesh(device.type, (ranks.world,))
+
+
+def in_turns(ranks: Ranks, work: Callable[[], T]) -> T:
+    """Of the ranks of a machine one works after the other: what each needs for it on the host is there once."""
+    per_machine = Counter(one.machine for one in ranks.presences)
+    mine = list(ranks.ranks_here).index(ranks.rank)
+    done: list[T] = []
+    for turn in range(max(per_machine.values(), default=1)):
+        if turn == mine:
+            done.append(work())
+        ranks.meet()
+    return done[0]
 
 
 def same_config(ranks: Ranks, config: Config) -> None:
@@ -147,6 +178,14 @@ def shares_of(ranks: Ranks, config: Config, before: Mapping[str, Any]) -> Shares
             "full training gives every rank at least one batch of a step: this run has {batches}, and there are {world} ranks",
             where="--gpus",
             mend="go on with at most {batches} ranks",
+            batches=int(begun),
+            world=ranks.world,
+        )
+    if config.memory.shard and int(begun) % ranks.world:
+        raise UserError(
+            "sharded, all ranks make every pass together: this run has {batches} batches a step for {world} ranks",
+            where="memory.shard",
+            mend="go on with a number of ranks that divides {batches}, or set memory.shard = false",
             batches=int(begun),
             world=ranks.world,
         )

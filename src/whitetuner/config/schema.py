@@ -123,6 +123,10 @@ class Memory(Section):
     device: Annotated[str, BeforeValidator(lambda given: str(given) if type(given) is int else given)] = (
         Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|\d+)$", description="auto, cpu, or a GPU's number")
     )
+    shard: bool = Field(
+        False,
+        description="several GPUs: each holds a share of every block's weights (FSDP2), for models that fit no card",
+    )
     compile: bool = Field(False, description="torch.compile, block by block")
     attention: str = Field("auto", description="attention kernel")
 

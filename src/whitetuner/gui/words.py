@@ -60,6 +60,7 @@ _LABELS = {
     "memory.base": "Format of the base model",
     "memory.blocks_to_swap": "Blocks to swap",
     "memory.dtype": "Precision",
+    "memory.shard": "Share weights among GPUs",
     "memory.compile": "torch.compile",
     "save.every": "Checkpoint every",
     "save.keep": "Checkpoints to keep",

@@ -112,6 +112,7 @@ FIELDS: dict[str, tuple[str, str]] = {
     ),
     "memory.dtype": ("计算精度", "未量化权重的精度；auto：显卡用 bf16，CPU 用 fp32"),
     "memory.device": ("设备", "auto、cpu，或显卡编号"),
+    "memory.shard": ("权重分片", "多张显卡各放每块权重的一份（FSDP2），用于单卡放不下的模型"),
     "memory.compile": ("torch.compile", "逐块编译，可能更快，开头要等"),
     "memory.attention": ("注意力实现", "使用哪种注意力内核"),
     "save.every": ("检查点间隔", "每隔多少步保存一次；0：只在最后"),

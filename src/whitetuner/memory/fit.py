@@ -49,6 +49,11 @@ class Fitted:
     shelf: Shelf | None = None
     trained: bool = False
 
+    @property
+    def sharded(self) -> bool:
+        """Whether every pass is made by all ranks together (memory/shard.py)."""
+        return False
+
     def run(self, step: Callable[[], T], forget: Callable[[], None]) -> T:
         """A whole optimizer step without the optimizer's; again with fewer residents when memory runs out."""
         if self.engine is None and self.swap is not None:

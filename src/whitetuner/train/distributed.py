@@ -100,6 +100,12 @@ class Ranks:
     def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
         """Rank 0's values, in place."""
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around work in which ranks wait for each other in ways that are not of this class (FSDP's): one that fails
+        within it isn't met by the others, who find it gone, and its words."""
+        yield
+
     def say(self, key: str, text: str) -> None:
         """Leaves a word for others, under a key that is used once."""
 
@@ -225,6 +231,19 @@ class Several(Ranks):
 
     def say(self, key: str, text: str) -> None:
         self._store.set(f"{key}/{self.rank}", text)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        self._midway = True
+        full: torch.OutOfMemoryError | None = None
+        with self._asking():
+            try:
+                yield
+            except torch.OutOfMemoryError as error:  # its own, not of a rank that is gone
+                full = error
+        if full is not None:
+            raise full
+        self._midway = False
 
     # -- tensors ---------------------------------------------------------------------------------------------------
 

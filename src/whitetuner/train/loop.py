@@ -181,7 +181,8 @@ def _refusal(
         None,
     )
     modules = {learner.part.name: learner.module}
-    for batch in micro:
+    alone = learner.fitted is None or not learner.fitted.sharded
+    for batch in micro if alone else ():  # a pass of one rank would wait for the others'
         if culprit is None:
             culprit = first_bad_module(
                 learner.module.named_modules(),

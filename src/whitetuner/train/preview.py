@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,10 +43,12 @@ def draw_previews(
     folder: Path,
     step: int,
     max_seconds: float,
+    agreed: Callable[[bool], bool] = bool,
 ) -> Drawn:
     """Writes folder/step-000250/00.png ... (clips: a contact sheet, and 00.mp4 where PyAV is installed).
 
-    Scenes that do not fit into max_seconds are left out and counted.
+    Scenes that do not fit into max_seconds are left out and counted. agreed: whether all ranks that draw together stop, from
+    whether this one would.
 
     A scene that has begun is finished: half-denoised pictures would look like a training fault.
     """
@@ -57,7 +59,7 @@ def draw_previews(
     longest = 0.0
     for index, scene in enumerate(scenes):
         spent = time.perf_counter() - began
-        if index and spent + longest > max_seconds:
+        if index and agreed(spent + longest > max_seconds):
             return Drawn(files, spent, len(scenes) - index)
         with torch.no_grad():
             frames = family.generate(
