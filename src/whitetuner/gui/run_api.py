@@ -14,7 +14,8 @@ from starlette.routing import Route
 from whitetuner.errors import UserError
 from whitetuner.gui import results, starting, strengths
 from whitetuner.gui.asked import Told, body_of, is_json, whole, word_of
-from whitetuner.gui.run_state import Runs, ask, film_beside, finals, job_of
+from whitetuner.gui.run_reader import Reader
+from whitetuner.gui.run_state import Runs, ask, film_beside, finals, job_of, previews_of
 from whitetuner.gui.settings import Settings
 from whitetuner.gui.told import told, translated
 from whitetuner.runs.files import inside
@@ -48,37 +49,53 @@ def routes(settings: Settings, runs: Runs) -> list[Route]:
         return {"runs": there, "machine": runs.machine()}
 
     def shown(request: Request) -> Any:
-        found = runs.shown(asked_for(request))
+        job = asked_for(request)
+        found = runs.shown(job)
         reason = found.get("reason") or {}
         if isinstance(reason.get("text"), str):
             reason["text"] = translated(reason["text"], _language(request))
         return {
             **found,
+            "origin": origin(job, lambda reader: {"previews": previews_of(reader)}),
             "machine": runs.machine(),
             "comfyui": results.comfyui_folder(roots),
             "comfyui_loads": results.comfyui_loads(found["family"]),
         }
+
+    def origin(job: Job, facts: Callable[[Reader], dict[str, Any]]) -> dict[str, Any] | None:
+        """Of the run that this one was forked from: {name, at: the step, and these facts}."""
+        found = runs.origin(job, roots)
+        return (
+            None if found is None else {"name": found[0].folder.path.name, "at": found[1], **facts(found[0])}
+        )
 
     def curve(request: Request) -> Any:
         job = asked_for(request)
         reader = runs.reader(job)
         if request.query_params.get("version") == str(reader.version):
             return {"version": reader.version}
-        return {**reader.curve(), "origin": runs.origin(job, roots)}
+        return {**reader.curve(), "origin": origin(job, Reader.mean)}
 
     def log(request: Request) -> Any:
         return {"lines": runs.log(asked_for(request))}
 
     def preview(request: Request) -> Response:
         job = asked_for(request)
-        event = runs.reader(job).previews.get(_number(request, "step"))
+        forked = runs.origin(job, roots) if "origin" in request.query_params else None
+        reader = forked[0] if forked else runs.reader(job)
+        event = reader.previews.get(_number(request, "step"))
         number = _number(request, "number")
-        if event is None or number >= len(event.files):
+        if (
+            event is None
+            or number >= len(event.files)
+            or (forked is None and "origin" in request.query_params)
+        ):
             return JSONResponse({"error": "no such preview"}, 404)
+        run = reader.folder.path
         if "film" not in request.query_params:
-            return _file(Path(job.run), event.files[number])
-        place = film_beside(Path(job.run), event.files[number])
-        return JSONResponse({"error": "no such film"}, 404) if place is None else _file(Path(job.run), place)
+            return _file(run, event.files[number])
+        place = film_beside(run, event.files[number])
+        return JSONResponse({"error": "no such film"}, 404) if place is None else _file(run, place)
 
     def strength(request: Request) -> Response:
         run = Path(asked_for(request).run)

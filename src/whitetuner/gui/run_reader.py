@@ -182,6 +182,11 @@ class Reader:
             "lr": _all_short(lr[ends]),
         }
 
+    def mean(self) -> dict[str, Any]:
+        """Of the curve its running mean alone: {step, smooth}."""
+        found = self.curve()
+        return {"step": found["step"], "smooth": found["smooth"]}
+
     def best(self) -> int | None:
         """The saved step with the least validation loss on pictures that are not trained on; None without such a measure."""
         measured = {s: one.loss for s, one in self.validations.items() if one.held_out and s in self.saved}

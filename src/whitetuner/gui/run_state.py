@@ -71,14 +71,12 @@ class Runs:
         found.look()
         return found
 
-    def origin(self, job: Job, roots: Roots) -> dict[str, Any] | None:
-        """The running mean of the run that this one began from: {name, at, step, smooth}; None for others."""
+    def origin(self, job: Job, roots: Roots) -> tuple[Reader, int] | None:
+        """(the run that this one began from, at which step of it); None for others."""
         found = RunFolder(Path(job.run)).origin()
         if found is None or not roots.allows(found[0].path):
             return None
-        reader = self.reader(replace(job, run=str(found[0].path)))
-        curve = reader.curve()
-        return {"name": found[0].path.name, "at": found[1], "step": curve["step"], "smooth": curve["smooth"]}
+        return self.reader(replace(job, run=str(found[0].path))), found[1]
 
     def shown(self, job: Job) -> dict[str, Any]:
         """Everything of a run but its curve and its log."""
@@ -104,15 +102,7 @@ class Runs:
             "total": progress.total if progress else None,
             "numbers": reader.numbers(steps) if began else {},
             "ranks": ranks_of(reader.folder) if began else [],
-            "previews": [
-                {
-                    "step": one.step,
-                    "prompts": one.prompts,
-                    "count": len(one.files),
-                    "films": [film_beside(reader.folder.path, file) is not None for file in one.files],
-                }
-                for one in sorted(reader.previews.values(), key=lambda one: one.step)
-            ],
+            "previews": previews_of(reader),
             "saved": sorted(reader.saved),
             "validation": [[s, one.loss] for s, one in sorted(reader.validations.items())],
             "best": reader.best(),
@@ -182,6 +172,19 @@ def reason_of(job: Job, state: str, reader: Reader) -> dict[str, Any]:
     if psutil.boot_time() > job.asked_at:
         return {"kind": "reboot", "text": told}
     return {"kind": "gone", "text": told}
+
+
+def previews_of(reader: Reader) -> list[dict[str, Any]]:
+    """Of each step that has some: its prompts, how many pictures, and which of them are clips."""
+    return [
+        {
+            "step": one.step,
+            "prompts": one.prompts,
+            "count": len(one.files),
+            "films": [film_beside(reader.folder.path, file) is not None for file in one.files],
+        }
+        for one in sorted(reader.previews.values(), key=lambda one: one.step)
+    ]
 
 
 def ranks_of(folder: RunFolder) -> list[dict[str, Any]]:

@@ -70,7 +70,7 @@ class RunView extends View {
     ];
     this.part("tiles", tiles, () => tiles.map(([name, value, more]) =>
       h("div", { class: "wr-tile", "data-tile": name }, h("span", {}, this.w(name)), h("b", {}, String(value ?? "–")), h("small", {}, more ?? ""))));
-    this.part("previews", run.previews, () => this.previews(run));
+    this.part("previews", [run.previews, run.origin], () => this.previews(run));
   }
 
   why(run) {
@@ -119,26 +119,31 @@ class RunView extends View {
 
   previews(run) {
     if (!run.previews.length) return this.dataset.small !== undefined ? [] : h("p", { class: "wr-soft" }, this.w("no_previews"));
-    const columns = this.dataset.small !== undefined ? run.previews.slice(-3) : run.previews;
+    const columns = this.dataset.small !== undefined ? run.previews.slice(-3) : columnsOf(run);
     const prompts = columns.at(-1).prompts;
-    const head = h("tr", {}, h("th"), columns.map((one) => h("th", { scope: "col" }, this.w("at_step", { step: one.step }))));
-    const rows = prompts.map((prompt, number) => h("tr", {}, h("th", { scope: "row", title: prompt }, prompt), columns.map((one) =>
-      h("td", {}, number < one.count ? h("button", { class: "wr-thumb", onclick: () => compare(this, run, number, one.step) },
-        this.small(one, number, `${prompt}, ${this.w("at_step", { step: one.step })}`)) : null))));
+    const head = h("tr", {}, h("th"), columns.map((one) => h("th", { scope: "col", class: one.of ? "wr-soft" : "" }, this.titleOf(one))));
+    const rows = prompts.map((prompt, row) => h("tr", {}, h("th", { scope: "row", title: prompt }, prompt), columns.map((one) => {
+      const number = numberIn(one, prompt, row);
+      return h("td", {}, number === null ? null : h("button", { class: "wr-thumb", onclick: () => compare(this, run, row, one) },
+        this.small(one, number, `${prompt}, ${this.titleOf(one)}`)));
+    })));
     const table = h("div", { class: "wr-grid", tabindex: "0" }, h("table", {}, h("thead", {}, head), h("tbody", {}, rows)));
     setTimeout(() => { table.scrollLeft = table.scrollWidth; });
     return table;
   }
 
-  picture(step, number) { return `/api/runs/${this.dataset.run}/preview/${step}/${number}`; }
+  titleOf(one) { return `${one.of ? `${one.of}, ` : ""}${this.w("at_step", { step: one.step })}`; }
 
-  film(step, number) { return `${this.picture(step, number)}?film`; }
+  picture(one, number, film) {
+    const more = [...(one.of ? ["origin"] : []), ...(film ? ["film"] : [])].join("&");
+    return `/api/runs/${this.dataset.run}/preview/${one.step}/${number}${more && `?${more}`}`;
+  }
 
   /** A preview in the table: a picture, or a clip that plays while it is in sight. */
   small(one, number, alt) {
-    if (!one.films?.[number]) return h("img", { loading: "lazy", src: this.picture(one.step, number), alt });
+    if (!one.films?.[number]) return h("img", { loading: "lazy", src: this.picture(one, number), alt });
     const clip = film({ preload: "none", "aria-label": alt });
-    clip.dataset.src = this.film(one.step, number);
+    clip.dataset.src = this.picture(one, number, true);
     inSight.observe(clip);
     return clip;
   }
@@ -162,20 +167,33 @@ const inSight = new IntersectionObserver((seen) => {
   }
 });
 
-/** Two steps of one prompt over each other, divided by a slider. */
-function compare(view, run, number, step) {
-  const alike = run.previews.find((one) => one.step === step)?.films?.[number] ?? false;
-  const steps = run.previews.filter((one) => number < one.count && (one.films?.[number] ?? false) === alike).map((one) => one.step);
-  const choose = (chosen) => h("select", {}, steps.map((one) => h("option", { value: one, selected: one === chosen }, view.w("at_step", { step: one }))));
-  const left = choose(steps[0]);
-  const right = choose(step);
+/** Previews of the run, and before them those of the run that it was forked from (of: its name). */
+function columnsOf(run) {
+  return [...(run.origin?.previews ?? []).map((one) => ({ ...one, of: run.origin.name })), ...run.previews];
+}
+
+/** Which picture of a column belongs to a row's prompt; a fork may have other prompts than its origin. null: none. */
+function numberIn(one, prompt, row) {
+  const number = one.of ? one.prompts.indexOf(prompt) : row;
+  return number >= 0 && number < one.count ? number : null;
+}
+
+/** Two previews of one prompt over each other, divided by a slider. */
+function compare(view, run, row, chosen) {
+  const prompt = run.previews.at(-1).prompts[row];
+  const isFilm = (one) => one.films?.[numberIn(one, prompt, row)] ?? false;
+  const alike = isFilm(chosen);
+  const there = columnsOf(run).filter((one) => numberIn(one, prompt, row) !== null && isFilm(one) === alike);
+  const choose = (index) => h("select", {}, there.map((one, at) => h("option", { value: at, selected: at === index }, view.titleOf(one))));
+  const left = choose(0);
+  const right = choose(there.findIndex((one) => one.step === chosen.step && one.of === chosen.of));
   const shown = (alt, more) => (alike ? film({ "aria-label": alt, ...more }) : h("img", { alt, ...more }));
   const before = shown(view.w("left"), {});
   const after = shown(view.w("right"), { class: "wr-over" });
   const slider = h("input", { type: "range", min: 0, max: 100, value: 50, "aria-label": view.w("compare") });
   const cut = () => { after.style.clipPath = `inset(0 0 0 ${slider.value}%)`; line.style.left = `${slider.value}%`; };
   const line = h("i", { class: "wr-cut" });
-  const place = (at) => (alike ? view.film(at, number) : view.picture(at, number));
+  const place = (at) => view.picture(there[at], numberIn(there[at], prompt, row), alike);
   const pick = () => {
     before.src = place(left.value);
     after.src = place(right.value);
@@ -186,7 +204,7 @@ function compare(view, run, number, step) {
   });
   for (const one of [left, right]) one.addEventListener("change", pick);
   slider.addEventListener("input", cut);
-  const dialog = h("dialog", { class: "wr-compare" }, h("p", {}, run.previews.at(-1).prompts[number]),
+  const dialog = h("dialog", { class: "wr-compare" }, h("p", {}, prompt),
     h("div", { class: "wr-pair" }, before, after, line), slider,
     h("div", { class: "wr-buttons" }, h("label", {}, `${view.w("left")} `, left), h("label", {}, `${view.w("right")} `, right),
       h("button", { onclick: () => dialog.close() }, view.w("close"))));
