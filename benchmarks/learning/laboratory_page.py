@@ -23,7 +23,8 @@ the model knows. A program then judges fresh pictures: **new** is the share of t
 vocabulary (what it lost was forgotten). **Validation** is the loss on 24 pictures held out, at fixed noise; most of them are old
 vocabulary, so it mostly tells what was forgotten. ± is the sample standard deviation over seeds; a share of 64 pictures is itself
 uncertain by up to 6 points, one of 96 by up to 5 (standard error), so differences below that say nothing, and one seed says
-little. What holds on a model of 1.6 M parameters need not hold on a released one.
+little. The learning rate is the demo's 4e-3 unless a cell says otherwise; each kind may have a better one. What holds on a
+model of 1.6 M parameters need not hold on a released one.
 
 Concepts: `zorp`, an outline (a heart); `duo`, a texture (a disc, its left half coloured, its right half white); `nook`, a layout
 (a disc in the upper left quarter). Suites: `kinds`, `timesteps`, `base`, `batch_lr`, `precision`; one without a section below
