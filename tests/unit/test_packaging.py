@@ -1,4 +1,4 @@
-"""What the project is handed out as: the site of its documentation, and its container."""
+"""What the project is handed out as: the site of its documentation, its container, its figures."""
 
 from __future__ import annotations
 
@@ -57,3 +57,18 @@ def test_the_container_opens_the_page_behind_a_password_and_is_not_root() -> Non
 def test_the_container_is_given_what_an_installation_needs(name: str) -> None:
     left_out = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
     assert (ROOT / name).exists() and name not in left_out
+
+
+def test_every_figure_has_its_command_and_its_row() -> None:
+    rows = re.findall(
+        r"^\| `([a-z_]+\.json)` \| `python (?:-m )?([\w./]+)[^`]*` \|",
+        (ROOT / "benchmarks/README.md").read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
+    results = {path.name for path in (ROOT / "benchmarks/results").glob("*.json")}
+    assert {name for name, _ in rows} == results and len(rows) == len(results)
+    for name, program in rows:
+        words = program if "/" in program else program.replace(".", "/") + ".py"
+        assert (ROOT / words).exists(), words
+        text = (ROOT / "benchmarks/results" / name).read_text(encoding="utf-8")
+        assert re.search(rf'"command": "(?:\w+=\S+ )*python (?:-m )?{re.escape(program)}[ "]', text), name
