@@ -2,7 +2,7 @@
 #
 #   docker build -t whitetuner .                                                      a CPU image, to try it
 #   docker build -t whitetuner --build-arg BASE=nvidia/cuda:13.0.1-runtime-ubuntu24.04 --build-arg TORCH=cu130 .
-#   docker run --gpus all --shm-size 8g -p 7860:7860 -v "$PWD/models:/work/models" -v "$PWD/data:/work/data" -v "$PWD/output:/work/output" whitetuner
+#   docker run --gpus all --shm-size 8g -p 7860:7860 -v "$PWD/models:/whitetuner/models" -v "$PWD/data:/whitetuner/data" -v "$PWD/output:/whitetuner/output" whitetuner
 #   docker run ... whitetuner train data/my.toml                                     any other word of whitetuner
 ARG BASE=python:3.12-slim-bookworm
 FROM ${BASE}
@@ -19,16 +19,16 @@ RUN if ! command -v python3 >/dev/null; then \
 
 # Not root: what a run writes belongs to a user. 1000 is the first user of most machines.
 RUN id -u 1000 >/dev/null 2>&1 || useradd --create-home --uid 1000 trainer
-RUN mkdir -p /opt/whitetuner /work/models /work/data /work/output && chown -R 1000 /opt/whitetuner /work
+RUN mkdir -p /opt/whitetuner /whitetuner/models /whitetuner/data /whitetuner/output && chown -R 1000 /opt/whitetuner /whitetuner
 
 USER 1000
-ENV HOME=/work HF_HOME=/work/models/hub
+ENV HOME=/whitetuner HF_HOME=/whitetuner/models/hub
 WORKDIR /opt/whitetuner/app
 COPY --chown=1000 . .
 RUN python3 launch.py --torch-index "${TORCH}" setup
 
-WORKDIR /work
-VOLUME ["/work/models", "/work/data", "/work/output"]
+WORKDIR /whitetuner
+VOLUME ["/whitetuner/models", "/whitetuner/data", "/whitetuner/output"]
 EXPOSE 7860
 ENTRYPOINT ["/opt/whitetuner/venv/bin/whitetuner"]
 CMD ["gui", "--listen", "0.0.0.0", "--server", "--no-browser"]
