@@ -8,7 +8,7 @@ ARG BASE=python:3.12-slim-bookworm
 FROM ${BASE}
 
 ARG TORCH=cpu
-ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 WHITETUNER_VENV=/opt/whitetuner/venv
+ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 WHITETUNER_VENV=/srv/whitetuner/venv
 
 # A CUDA base brings no Python; the others have one already.
 RUN if ! command -v python3 >/dev/null; then \
@@ -19,16 +19,16 @@ RUN if ! command -v python3 >/dev/null; then \
 
 # Not root: what a run writes belongs to a user. 1000 is the first user of most machines.
 RUN id -u 1000 >/dev/null 2>&1 || useradd --create-home --uid 1000 trainer
-RUN mkdir -p /opt/whitetuner /whitetuner/models /whitetuner/data /whitetuner/output && chown -R 1000 /opt/whitetuner /whitetuner
+RUN mkdir -p /srv/whitetuner /whitetuner/models /whitetuner/data /whitetuner/output && chown -R 1000 /srv/whitetuner /whitetuner
 
 USER 1000
 ENV HOME=/whitetuner HF_HOME=/whitetuner/models/hub
-WORKDIR /opt/whitetuner/app
+WORKDIR /srv/whitetuner/app
 COPY --chown=1000 . .
 RUN python3 launch.py --torch-index "${TORCH}" setup
 
 WORKDIR /whitetuner
 VOLUME ["/whitetuner/models", "/whitetuner/data", "/whitetuner/output"]
 EXPOSE 7860
-ENTRYPOINT ["/opt/whitetuner/venv/bin/whitetuner"]
+ENTRYPOINT ["/srv/whitetuner/venv/bin/whitetuner"]
 CMD ["gui", "--listen", "0.0.0.0", "--server", "--no-browser"]
