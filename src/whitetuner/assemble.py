@@ -23,7 +23,8 @@ from whitetuner.train.ema import Ema
 from whitetuner.train.learner import Learner, Learns
 from whitetuner.train.step import StepSettings
 from whitetuner.train.team import Team
-from whitetuner.train.whole import WholeLearner, WholeSettings
+from whitetuner.train.whole import WholeLearner, WholeSettings, described
+from whitetuner.train.whole_sharded import WholeSharded, refuse_mixed
 
 
 def assemble(
@@ -80,7 +81,7 @@ def _sharded(
     tell: Callable[[str, str], None],
     ranks: Ranks,
 ) -> Team:
-    """One denoiser, its weights shared out among the ranks, and a whole adapter on each."""
+    """One denoiser, its weights shared out among the ranks; with an adapter, that is whole on each."""
     device, (part,) = resolved.device, family.spec.parts(family.options)
     mesh = mesh_of(ranks, device)
 
@@ -89,21 +90,38 @@ def _sharded(
             way, device, resolved.dtype, part.block_lists, turns=True
         )  # blocks on the host
         module = family.load(build)[part.name]
-        adapter, limits = adapter_for(config, family, part, module, device)
-        for limit in limits:
-            tell("warning", str(limit))
-        parameters = list(adapter.parameters())
         in_pieces(module, part, way.pieces)
-        fitted = fit_sharded(
+        fit = partial(
+            fit_sharded,
             module,
             part.block_lists,
             mesh,
-            whole=parameters,
             plain=way.plain,
             inputs_on_host=config.memory.activation_offload,
             attention=config.memory.attention,
             together=ranks.together,
         )
+        if config.method.kind == "full":
+            trained_of(config, module)
+            refuse_mixed(module, part.block_lists)
+            config_json = described(module)
+            make = partial(optimizer_for, config)
+            return WholeSharded(
+                part,
+                module,
+                config_json,
+                make,
+                _whole_settings(config, resolved),
+                fit(),
+                mesh,
+                device,
+                config.optimizer.ema,
+            )
+        adapter, limits = adapter_for(config, family, part, module, device)
+        for limit in limits:
+            tell("warning", str(limit))
+        parameters = list(adapter.parameters())
+        fitted = fit(whole=parameters)
         ema = Ema(parameters, config.optimizer.ema) if config.optimizer.ema else None
         return Learner(
             part, module, adapter, config.method.kind, optimizer_for(config, parameters), ema, fitted
@@ -130,6 +148,15 @@ def step_settings(config: Config, shift: float, part: Part) -> StepSettings:
     return StepSettings(config.run.seed, sigmas, noise.loss_weighting, noise.noise_offset)
 
 
+def _whole_settings(config: Config, resolved: Resolved) -> WholeSettings:
+    return WholeSettings(
+        config.run.seed,
+        resolved.precision,  # type: ignore[arg-type]  # checked by the schema
+        config.optimizer.clip,
+        at_once=":" in config.optimizer.name,
+    )
+
+
 def _whole(
     config: Config,
     resolved: Resolved,
@@ -142,16 +169,11 @@ def _whole(
     arena: Arena | None,
 ) -> WholeLearner:
     """A denoiser that learns with its own weights."""
-    o, device, precision = config.optimizer, resolved.device, resolved.precision
+    o, device = config.optimizer, resolved.device
     trained = trained_of(config, module)
     turns = turns_on is not None
     fitted = fit_denoiser(config, way, module, part, device, lambda text: tell("info", text), turns, arena)
-    settings = WholeSettings(
-        config.run.seed,
-        precision,  # type: ignore[arg-type]  # checked by the schema
-        o.clip,
-        at_once=":" in o.name,
-    )
+    settings = _whole_settings(config, resolved)
     make = partial(optimizer_for, config)
     units = {unit.name: unit.parameters for unit in units_of(module, part.block_lists, trained)}
     share = None if ranks is None else ranks.block_shares(units)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +17,7 @@ from whitetuner.prepared import Prepared
 from whitetuner.runs import events
 from whitetuner.runs.folder import RunFolder
 from whitetuner.train.distributed import Ranks
+from whitetuner.train.loop import ALONE
 from whitetuner.train.preview import draw_previews
 from whitetuner.train.step import StepSettings
 from whitetuner.train.team import Team
@@ -31,17 +32,17 @@ def validation_of(
     settings: Callable[[Part], StepSettings],
     sigmas: int,
     device: torch.device,
-    together: Ranks | None = None,
+    company: Ranks = ALONE,
 ) -> events.Validation | None:
     """The loss on fixed noise at so many sigmas of each part's range, of the averaged weights; None without pictures for it.
 
-    together: see previews_of
+    company: see previews_of
     """
     if not data.validation:
         return None
     began = time.perf_counter()
     by_sigma: dict[str, float] = {}
-    with team.averaged(), team.guests(), _waiting(together):
+    with team.averaged(), team.guests(), company.together():
         for learner in team.learners:
             team.make_way_for(learner)
             part = learner.part
@@ -67,16 +68,16 @@ def previews_of(
     folder: RunFolder,
     max_seconds: float,
     device: torch.device,
-    together: Ranks | None = None,
+    company: Ranks = ALONE,
 ) -> list[events.Event]:
     """Draws into the run's samples/ with the averaged weights; the decoder goes back to the host after.
 
-    together: ranks that have to draw together, of a sharded model; what others than the first draw is thrown away.
+    company: ranks that have to draw together, of a sharded model; what others than the first draw is thrown away.
     """
     told: list[events.Event] = []
     with (
-        _drawn_into(folder, together) as samples,
-        _waiting(together),
+        _drawn_into(folder, company) as samples,
+        company.together(),
         team.averaged(),
         team.guests(),
         decoding_in_room(decoder, team.make_room()),
@@ -91,12 +92,12 @@ def previews_of(
             samples,
             step,
             max_seconds,
-            bool if together is None else partial(_one_word, together),
+            partial(_one_word, company),
         )
         try:
             drawn = draw()
         except torch.OutOfMemoryError:
-            if together is not None:  # the others are in the middle of a picture
+            if company.world > 1:  # the others are in the middle of a picture
                 raise
             drawn = None
         if drawn is None:
@@ -113,7 +114,7 @@ def previews_of(
                 told.append(_warning(f"no previews of step {step}: the card has no memory for their size"))
     if device.type != "cpu":
         decoder.to("cpu")
-    if drawn is None or (together is not None and not together.first):
+    if drawn is None or not company.first:
         return told
     if drawn.skipped:
         text = f"{drawn.skipped} previews of step {step} left out: preview.max_seconds was reached"
@@ -124,18 +125,14 @@ def previews_of(
     return told
 
 
-def _waiting(together: Ranks | None) -> AbstractContextManager[None]:
-    return nullcontext() if together is None else together.together()
-
-
 def _one_word(ranks: Ranks, late: bool) -> bool:
     """Rank 0's clock counts."""
     return ranks.from_first(lambda: late)
 
 
 @contextmanager
-def _drawn_into(folder: RunFolder, together: Ranks | None) -> Iterator[Path]:
-    if together is None or together.first:
+def _drawn_into(folder: RunFolder, company: Ranks) -> Iterator[Path]:
+    if company.first:
         yield folder.samples
         return
     with TemporaryDirectory() as elsewhere:

@@ -24,6 +24,7 @@ from whitetuner.runs.folder import RunFolder
 from whitetuner.train.learner import Learner
 from whitetuner.train.team import Team
 from whitetuner.train.whole import WholeLearner
+from whitetuner.train.whole_sharded import WholeSharded
 
 #: Bytes of a file of a model in diffusers layout at most, as diffusers' own.
 SHARD_BYTES = 10 * 10**9
@@ -32,17 +33,26 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def write_final(
-    config: Config, team: Team, keys: KeyMap, folder: RunFolder, metadata: Mapping[str, str]
+    config: Config,
+    team: Team,
+    keys: KeyMap,
+    folder: RunFolder,
+    metadata: Mapping[str, str],
+    writes: bool = True,
 ) -> tuple[Path, ...]:
     """-> for each part (final/NAME.safetensors, final/KIND/KIND.safetensors, final/KIND/KIND_diffusers.safetensors); of full
     training (final/NAME.safetensors, final/comfyui/NAME.safetensors, final/PART: its folder in diffusers layout).
 
-    Raises UserError when one cannot be written.
+    writes: whether this rank is the one that does; of a sharded model others take part. Raises UserError when one cannot be
+    written.
     """
     written: list[Path] = []
     with team.averaged():
         for learner in team.learners:
-            if isinstance(learner, WholeLearner):
+            if not writes:
+                if isinstance(learner, WholeSharded):
+                    learner.weights()  # this rank's share, for the one that writes
+            elif isinstance(learner, (WholeLearner, WholeSharded)):
                 written += _whole(config, learner, keys, folder, metadata)
             else:
                 assert isinstance(learner, Learner)
@@ -72,7 +82,11 @@ def _adapter(
 
 
 def _whole(
-    config: Config, learner: WholeLearner, keys: KeyMap, folder: RunFolder, metadata: Mapping[str, str]
+    config: Config,
+    learner: WholeLearner | WholeSharded,
+    keys: KeyMap,
+    folder: RunFolder,
+    metadata: Mapping[str, str],
 ) -> list[Path]:
     """Weights go out as they were trained, bf16 or float32; save.dtype = "bf16" makes float32 ones smaller."""
     state, described = learner.weights(), learner.described()

@@ -84,7 +84,9 @@ class Session:
         self.loaded, self.config, self.resolved, self.folder = loaded, loaded.config, resolved, folder
         self.family, self.device = resolved.family, resolved.device
         self.signals, self.resume, self.ranks = signals, resume, ranks
-        self.together = ranks if loaded.config.memory.shard else None
+        # Of a sharded model each rank has a share: all take part. Else the first one validates, draws and saves for all.
+        self.company = ranks if loaded.config.memory.shard else ALONE
+        self.takes_part = ranks.first or self.company is ranks
         self.listeners = listeners if ranks.first else ()
         self.build = phase_build(loaded.config, resolved, lambda text: self._message("info", text))
         self.decoder: torch.nn.Module | None = None
@@ -133,7 +135,7 @@ class Session:
                 self.prepare()
             stopped = not self.advance(self.data.steps)
             with self.ranks.phase():  # the others stay until the first one has written everything
-                files = self._write_end(stopped) if self.ranks.first else ()
+                files = self._write_end(stopped) if self.takes_part else ()
         except Stopped:
             stopped, files = True, ()
         except UserError as error:
@@ -259,7 +261,7 @@ class Session:
             self._closing.callback(self.board.close)
         self.tell(events.Phase(name="train", total=self.data.steps))
         self._began_at = self.step
-        if self.step == 0 and (self.ranks.first or self.together):
+        if self.step == 0 and self.takes_part:
             if config.validation.every:
                 self._validate(0)
             if config.preview.every and config.preview.at_start:
@@ -274,7 +276,7 @@ class Session:
             on_step=self.tell,
             after_step=self._between,
             stop_asked=lambda: self.signals.asked or self.folder.asked("stop"),
-            on_bad=lambda step: self._save_last_good(step > start and self.ranks.first),
+            on_bad=lambda step: self._save_last_good(step > start and self.takes_part),
         )
         assert self._batches is not None, "advance before prepare"
         while self.step < until:
@@ -311,25 +313,19 @@ class Session:
             seen = correct_plan(self.way, self.team.at(step - 1).fitted, self.device)
             if seen:
                 self.folder.update(measured=seen)
-        if self.together is not None:  # of a sharded model each has a share: all take part
-            with self.ranks.phase():
+        if self.takes_part:
+            with self.company.phase():
                 self._due(step)
-        elif self.ranks.first:  # validates, draws and saves for all
-            self._due(step)
 
     def _due(self, step: int) -> None:
         config, last = self.config, step == self.data.steps
         due = lambda every: bool(every) and (step % every == 0 or last)  # noqa: E731 - a word of this paragraph only
         if due(config.validation.every):
             self._validate(step)
-        if self._wished("preview") or due(config.preview.every):
+        if self.company.from_first(partial(self.folder.take, "preview")) or due(config.preview.every):
             self._preview(step)
-        if self._wished("save") or due(config.save.every) or last:
+        if self.company.from_first(partial(self.folder.take, "save")) or due(config.save.every) or last:
             self.save()
-
-    def _wished(self, word: str) -> bool:
-        wished = partial(self.folder.take, word)
-        return wished() if self.together is None else self.together.from_first(wished)
 
     def save(self) -> Path:
         """A checkpoint of now. Raises UserError when it cannot be written; earlier ones stay."""
@@ -352,7 +348,7 @@ class Session:
     def _validate(self, step: int) -> None:
         count = self.config.validation.sigmas
         settings = partial(step_settings, self.config, self.data.shift)
-        where = (self.data, settings, count, self.device, self.together)
+        where = (self.data, settings, count, self.device, self.company)
         event = validation_of(step, self.family, self.team, *where)
         if event is not None:
             self.tell(event)
@@ -363,7 +359,7 @@ class Session:
         if self.decoder is None:
             self.decoder = self.family.load_decoder(self.build)
         limit = self.config.preview.max_seconds
-        where = (self.data, self.folder, limit, self.device, self.together)
+        where = (self.data, self.folder, limit, self.device, self.company)
         for event in previews_of(step, self.family, self.team, self.decoder, *where):
             self.tell(event)
 
@@ -372,7 +368,10 @@ class Session:
     def finish(self) -> tuple[Path, ...]:
         """Writes the final files: the averaged adapter for ComfyUI (under the run's name too) and for diffusers."""
         self.tell(events.Phase(name="export"))
-        files = write_final(self.config, self.team, self.family.keys, self.folder, self.loaded.metadata())
+        keys, writes = self.family.keys, self.ranks.first
+        files = write_final(self.config, self.team, keys, self.folder, self.loaded.metadata(), writes)
+        if not writes:
+            return ()
         size = self.data.items[0].size
         for path in beside_final(self.config, self.family, self.folder, size, files):
             self._message("info", f"a ComfyUI workflow that draws with it: final/{path.name}")

@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor
 
 from whitetuner import recipe
 from whitetuner.config.load import load_config
-from whitetuner.data.samples import make_testdata
 from whitetuner.errors import UserError
 from whitetuner.evidence import losses
 from whitetuner.families import registry
@@ -28,6 +27,7 @@ from whitetuner.resolve import open_family
 from whitetuner.runs import events
 from whitetuner.tiny import tiny_values
 from whitetuner.train.distributed import Ranks
+from whitetuner.train.learner import STATE
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "fork"), reason="ranks are forked from a process that has torch loaded"
@@ -100,6 +100,7 @@ def assert_same_run(sharded: Path, one: Path, rel: float = 1e-5) -> None:
             torch.testing.assert_close(mine[key], tensor, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_sharded_base_learns_what_one_process_learns(place: dict[str, Any]) -> None:
     """With recomputation, inputs on the host, validation and previews, in which all ranks take part."""
     values = {
@@ -137,6 +138,51 @@ def test_a_sharded_run_goes_on_sharded_and_not(place: dict[str, Any]) -> None:
         run({**values, "run.steps": 8}, 3, "latest")
 
 
+def whole(place: dict[str, Any]) -> dict[str, Any]:
+    more = {
+        "method.kind": "full",
+        "optimizer.name": "adamw",
+        "optimizer.lr": 1e-3,
+        "optimizer.max_grad_norm": 0.5,
+    }
+    return {**place, **more}
+
+
+@pytest.mark.slow
+def test_full_training_shares_out_weights_gradients_and_states(place: dict[str, Any]) -> None:
+    """Interrupted in the middle; the files, the checkpoint's too, are those of one process."""
+    values = {
+        **whole(place),
+        "run.name": "whole",
+        "memory.shard": True,
+        "memory.gradient_checkpointing": True,
+    }
+    run({**values, "run.steps": 2}, 2)
+    for held in run(values, 2, "latest"):
+        total, mine = (sum(column) for column in zip(*held.values(), strict=True))
+        assert 0.45 * total < mine < 0.55 * total
+    folder, one = folder_of(values), alone(whole(place), "whole-one")
+    assert_same_run(folder, one)
+    config = Path("final/transformer/config.json")
+    assert (folder / config).read_bytes() == (one / config).read_bytes()
+    for name in (f"{STATE}/optimizer", f"{STATE}/ema", "transformer/diffusion_pytorch_model"):
+        file = f"checkpoints/checkpoint-{STEPS}/{name}.safetensors"
+        mine, theirs = load_file(folder / file), load_file(one / file)
+        assert mine.keys() == theirs.keys()
+        for key, tensor in theirs.items():
+            torch.testing.assert_close(mine[key], tensor, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_sharded_full_training_with_masters_goes_on_with_one_process(place: dict[str, Any]) -> None:
+    base = {**whole(place), "method.precision": "fp32_master", "optimizer.clip": "block"}
+    values = {**base, "run.name": "masters", "memory.shard": True}
+    run({**values, "run.steps": 2}, 2)
+    recipe.run(load_config(None, base={**values, "memory.shard": False}), resume="latest")
+    for found, wanted in zip(losses(folder_of(values)), losses(alone(base, "masters-one")), strict=True):
+        assert found[2] == wanted[2] and found[3] == pytest.approx(wanted[3], rel=5e-3)  # bf16 is computed in
+
+
 def ended_by(values: dict[str, Any], fault: str, ranks: Ranks) -> str:
     """Rank 1 gets a broken weight, or is killed, after the second step."""
     try:
@@ -154,10 +200,16 @@ def ended_by(values: dict[str, Any], fault: str, ranks: Ranks) -> str:
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_ends_all_sharded_ranks(place: dict[str, Any], tmp_path: Path) -> None:
-    values = {**place, "run.name": "broken", "memory.shard": True, "save.every": 0}
+@pytest.mark.parametrize("kind", ["lokr", "full"])
+def test_a_loss_that_is_not_finite_ends_all_sharded_ranks(
+    place: dict[str, Any], tmp_path: Path, kind: str
+) -> None:
+    base = whole(place) if kind == "full" else place
+    values = {**base, "run.name": f"broken-{kind}", "memory.shard": True, "save.every": 0}
     told = forked_ranks.together(2, partial(ended_by, values, "broken"), tmp_path)
-    assert all("finite" in one for one in told) and told[0] == f"rank 1: {told[1]}", told
+    assert all("finite" in one for one in told), told
+    blamed = 0 if kind == "full" else 1  # a broken share breaks the whole weight, on all ranks
+    assert told[blamed - 1] == f"rank {blamed}: {told[blamed]}"
 
 
 @pytest.mark.slow
@@ -177,21 +229,22 @@ def test_a_killed_rank_ends_a_sharded_run_by_name(place: dict[str, Any], tmp_pat
         ({}, r"this run has one.*--gpus 0,1"),
         ({"memory.blocks_to_swap": 2}, r"not both.*blocks_to_swap = \"auto\""),
         ({"memory.base": "int8"}, r"an? int8 base cannot be sharded.*memory\.base = \"bf16\""),
+        ({"method.kind": "full", "optimizer.name": "adafactor"}, r"needs each weight as a whole.*\"adamw\""),
         ({"memory.compile": True}, r"torch\.compile was not tried"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused_before_anything(
-    place: dict[str, Any], tmp_path: Path, more: dict[str, Any], said: str
+    tmp_path: Path, more: dict[str, Any], said: str
 ) -> None:
-    values = {**place, "run.output_dir": str(tmp_path), "memory.shard": True, **more}
+    base = tiny_values("flux2-klein", tmp_path / "model", tmp_path / "data", tmp_path)
+    values = {**base, "memory.shard": True, **more}
     with pytest.raises(UserError, match=f"(?s){said}"):
         recipe.run(load_config(None, base=values))
     assert not list(tmp_path.iterdir())
 
 
-def test_two_experts_are_not_sharded(place: dict[str, Any], tmp_path: Path) -> None:
+def test_two_experts_are_not_sharded(tmp_path: Path) -> None:
     registry.make_tiny("wan", str(tmp_path / "model"), "t2v-2.2")
-    make_testdata("video", tmp_path / "data", 2, 0)
     base = tiny_values("wan", tmp_path / "model", tmp_path / "data", tmp_path, "t2v")
     config = load_config(None, base={**base, "memory.shard": True}).config
     with pytest.raises(UserError, match="two experts that take turns cannot be sharded"):

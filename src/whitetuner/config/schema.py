@@ -125,7 +125,8 @@ class Memory(Section):
     )
     shard: bool = Field(
         False,
-        description="several GPUs: each holds a share of every block's weights (FSDP2), for models that fit no card",
+        description="several GPUs: each holds a share of every block's weights (FSDP2), and in full training of gradients and "
+        "the optimizer's state, for models that fit no card",
     )
     compile: bool = Field(False, description="torch.compile, block by block")
     attention: str = Field("auto", description="attention kernel")

@@ -48,12 +48,13 @@ def refuse_wrong_shard(config: Config, world: int | None = None) -> None:
                 mend="set memory.compile = false, or memory.shard = false",
             )
         )
-    if config.method.kind == "full":
+    if config.method.kind == "full" and config.optimizer.name != "adamw":
         errors.append(
             UserError(
-                "full training is not sharded yet",
-                where="memory.shard",
-                mend="set memory.shard = false: full training swaps blocks on several GPUs (memory.blocks_to_swap)",
+                "{name} needs each weight as a whole, or is not known to do without",
+                where="optimizer.name",
+                mend='set optimizer.name = "adamw": its state is shared out, too; or set memory.shard = false',
+                name=config.optimizer.name,
             )
         )
     if errors:

@@ -78,4 +78,7 @@ def fit_sharded(
         assert isinstance(one, FSDPModule)
         one.set_gradient_divide_factor(1.0)
         one.set_force_sum_reduction_for_comms(True)
+        unused = getattr(one, "set_reduce_scatter_unused_params", None)  # of newer PyTorch
+        if unused is not None:
+            unused(True, recurse=False)  # else ranks that used other weights would not fit together
     return Sharded(module, tuple(block_lists), recompute, None, None, together=together)

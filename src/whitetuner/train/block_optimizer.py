@@ -88,6 +88,11 @@ class BlockOptimizer:
         for name in names:
             self._work[name].grad = None
 
+    @property
+    def works(self) -> Mapping[str, nn.Parameter]:
+        """Name of a parameter -> what the optimizer knows it as."""
+        return self._work
+
     # ---- what is remembered
 
     def tensors(self) -> list[Tensor]:

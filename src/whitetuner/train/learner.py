@@ -27,7 +27,8 @@ T = TypeVar("T")
 class Learns(Protocol):
     """What the loop, the team and the files know of one denoiser that learns.
 
-    in_passes: weights change in the passes of a step already; else in `apply`
+    in_passes: gradients are added up over the ranks in the passes of a step already, and weights may change in them; else
+               both come after
     """
 
     part: Part

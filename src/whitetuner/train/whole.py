@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -294,8 +294,7 @@ class WholeLearner:
 
     def described(self) -> dict[str, Any]:
         """config.json of the denoiser in diffusers layout; says nothing of where it was read from."""
-        described: dict[str, Any] = json.loads(self.module.to_json_string())  # type: ignore[operator]
-        return {key: value for key, value in described.items() if key != "_name_or_path"}
+        return described(self.module)
 
     def _state(self, name: str) -> str:
         return f"{STATE}/{self.part.file(name).removesuffix('.safetensors')}"
@@ -304,23 +303,7 @@ class WholeLearner:
         """Back to a checkpoint, to the bit. Raises UserError when it does not fit this run's settings."""
         name = f"{self.part.name}/{WEIGHTS}"
         saved = documents.get(f"{self._state('optimizer')}.json", {})
-        if name not in tensors or "units" not in saved:
-            raise UserError(
-                "the checkpoint holds no {name}",
-                where="--resume",
-                mend="resume with the method.kind the run began with",
-                code=EXIT_FAILED,
-                name=name,
-            )
-        if saved["precision"] != self.settings.precision or saved["units"].keys() != self.optimizers.keys():
-            raise UserError(
-                "the saved state is of a run with other method.precision or method.targets ({saved}; now {own})",
-                where="--resume",
-                mend="resume with the method the run began with",
-                code=EXIT_FAILED,
-                saved=saved["precision"],
-                own=self.settings.precision,
-            )
+        refuse_other_state(name, name in tensors, saved, self.settings.precision, self.optimizers.keys())
         weights = tensors[name]
         self.fill(weights.__getitem__)
         state = tensors.get(f"{self._state('optimizer')}.safetensors", {})
@@ -332,13 +315,47 @@ class WholeLearner:
         self.steps, self.norm = int(saved["steps"]), float(saved["norm"])
         if self.ema is not None:
             ema = tensors.get(f"{self._state('ema')}.safetensors")
-            if ema is None:
-                raise UserError(
-                    "the checkpoint holds no running average, but optimizer.ema is set now",
-                    where="optimizer.ema",
-                    mend="set optimizer.ema = 0 as when the run began, or start a new run",
-                )
+            refuse_without_average(ema)
+            assert ema is not None
             self.ema.load(ema, int(documents[f"{self._state('ema')}.json"]["updates"]))
+
+
+def described(module: nn.Module) -> dict[str, Any]:
+    """config.json of a denoiser in diffusers layout; says nothing of where it was read from."""
+    found: dict[str, Any] = json.loads(module.to_json_string())  # type: ignore[operator]
+    return {key: value for key, value in found.items() if key != "_name_or_path"}
+
+
+def refuse_other_state(
+    name: str, there: bool, saved: Mapping[str, Any], precision: str, units: Collection[str]
+) -> None:
+    """Raises UserError when a checkpoint is not of this kind of full training. saved: of its optimizer; name: of its weights."""
+    if not there or "units" not in saved:
+        raise UserError(
+            "the checkpoint holds no {name}",
+            where="--resume",
+            mend="resume with the method.kind the run began with",
+            code=EXIT_FAILED,
+            name=name,
+        )
+    if saved["precision"] != precision or saved["units"].keys() != set(units):
+        raise UserError(
+            "the saved state is of a run with other method.precision or method.targets ({saved}; now {own})",
+            where="--resume",
+            mend="resume with the method the run began with",
+            code=EXIT_FAILED,
+            saved=saved["precision"],
+            own=precision,
+        )
+
+
+def refuse_without_average(average: Mapping[str, Tensor] | None) -> None:
+    if average is None:
+        raise UserError(
+            "the checkpoint holds no running average, but optimizer.ema is set now",
+            where="optimizer.ema",
+            mend="set optimizer.ema = 0 as when the run began, or start a new run",
+        )
 
 
 class _Under(Mapping[str, Tensor]):
