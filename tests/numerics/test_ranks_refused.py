@@ -14,6 +14,7 @@ import torch
 
 from whitetuner.config.load import load_config
 from whitetuner.errors import Stopped, UserError
+from whitetuner.resolve import choose_device
 from whitetuner.runs.place import Place
 from whitetuner.sharing import cache_share, same_config
 from whitetuner.train.distributed import Ranks
@@ -106,3 +107,9 @@ def test_ranks_fill_one_cache_or_each_machine_its_own(tmp_path: Path) -> None:
     told = forked_ranks.together(2, partial(shared_or_not, tmp_path), tmp_path / "ranks")
     assert told == [((0, 2), (0, 1)), ((1, 2), (0, 1))]
     assert not list(tmp_path.glob("*/.seen-*"))
+
+
+def test_a_gpu_that_is_not_there_is_named() -> None:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    with pytest.raises(UserError, match=f"GPU {count + 7} was asked for, but PyTorch sees {count} GPUs"):
+        choose_device(f"cuda:{count + 7}")
