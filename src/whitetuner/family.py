@@ -66,8 +66,8 @@ class Part:
     name:        component folder and key of `Family.load`'s result
     block_lists: attributes holding the blocks, in the order they run
     sigma_range: [low, high) of the sigmas it is trained and used at
-    token_wise:  modules inside a block that treat every token of their first argument alike: long videos go through them in
-                 pieces
+    token_wise:  modules inside a block that treat every token of their first argument alike (long videos: in pieces)
+    per_sample:  arguments of the blocks that hold the batch in dim 0 (memory.micro_batch); all others serve every sample
     suffix:      of its files where a model has several ("high_noise": NAME_high_noise.safetensors)
     """
 
@@ -76,6 +76,7 @@ class Part:
     sigma_range: tuple[float, float] = (0.0, 1.0)
     suffix: str = ""
     token_wise: tuple[str, ...] = ()
+    per_sample: tuple[str, ...] = ()
 
     def file(self, name: str, more: str = "") -> str:
         """ "lokr" -> "lokr.safetensors", "lokr_high_noise_diffusers.safetensors"; more: what stands last ("diffusers")."""

@@ -30,6 +30,7 @@ from whitetuner.memory.build import Build
 from whitetuner.memory.fit import Fitted, fit
 from whitetuner.memory.machine import CONTEXT_BYTES, GIB, Machine, this_machine, typical_machine
 from whitetuner.memory.measure import StepCost, measure_alike, measure_step
+from whitetuner.memory.micro import micro_batches
 from whitetuner.memory.plan import BASES, Plan, Wishes, make_plan
 from whitetuner.memory.quantize import Kind, require_bitsandbytes
 from whitetuner.memory.recompute import chunk_tokens
@@ -350,6 +351,7 @@ def fit_denoiser(
         residents=way.residents,
         plain=way.plain,
         inputs_on_host=memory.activation_offload,
+        micro=micro_batches(memory.micro_batch, part.per_sample, part.name),
         compiled=memory.compile,
         attention=memory.attention,
         slots=way.slots,

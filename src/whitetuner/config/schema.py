@@ -111,6 +111,13 @@ class Memory(Section):
         "auto",
         description="compute activations again in the backward pass (less memory, slower); auto: on a GPU",
     )
+    micro_batch: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="samples of a batch that are inside a block at a time: a block is loaded and updated once for all of "
+        "them, its activations exist for so many (with gradient_checkpointing); 0: the whole batch",
+    )
     activation_offload: bool = Field(False, description="block inputs wait in host memory")
     experts_on_disk: Literal["auto"] | bool = Field(
         "auto",

@@ -105,6 +105,7 @@ FIELDS: dict[str, tuple[str, str]] = {
     ),
     "memory.blocks_to_swap": ("交换块数 (Block Swap)", "放在内存里等待的块数；0：不交换"),
     "memory.gradient_checkpointing": ("梯度检查点", "反向时重新计算激活（省显存，变慢）；auto：有显卡时开启"),
+    "memory.micro_batch": ("块内微批", "一批中同时在一个块里计算的样本数：整批只加载、更新该块一次；0：整批"),
     "memory.activation_offload": ("激活放到内存", "各块的输入先放在内存里"),
     "memory.experts_on_disk": (
         "等待的专家放到硬盘",

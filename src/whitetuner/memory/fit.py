@@ -14,6 +14,7 @@ from torch import nn
 from whitetuner.memory.blocks import blocks_of
 from whitetuner.memory.kernels import Compiled, compile_blocks, set_attention
 from whitetuner.memory.machine import GIB
+from whitetuner.memory.micro import MicroBatches
 from whitetuner.memory.offload import InputsOnHost
 from whitetuner.memory.recompute import Recompute, checkpoint_blocks
 from whitetuner.memory.swap.arena import Arena
@@ -133,6 +134,7 @@ def fit(
     residents: Iterable[int] | None = None,
     plain: Iterable[int] = (),
     inputs_on_host: bool = False,
+    micro: MicroBatches | None = None,
     compiled: bool = False,
     attention: str = "auto",
     slots: int = 2,
@@ -147,6 +149,7 @@ def fit(
 
     residents: blocks that stay on the device (plan.Choice.residents); None: all, without a swap engine
     plain:     blocks that are not computed again (plan.Choice.plain)
+    micro:     a batch goes through each block in pieces
     movable:   another model takes turns with this one on the device: its blocks can leave as a whole (make_room), even
                where all of them stay while it runs
     trained:   the module's own weights train (those with requires_grad), and move with their blocks
@@ -163,7 +166,7 @@ def fit(
     offload = InputsOnHost(device) if inputs_on_host else None
     again = frozenset(range(len(blocks_of(module, block_lists)))) - kept
     saving = offload.saving if offload is not None else nullcontext
-    recompute = checkpoint_blocks(module, block_lists, again, keep_inputs=saving)
+    recompute = checkpoint_blocks(module, block_lists, again, keep_inputs=saving, micro=micro)
     engine = None
     stays = None if residents is None else frozenset(residents)
     if movable and stays is None and (backend is not None or device.type != "cpu"):

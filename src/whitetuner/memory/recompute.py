@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from whitetuner.memory.blocks import Patch, Which, blocks_of, chosen
+from whitetuner.memory.micro import MicroBatches
 
 
 class Recompute:
@@ -25,7 +26,7 @@ class Recompute:
 
     which:  indices (over all lists, in running order) of the blocks that are computed again
     runs:   how often each block's forward has run since `reset_counts`: 2 a step when checkpointed, 1 when
-            not
+            not; times the pieces of a batch that goes through the blocks in pieces
     """
 
     def __init__(
@@ -33,11 +34,15 @@ class Recompute:
         blocks: Sequence[nn.Module],
         which: frozenset[int],
         keep_inputs: Callable[[], AbstractContextManager[Any]],
+        micro: MicroBatches | None = None,
     ) -> None:
         self.which = which
         self.runs = [0] * len(blocks)
         self._keep_inputs = keep_inputs
-        self._patches = [Patch(block, self._wrap(i, block.forward)) for i, block in enumerate(blocks)]
+        self._patches = []
+        for i, block in enumerate(blocks):
+            wrapped = self._wrap(i, block.forward)
+            self._patches.append(Patch(block, wrapped if micro is None else micro.wrap(block, wrapped)))
 
     def _wrap(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -84,17 +89,19 @@ def checkpoint_blocks(
     which: Which = "all",
     *,
     keep_inputs: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    micro: MicroBatches | None = None,
 ) -> Recompute:
     """Checkpoints "all", "none" or the given blocks (indices over all lists) of a module.
 
     keep_inputs: context in which a checkpoint saves the block's inputs (offload.InputsOnHost.saving moves
                  them to the host). The module's own checkpointing (diffusers) is switched off: two of them
                  would compute thrice.
+    micro:       a batch goes through each block in pieces, each with a checkpoint of its own
     """
     if getattr(module, "is_gradient_checkpointing", False):
         module.disable_gradient_checkpointing()  # type: ignore[operator]
     blocks = [block for _, block in blocks_of(module, block_lists)]
-    return Recompute(blocks, chosen(which, len(blocks)), keep_inputs)
+    return Recompute(blocks, chosen(which, len(blocks)), keep_inputs, micro)
 
 
 class TokenChunks:

@@ -137,7 +137,20 @@ SPEC = FamilySpec(
         "distilled": "FLUX.2-klein-4B or -9B: draws in 4 steps, not made to be trained (you are warned)",
     },
     options=KleinOptions,
-    parts=lambda options: (Part("transformer", ("transformer_blocks", "single_transformer_blocks")),),
+    parts=lambda options: (
+        Part(
+            "transformer",
+            ("transformer_blocks", "single_transformer_blocks"),
+            per_sample=(
+                "hidden_states",
+                "encoder_hidden_states",
+                "temb_mod",
+                "temb_mod_img",
+                "temb_mod_txt",
+                "joint_attention_kwargs",
+            ),
+        ),
+    ),
     stride_px=16,
     stride_of=_stride,
     variant_of=_variant,

@@ -123,7 +123,13 @@ SPEC = FamilySpec(
     },
     variant_tasks={"t2i": ("t2i",), "edit": ("edit",)},
     options=GlmImageOptions,
-    parts=lambda options: (Part("transformer", ("transformer_blocks",)),),
+    parts=lambda options: (
+        Part(
+            "transformer",
+            ("transformer_blocks",),
+            per_sample=("hidden_states", "encoder_hidden_states", "temb", "attention_mask", "kv_cache"),
+        ),
+    ),
     stride_px=32,
     stride_of=_stride,
     tokens=lambda size, stride: 4 * (size.width // stride) * (size.height // stride),

@@ -161,7 +161,20 @@ SPEC = FamilySpec(
     most_references={"edit": 1},
     variant_of=variant_of,
     options=QwenImageOptions,
-    parts=lambda options: (Part("transformer", ("transformer_blocks",)),),
+    parts=lambda options: (
+        Part(
+            "transformer",
+            ("transformer_blocks",),
+            per_sample=(
+                "hidden_states",
+                "encoder_hidden_states",
+                "encoder_hidden_states_mask",
+                "temb",
+                "joint_attention_kwargs",
+                "modulate_index",
+            ),
+        ),
+    ),
     stride_px=16,
     stride_of=_stride,
     advice=_advice,

@@ -20,6 +20,7 @@ FRAMES_STEP = 4
 #: Text tokens that every WAN is given, filled up with zeros; the 2.1 I2V's attention tells pictures from text by it.
 TEXT_TOKENS = 512
 #: Feed-forward, and attention to the text: a token of the clip knows nothing of the others there.
+_PER_SAMPLE = ("hidden_states", "encoder_hidden_states", "temb")
 _TOKEN_WISE = ("ffn", "attn2")
 
 Variant = Literal["auto", "i2v-2.1", "i2v-2.2", "t2v-2.1", "t2v-2.2", "ti2v-5b"]
@@ -101,10 +102,10 @@ def resolved(options: WanOptions, paths: ModelPaths) -> WanOptions:
 def parts(options: Any) -> tuple[Part, ...]:
     """The denoisers that learn: one, or 2.2's expert(s), each in its range of the shifted noise levels."""
     if options.variant not in BOUNDARIES:
-        return (Part("transformer", ("blocks",), token_wise=_TOKEN_WISE),)
+        return (Part("transformer", ("blocks",), token_wise=_TOKEN_WISE, per_sample=_PER_SAMPLE),)
     boundary = options.boundary or BOUNDARIES[options.variant]
-    high = Part("transformer", ("blocks",), (boundary, 1.0), "high_noise", _TOKEN_WISE)
-    low = Part("transformer_2", ("blocks",), (0.0, boundary), "low_noise", _TOKEN_WISE)
+    high = Part("transformer", ("blocks",), (boundary, 1.0), "high_noise", _TOKEN_WISE, _PER_SAMPLE)
+    low = Part("transformer_2", ("blocks",), (0.0, boundary), "low_noise", _TOKEN_WISE, _PER_SAMPLE)
     return {"both": (high, low), "high": (high,), "low": (low,)}[options.expert]
 
 

@@ -15,7 +15,13 @@ SPEC = FamilySpec(
     variants=facts.VARIANTS,
     variant_of=facts.variant_of,
     options=ZImageOptions,
-    parts=lambda options: (Part("transformer", ("noise_refiner", "context_refiner", "layers")),),
+    parts=lambda options: (
+        Part(
+            "transformer",
+            ("noise_refiner", "context_refiner", "layers"),
+            per_sample=("x", "attn_mask", "freqs_cis", "adaln_input"),
+        ),
+    ),
     stride_px=16,
     stride_of=facts.stride,
     advice=facts.advice,

@@ -108,7 +108,11 @@ SPEC = FamilySpec(
     variant_of=facts.variant_of,
     options=ZImageV2Options,
     parts=lambda options: (
-        Part("transformer", ("noise_refiner", "context_refiner", "double_stream_layers", "layers")),
+        Part(
+            "transformer",
+            ("noise_refiner", "context_refiner", "double_stream_layers", "layers"),
+            per_sample=("x", "image", "text", "attn_mask", "freqs_cis", "adaln_input"),
+        ),
     ),
     stride_px=16,
     stride_of=facts.stride,
