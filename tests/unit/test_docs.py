@@ -94,6 +94,44 @@ def test_every_word_and_option_quoted_exists(page: Path) -> None:
     assert wrong == []
 
 
+def typed(line: str) -> list[str] | None:
+    """A quoted line as typed, placeholders filled; None for a mere word (`plan`) and for what launch.py does itself."""
+    line = re.split(r"\s{2,}", line.strip())[0]  # text set off by spaces tells what the line is for
+    line = (
+        re.sub(r"\[:[A-Z]+\]", "", line).replace("[", " ").replace("]", " ") if "sets[" not in line else line
+    )
+    line = re.sub(r"(\w+)(?:\|\w+)+", r"\1", line)  # one of several
+    given = [{"STEP": "5", "...": "run.steps=1"}.get(one, one) for one in shlex.split(line, comments=True)]
+    if not given or given[0] in ("test", "setup", "WORD") or not re.fullmatch("[a-z]+", given[0]):
+        return None
+    return given if len(given) > 1 else None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_line_quoted_is_taken_by_the_real_parser(
+    page: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser, wrong = make_parser(), []
+    for line in filter(None, map(typed, quoted(page))):
+        try:
+            parser.parse_args(line)
+        except SystemExit as end:
+            if end.code:
+                wrong.append((line, capsys.readouterr().err.splitlines()[-1]))
+    assert wrong == []
+
+
+def test_a_line_with_a_missing_or_foreign_word_is_not_taken() -> None:
+    assert typed("export IN OUT --to comfyui|diffusers   both ways") == [
+        "export", "IN", "OUT", "--to", "comfyui",
+    ]  # fmt: skip
+    assert typed("plan") is None
+    assert sum(typed(line) is not None for page in PAGES for line in quoted(page)) > 50
+    for line in ("export IN --to comfyui", "export IN OUT --to nowhere", "fork RUN --at soon"):
+        with pytest.raises(SystemExit):
+            make_parser().parse_args(typed(line))
+
+
 def keys(section: object, prefix: str = "") -> set[str]:
     found = set()
     for name, field in Config.model_fields.items() if not prefix else ():
