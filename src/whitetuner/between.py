@@ -42,6 +42,7 @@ def validation_of(
         return None
     began = time.perf_counter()
     by_sigma: dict[str, float] = {}
+    by_item: dict[str, float] = {}
     with team.averaged(), team.guests(), company.together():
         for learner in team.learners:
             team.make_way_for(learner)
@@ -50,12 +51,21 @@ def validation_of(
             modules = {part.name: learner.module}
             found = validate(family, modules, part.name, data.validation, grid, settings(part), device)
             by_sigma |= {str(sigma): loss for sigma, loss in found.by_sigma.items()}
+            for item, loss in found.by_item.items():
+                by_item[item] = by_item.get(item, 0.0) + loss / len(team.learners)
+    places = {
+        item.id: f"{item.target.parent.name}/{item.target.name}"
+        for batch in data.validation
+        for item in batch.items
+    }
+    ranked = sorted(by_item, key=lambda item: -by_item[item])
     return events.Validation(
         step=step,
         loss=sum(by_sigma.values()) / len(by_sigma),
         by_sigma=by_sigma,
         seconds=time.perf_counter() - began,
         held_out=data.held_out,
+        by_picture={places[item]: by_item[item] for item in ranked},
     )
 
 

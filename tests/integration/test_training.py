@@ -201,7 +201,12 @@ def test_held_out_pictures_are_not_trained_on(place: dict[str, Any]) -> None:
     result = train(place, "held", **{"run.steps": 4, "validation.every": 4, "validation.share": 0.4})
     document = json.loads((result.folder / "run.json").read_text(encoding="utf-8"))
     assert document["resolved"]["items"] == 3
-    assert all(e.held_out for e in happened(result.folder) if isinstance(e, events.Validation))
+    found = [e for e in happened(result.folder) if isinstance(e, events.Validation)]
+    assert [e.step for e in found] == [0, 4] and all(e.held_out for e in found)
+    for event in found:
+        losses = list(event.by_picture.values())
+        assert len(losses) == 2 and losses == sorted(losses, reverse=True)
+        assert sum(losses) / 2 == pytest.approx(event.loss)
 
 
 def wait_for(folder: Path, process: subprocess.Popen[bytes], step: int) -> None:

@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,20 @@ def test_the_report_is_one_file_that_asks_the_net_for_nothing(tmp_path: Path) ->
     for unsaid in ("<b>&", "<batch>", "nan", "None"):
         assert unsaid not in words, unsaid
     assert "data.sets[0].images" in text and "family default (" in text
+
+
+def test_the_report_ranks_the_pictures_and_tells_the_gap_at_like_noise_levels(tmp_path: Path) -> None:
+    """Step losses are 0.5 at sigma 0.1 and 1.5 at 0.9; steps after the last validation do not count."""
+    held = {"0.2": 0.75, "0.8": 2.0}  # -0.25 and -0.5
+    ranking = {"cats/<b>.png": 2.25, "猫/a.png": 0.5}
+    one = events.Validation(step=2, loss=1.4, by_sigma=held, seconds=1.0, held_out=True, by_picture=ranking)
+    folder = a_run(tmp_path / "r", [step(1), step(2), one, replace(step(3), losses=[9.0, 9.0])])
+    text = write_report(folder.path).read_text(encoding="utf-8")
+    assert "-0.3750" in text and "训练损失减验证损失" in text
+    assert text.index("cats/&lt;b&gt;.png") < text.index("2.2500") < text.index("猫/a.png")
+    folder = a_run(tmp_path / "seen", [step(1), replace(one, held_out=False, by_picture={})])
+    text = write_report(folder.path).read_text(encoding="utf-8")
+    assert "训练损失减验证损失" not in text and "Pictures by loss" not in text
 
 
 @pytest.mark.parametrize(

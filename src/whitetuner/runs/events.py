@@ -96,7 +96,8 @@ class Saved(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Validation(Event):
-    """by_sigma: noise level as text -> loss; held_out: the pictures are not trained on."""
+    """by_sigma: noise level as text -> loss; held_out: the pictures are not trained on; by_picture: FOLDER/FILE -> loss,
+    the highest first."""
 
     kind: ClassVar[str] = "validation"
     step: int
@@ -104,6 +105,7 @@ class Validation(Event):
     by_sigma: dict[str, float]
     seconds: float
     held_out: bool = False
+    by_picture: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,8 @@ from whitetuner.runs.folder import RunFolder
 COLUMNS, ROWS, THUMBNAIL_PX = 8, 24, 224
 #: Noise levels are shown in so many equal parts of [0, 1].
 SIGMA_PARTS = 5
+#: Losses of training that the gap to validation is taken over; pictures in the ranking.
+GAP_LOSSES, RANKED = 2000, 40
 _SIGMA_COLORS = ("#2a9d8f", "#8ab17d", "#d9a521", "#e07a3f", "#b5446e")
 STATUS = {
     "running": ("running", "运行中"),
@@ -72,6 +74,7 @@ def write_report(path: Path, status: str | None = None) -> Path:
         validation=[*validation[:1], *validation[1:][-11:]],
         held_out=bool(validation and validation[-1].held_out),
         levels=list(validation[-1].by_sigma) if validation else [],
+        ranked=list(validation[-1].by_picture.items())[:RANKED] if validation else [],
         previews=previews,
         preview_steps=preview_steps,
         files=_files(folder, document.get("names", {})),
@@ -107,7 +110,31 @@ def _facts(
         facts.append(
             (f"validation since step {first.step}", f"验证损失（自第 {first.step} 步）", f"{change:+.1f} %")
         )
+    gap = _gap(steps, validation)
+    if gap is not None:
+        facts.append(("training minus validation", "训练损失减验证损失", f"{gap:+.4f}"))
     return facts
+
+
+def _gap(steps: Sequence[events.StepDone], validation: Sequence[events.Validation]) -> float | None:
+    """Training minus held-out loss, at like noise levels; None where there is nothing to compare.
+
+    Training draws its levels from a density of its own, so each recent loss is put to the nearest level of the
+    validation's grid, and the difference is the mean over the levels that both have seen.
+    """
+    if not validation or not validation[-1].held_out:
+        return None
+    held = {float(level): loss for level, loss in validation[-1].by_sigma.items()}
+    pairs = [
+        pair
+        for event in steps
+        if event.step <= validation[-1].step
+        for pair in zip(event.sigmas, event.losses)
+    ]
+    near: dict[float, list[float]] = {}
+    for sigma, loss in pairs[-GAP_LOSSES:] if held else []:
+        near.setdefault(min(held, key=lambda level: abs(level - sigma)), []).append(loss)
+    return fmean(fmean(losses) - held[level] for level, losses in near.items()) if near else None
 
 
 def _of_origin(folder: RunFolder) -> list[Line]:

@@ -15,10 +15,11 @@ from whitetuner.train.step import StepSettings, loss_at
 
 @dataclass(frozen=True)
 class ValidationLoss:
-    """loss: mean over pictures and noise levels; by_sigma: noise level -> mean over pictures."""
+    """loss: mean over pictures and noise levels; by_sigma: noise level -> mean over pictures; by_item: id -> mean over levels."""
 
     loss: float
     by_sigma: dict[float, float]
+    by_item: dict[str, float]
 
 
 def sigma_grid(count: int, low: float = 0.0, high: float = 1.0) -> list[float]:
@@ -38,6 +39,7 @@ def validate(
 ) -> ValidationLoss:
     """Unweighted loss of `batches` at every noise level of the grid; noise depends on the picture alone."""
     sums = dict.fromkeys(grid, 0.0)
+    by_item: dict[str, float] = {}
     count = 0
     for batch in batches:
         x0 = batch["latent"]
@@ -52,5 +54,7 @@ def validate(
             levels = torch.full((len(batch),), sigma)
             loss = loss_at(family, modules, part, batch, levels, noise, settings, device)
             sums[sigma] += float(loss.plain.sum())
+            for item, one in zip(batch.items, loss.plain.tolist()):
+                by_item[item.id] = by_item.get(item.id, 0.0) + one / len(grid)
     by_sigma = {sigma: total / max(1, count) for sigma, total in sums.items()}
-    return ValidationLoss(sum(by_sigma.values()) / len(by_sigma), by_sigma)
+    return ValidationLoss(sum(by_sigma.values()) / len(by_sigma), by_sigma, by_item)
