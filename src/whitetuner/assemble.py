@@ -145,7 +145,9 @@ def step_settings(config: Config, shift: float, part: Part) -> StepSettings:
         max_timestep=noise.max_timestep,
         part_range=part.sigma_range,
     )
-    return StepSettings(config.run.seed, sigmas, noise.loss_weighting, noise.noise_offset)
+    return StepSettings(
+        config.run.seed, sigmas, noise.loss_weighting, noise.noise_offset, noise.min_snr_gamma
+    )
 
 
 def _whole_settings(config: Config, resolved: Resolved) -> WholeSettings:

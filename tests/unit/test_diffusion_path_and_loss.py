@@ -7,8 +7,11 @@ import math
 import pytest
 import torch
 
+from whitetuner.assemble import step_settings
+from whitetuner.config.load import load_config
 from whitetuner.diffusion.loss import SIGMA_SQRT_FLOOR, sample_losses, weighting
 from whitetuner.diffusion.path import noisy, velocity
+from whitetuner.family import Part
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -76,6 +79,29 @@ def test_a_mask_takes_the_mean_over_what_counts() -> None:
 def test_losses_are_float32_whatever_the_model_says() -> None:
     target = numbers(1, 1, 8, 8)
     assert sample_losses(target.bfloat16(), target).dtype == torch.float32
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr_weighs_the_velocity_so_that_the_picture_is_weighed_by_the_bounded_ratio(
+    gamma: float,
+) -> None:
+    x0, noise, said = numbers(50, 3, 4), numbers(50, 3, 4, seed=1), numbers(50, 3, 4, seed=2)
+    sigma = torch.linspace(0.02, 1, 50)
+    level = sigma[:, None, None]
+    seen = noisy(x0, noise, sigma) - level * said  # the picture that the velocity `said` means
+    ratio = ((1 - sigma) / sigma) ** 2
+    wanted = ratio.clamp(max=gamma) * sample_losses(seen, x0)
+    found = weighting("min_snr", sigma, gamma) * sample_losses(said, velocity(x0, noise))
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-6)
+    assert torch.equal(weighting("min_snr", torch.tensor([0.0, 1.0]), gamma), torch.zeros(2))
+
+
+def test_the_config_s_weighting_and_gamma_come_to_the_step() -> None:
+    base = {"model.family": "flux2-klein", "noise.loss_weighting": "min_snr", "noise.min_snr_gamma": 2.5}
+    found = step_settings(load_config(None, base=base).config, 1.0, Part("transformer", ()))
+    assert (found.loss_weighting, found.min_snr_gamma) == ("min_snr", 2.5)
+    plain = load_config(None, base={"model.family": "flux2-klein"}).config
+    assert step_settings(plain, 1.0, Part("transformer", ())).loss_weighting == "none"
 
 
 def test_weightings_are_their_formulas_and_bounded() -> None:

@@ -71,8 +71,14 @@ class Noise(Section):
     )
     min_timestep: float = Field(0.0, ge=0, le=1000, description="noise levels below are drawn again")
     max_timestep: float = Field(1000.0, ge=0, le=1000, description="noise levels above are drawn again")
-    loss_weighting: Literal["none", "sigma_sqrt", "cosmap"] = Field(
+    loss_weighting: Literal["none", "sigma_sqrt", "cosmap", "min_snr"] = Field(
         "none", description="weight of a noise level in the loss"
+    )
+    min_snr_gamma: float = Field(
+        5.0,
+        gt=0,
+        le=1000,
+        description="min_snr: bound of the signal-to-noise ratio; smaller: levels of little noise count less",
     )
     noise_offset: float = Field(
         0.0, ge=0, le=1, description="deviation of a constant added to each channel's noise; 0: none"

@@ -26,6 +26,7 @@ class StepSettings:
     sigmas: SigmaSettings
     loss_weighting: LossWeighting = "none"
     noise_offset: float = 0.0
+    min_snr_gamma: float = 5.0
 
 
 @dataclass(frozen=True)
@@ -73,5 +74,7 @@ def loss_at(
     x0, sigma, noise = x0.float(), sigma.to(device), noise.to(device)
     prediction = family.predict(modules, part, batch, noisy(x0, noise, sigma), sigma)
     plain = sample_losses(prediction, velocity(x0, noise))
-    weights = weighting(settings.loss_weighting, sigma) * loss_weight(settings.sigmas, sigma)
+    weights = weighting(settings.loss_weighting, sigma, settings.min_snr_gamma) * loss_weight(
+        settings.sigmas, sigma
+    )
     return StepLoss(plain * weights, plain.detach(), sigma.detach())
