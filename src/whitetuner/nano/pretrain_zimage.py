@@ -1,0 +1,230 @@
+"""A small Z-Image on the embedded model's autoencoder and text encoder: only its transformer is trained.
+
+    python -m whitetuner.nano.pretrain_zimage --out DIR [--minutes M] [--threads N] [--seed S] [--resume]
+
+DIR/model is the folder (a `ZImagePipeline` in bf16), DIR/state what --resume goes on from. The weights are not
+shipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from torch import Generator, Tensor, nn
+
+from whitetuner.errors import UserError
+from whitetuner.nano import dit, vae
+from whitetuner.nano.builtin import CFG, STEPS
+from whitetuner.nano.draw import SIZE_PX, draw_set
+from whitetuner.nano.fit import Fit, Plan
+from whitetuner.nano.score import evaluation_prompts, load_pipeline, score
+from whitetuner.nano.text import HIDDEN
+
+PLAN = Plan(steps=2700, warmup=100, decay=0.36, ema=0.998)
+SHIFT = 3.0
+PICTURES = 12_000
+SCORED = 200
+SCORE_SEED = 2024
+
+
+def main(words: list[str] | None = None) -> int:
+    try:
+        pretrain(_options(words))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.code
+    return 0
+
+
+def pretrain(
+    options: argparse.Namespace, plan: Plan = PLAN, pictures: int = PICTURES, n: int = SCORED
+) -> None:
+    """Raises UserError for a folder with a training in it and no --resume."""
+    torch.set_num_threads(options.threads)
+    deadline = time.monotonic() + 60 * options.minutes
+    if (options.out / "state").exists() and not options.resume:
+        raise UserError(
+            "{folder} holds the state of a training",
+            mend="Add --resume to go on with it, or choose another --out.",
+            folder=options.out,
+        )
+    pipeline = new_pipeline(options.seed)
+    model = pipeline.transformer
+    lesson = Lesson(pipeline, pictures, options.seed)
+    fit = Fit("zimage", model, optimizers(model), plan, options.out / "state" / "zimage.pt")
+    fit.load()
+    fit.run(lambda generator, step: lesson.loss_of(model, generator), options.seed, deadline)
+    fit.averaged(model)
+    pipeline.to(torch.bfloat16).save_pretrained(options.out / "model")
+    pipeline.to(torch.float32)
+    captions, labels = evaluation_prompts(n, SCORE_SEED)
+    images: list[Any] = []
+    for i, caption in enumerate(captions):
+        images += draw(pipeline, [caption], SCORE_SEED + i)
+    print(score(images, labels), flush=True)
+
+
+def new_pipeline(seed: int) -> ZImagePipeline:
+    """The embedded model's parts around an untrained transformer, float32."""
+    klein = load_pipeline()
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        vae=plain_vae(klein.vae, seed),
+        text_encoder=klein.text_encoder.requires_grad_(False),
+        tokenizer=klein.tokenizer,
+        transformer=new_transformer(seed),
+    )
+
+
+@torch.no_grad()
+def plain_vae(given: AutoencoderKLFlux2, seed: int) -> AutoencoderKL:
+    """The same modules and weights; latents are normalised by two numbers instead of two a channel."""
+    pictures = torch.stack([vae.as_tensor(one.image) for one in draw_set(256, seed, held_out=False)])
+    latents = given.encode(pictures).latent_dist.mode()
+    names = (
+        "block_out_channels",
+        "down_block_types",
+        "up_block_types",
+        "layers_per_block",
+        "latent_channels",
+        "norm_num_groups",
+        "sample_size",
+        "mid_block_add_attention",
+    )
+    plain = AutoencoderKL(
+        **{name: given.config[name] for name in names},
+        scaling_factor=1 / latents.std().item(),
+        shift_factor=latents.mean().item(),
+    )
+    weights = {name: one for name, one in given.state_dict().items() if not name.startswith("bn.")}
+    plain.load_state_dict(weights)
+    return plain.eval().requires_grad_(False)
+
+
+def new_transformer(seed: int) -> ZImageTransformer2DModel:
+    torch.manual_seed(seed)
+    transformer = ZImageTransformer2DModel(
+        in_channels=vae.LATENT_CHANNELS,
+        dim=128,
+        n_layers=4,
+        n_refiner_layers=1,
+        n_heads=4,
+        n_kv_heads=4,
+        cap_feat_dim=HIDDEN,
+        rope_theta=dit.ROPE_THETA,
+        axes_dims=[8, 12, 12],
+        axes_lens=[256, 64, 64],
+    )
+    for name, weight in transformer.named_parameters():
+        if name.endswith("pad_token") or ("adaLN" in name and weight.ndim == 2):
+            nn.init.normal_(weight, std=0.02)
+        elif weight.ndim == 2:
+            nn.init.xavier_uniform_(weight)
+    return transformer
+
+
+def optimizers(transformer: ZImageTransformer2DModel) -> list[torch.optim.Optimizer]:
+    blocks = ("layers.", "noise_refiner.", "context_refiner.")
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, weight in transformer.named_parameters():
+        (matrices if weight.ndim == 2 and name.startswith(blocks) else rest).append(weight)
+    rate = dit.LEARNING_RATE
+    return [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=0.0),
+    ]
+
+
+class Lesson:
+    """Encoded pictures, their captions' embeddings, and the loss on a batch of them."""
+
+    @torch.no_grad()
+    def __init__(self, pipeline: ZImagePipeline, pictures: int, seed: int) -> None:
+        drawings = draw_set(pictures, seed, held_out=False)
+        captions = sorted({one.caption for one in drawings})
+        number = {caption: i for i, caption in enumerate(captions)}
+        self.captions = [number[one.caption] for one in drawings]
+        self.embeddings = embed(pipeline, [*captions, ""])
+        autoencoder = pipeline.vae
+        self.latents = torch.cat(
+            [
+                autoencoder.encode(
+                    torch.stack([vae.as_tensor(one.image) for one in drawings[i : i + 256]])
+                ).latent_dist.mode()
+                for i in range(0, pictures, 256)
+            ]
+        )
+        config = autoencoder.config
+        self.latents = (self.latents - config.shift_factor) * config.scaling_factor
+
+    def loss_of(self, transformer: Callable[..., Any], generator: Generator) -> Tensor:
+        """Mean squared error of one batch. Z-Image is told 1 - sigma and says x0 - noise."""
+        chosen = torch.randint(len(self.latents), (dit.BATCH,), generator=generator)
+        clean = self.latents[chosen]
+        emptied = torch.rand(dit.BATCH, generator=generator) < dit.EMPTY_CAPTIONS
+        texts = [
+            self.embeddings[-1 if empty else self.captions[i]]
+            for i, empty in zip(chosen.tolist(), emptied.tolist(), strict=True)
+        ]
+        spread = dit.SIGMA_SPREAD * torch.randn(dit.BATCH, generator=generator)
+        sigma = torch.sigmoid(dit.SIGMA_SHIFT + spread)
+        noise = torch.randn(clean.shape, generator=generator)
+        level = sigma[:, None, None, None]
+        noisy = ((1 - level) * clean + level * noise).unsqueeze(2)
+        said = transformer(list(noisy), 1 - sigma, texts, return_dict=False)[0]
+        return F.mse_loss(torch.stack(list(said)).squeeze(2), clean - noise)
+
+
+def embed(pipeline: ZImagePipeline, captions: Sequence[str]) -> list[Tensor]:
+    """(tokens, 48) of each caption, by the pipeline's own code."""
+    found: list[Tensor] = []
+    for start in range(0, len(captions), 256):
+        some = list(captions[start : start + 256])
+        found += pipeline.encode_prompt(some, do_classifier_free_guidance=False, max_sequence_length=64)[0]
+    return found
+
+
+@torch.no_grad()
+def draw(pipeline: ZImagePipeline, captions: list[str], seed: int) -> list[Any]:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        prompt=captions,
+        height=SIZE_PX,
+        width=SIZE_PX,
+        num_inference_steps=STEPS,
+        guidance_scale=CFG - 1,  # the pipeline counts guidance from 0, cfg counts from 1
+        max_sequence_length=64,
+        generator=torch.Generator().manual_seed(seed),
+    ).images
+
+
+def _options(words: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m whitetuner.nano.pretrain_zimage", description="Train a small Z-Image from nothing."
+    )
+    option = parser.add_argument
+    option("--out", type=Path, required=True, help="folder for the model and the training's state")
+    option("--minutes", type=float, default=float("inf"), help="stop after that long (--resume goes on)")
+    option("--threads", type=int, default=2)
+    option("--seed", type=int, default=0)
+    option("--resume", action="store_true", help="go on from the state in --out")
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
