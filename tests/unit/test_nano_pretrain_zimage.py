@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import ZImagePipeline
+from PIL.Image import Image
 
 from whitetuner.nano import pretrain_zimage, vae
 from whitetuner.nano.draw import draw_set
@@ -37,5 +38,5 @@ def test_two_steps_leave_a_folder_and_resume(tmp_path: Path, monkeypatch: pytest
     assert pretrain_zimage.main(out) != 0
 
 
-def pipeline_image(pipeline: ZImagePipeline):
+def pipeline_image(pipeline: ZImagePipeline) -> Image:
     return pretrain_zimage.draw(pipeline, ["a red circle on blue"], 0)[0]
