@@ -12,6 +12,7 @@ from whitetuner.config.kinds import refuse_wrong_data
 from whitetuner.config.landed import refuse_not_landed
 from whitetuner.config.load import load_config
 from whitetuner.config.schema import Config
+from whitetuner.config.shard import refuse_wrong_shard
 from whitetuner.data.captions import convert_captions
 from whitetuner.data.check import CheckReport, caption_files, check_sets
 from whitetuner.data.check_page import write_check_html
@@ -95,6 +96,7 @@ def check_config(
     advice: list[UserError] = []
     looks = (
         lambda: refuse_wrong_full(config),
+        lambda: refuse_wrong_shard(config),
         lambda: refuse_not_landed(config),
         lambda: refuse_wrong_data(config),
     )

@@ -282,10 +282,7 @@ def largest(shapes: Sequence[Shape], sketched: Sketched) -> Shape:
 
 
 def asked_base(config: Config) -> str | None:
-    """The base that the config fixes, by its own name here; None for "auto".
-
-    Raises UserError for a quantised base under full training, whose weights must stay precise.
-    """
+    """The base that the config fixes, by its own name here; None for "auto". Raises UserError where it cannot be quantised."""
     refuse_wrong_full(config)
     refuse_wrong_shard(config)
     given = config.memory.base

@@ -123,6 +123,29 @@ def test_stopped_and_resumed_is_never_interrupted_in_every_precision(
 
 
 @pytest.mark.slow
+def test_z_image_v2_learns_for_500_steps_stopped_in_the_middle_or_not(tmp_path: Path) -> None:
+    """Its original way of being trained: the whole dual-stream model, from Z-Image's weights on."""
+    values = {
+        **values_of(tmp_path, "zimage-v2", "", "t2i"),
+        "save.every": 250,
+        "validation.every": 250,
+        "preview.every": 0,
+    }
+    whole = train(values, "whole", **{"run.steps": 500})
+    train(values, "half", **{"run.steps": 250})
+    again = train(values, "half", resume="latest", **{"run.steps": 500, "memory.blocks_to_swap": 1})
+    assert again.step == 500 and state(again) == state(whole)
+    told = [
+        one for one in events.read(again.folder / "events.jsonl")[0] if isinstance(one, events.Validation)
+    ]
+    assert told[-1].loss < 0.8 * told[0].loss
+    out = drawing.sample(
+        str(again.folder), prompt="a red circle", out=tmp_path / "s.png", size=Size(64, 64), steps=1
+    )
+    assert out.stat().st_size > 100
+
+
+@pytest.mark.slow
 def test_swap_recompute_and_optimizers_change_no_bit(klein: dict[str, Any]) -> None:
     for name in ("adamw", "adafactor"):
         resident = state(train(klein, f"{name}-resident", **{"optimizer.name": name}))
