@@ -24,6 +24,11 @@ from whitetuner.train.team import Team
 from whitetuner.train.validate import sigma_grid, validate
 
 
+def is_due(every: int, step: int, steps: int) -> bool:
+    """Whether what comes every so many steps (0: never), and after the last of them, comes now."""
+    return bool(every) and (step % every == 0 or step == steps)
+
+
 def validation_of(
     step: int,
     family: Family,
@@ -79,12 +84,17 @@ def previews_of(
     max_seconds: float,
     device: torch.device,
     company: Ranks = ALONE,
+    share: tuple[int, int] = (0, 1),
 ) -> list[events.Event]:
     """Draws into the run's samples/ with the averaged weights; the decoder goes back to the host after.
 
     company: ranks that have to draw together, of a sharded model; what others than the first draw is thrown away.
+    share:   (number, count): every so manieth scene, see `shared_previews`
     """
     told: list[events.Event] = []
+    numbers = range(share[0], len(data.scenes), share[1])
+    if not numbers:
+        return told
     with (
         _drawn_into(folder, company) as samples,
         company.together(),
@@ -103,6 +113,7 @@ def previews_of(
             step,
             max_seconds,
             partial(_one_word, company),
+            numbers,
         )
         try:
             drawn = draw()
@@ -130,9 +141,40 @@ def previews_of(
         text = f"{drawn.skipped} previews of step {step} left out: preview.max_seconds was reached"
         told.append(events.Message(level="info", text=text))
     files = [path.relative_to(folder.path).as_posix() for path in drawn.files]
-    prompts = [scene.text for scene in data.scenes[: len(files)]]
+    prompts = [data.scenes[number].text for number in numbers[: len(files)]]
     told.append(events.Preview(step=step, files=files, prompts=prompts, seconds=drawn.seconds))
     return told
+
+
+def shared_previews(
+    ranks: Ranks, step: int, able: bool, draw: Callable[[tuple[int, int]], list[events.Event]]
+) -> list[events.Event]:
+    """Previews of replicas: each rank of rank 0's machine draws its share into the run's folder; rank 0 gets what to tell.
+
+    able: this rank can draw;  draw: asked with (number, count). Raises what another rank failed with.
+    """
+    told = ranks.told(able and 0 in ranks.ranks_here)
+    drawing = [rank for rank in range(ranks.world) if told[rank]]
+    mine: list[events.Event] = []
+    with ranks.phase():
+        if ranks.rank in drawing:
+            mine = draw((drawing.index(ranks.rank), len(drawing)))
+    words = [(one.level, one.text) for one in mine if isinstance(one, events.Message)]
+    drawn = [(one.files, one.prompts, one.seconds) for one in mine if isinstance(one, events.Preview)]
+    rows = ranks.told((words, drawn))
+    if not ranks.first:
+        return []
+    found: list[events.Event] = [
+        events.Message(level=how, text=text) for said, _ in rows for how, text in said
+    ]
+    parts = [part for _, of_rank in rows for part in of_rank]
+    if parts:
+        each = [pair for files, prompts, _ in parts for pair in zip(files, prompts, strict=True)]
+        each.sort(key=lambda pair: (len(pair[0]), pair[0]))  # 100.png behind 11.png
+        files, prompts = [file for file, _ in each], [prompt for _, prompt in each]
+        seconds = max(seconds for _, _, seconds in parts)
+        found.append(events.Preview(step=step, files=files, prompts=prompts, seconds=seconds))
+    return found
 
 
 def _one_word(ranks: Ranks, late: bool) -> bool:

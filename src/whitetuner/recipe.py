@@ -16,7 +16,7 @@ import torch
 
 from whitetuner import sharing
 from whitetuner.assemble import assemble, step_settings
-from whitetuner.between import previews_of, validation_of
+from whitetuner.between import is_due, previews_of, shared_previews, validation_of
 from whitetuner.checkpoint.store import Store
 from whitetuner.config.load import Loaded, dump_config
 from whitetuner.data.loader import Loader
@@ -261,11 +261,10 @@ class Session:
             self._closing.callback(self.board.close)
         self.tell(events.Phase(name="train", total=self.data.steps))
         self._began_at = self.step
-        if self.step == 0 and self.takes_part:
-            if config.validation.every:
-                self._validate(0)
-            if config.preview.every and config.preview.at_start:
-                self._preview(0)
+        if self.step == 0 and self.takes_part and config.validation.every:
+            self._validate(0)
+        if self.step == 0 and config.preview.every and config.preview.at_start:
+            self._preview(0, of_all=True)
 
     def advance(self, until: int) -> bool:
         """Learns until this step; False when it was stopped before. Saves, previews and validates in between as due."""
@@ -276,7 +275,7 @@ class Session:
             on_step=self.tell,
             after_step=self._between,
             stop_asked=lambda: self.signals.asked or self.folder.asked("stop"),
-            on_bad=lambda step: self._save_last_good(step > start and self.takes_part),
+            on_bad=lambda step: self.save() if step > start and self.takes_part else None,
         )
         assert self._batches is not None, "advance before prepare"
         while self.step < until:
@@ -313,18 +312,20 @@ class Session:
             seen = correct_plan(self.way, self.team.at(step - 1).fitted, self.device)
             if seen:
                 self.folder.update(measured=seen)
+        due = partial(is_due, step=step, steps=self.data.steps)
         if self.takes_part:
             with self.company.phase():
-                self._due(step)
+                self._due(step, due)
+        elif due(self.config.preview.every):
+            self._preview(step, of_all=True)
 
-    def _due(self, step: int) -> None:
-        config, last = self.config, step == self.data.steps
-        due = lambda every: bool(every) and (step % every == 0 or last)  # noqa: E731 - a word of this paragraph only
+    def _due(self, step: int, due: Callable[[int], bool]) -> None:
+        config, asked = self.config, lambda word: self.company.from_first(partial(self.folder.take, word))
         if due(config.validation.every):
             self._validate(step)
-        if self.company.from_first(partial(self.folder.take, "preview")) or due(config.preview.every):
-            self._preview(step)
-        if self.company.from_first(partial(self.folder.take, "save")) or due(config.save.every) or last:
+        if asked("preview") or due(config.preview.every):
+            self._preview(step, of_all=due(config.preview.every))
+        if asked("save") or due(config.save.every) or step == self.data.steps:
             self.save()
 
     def save(self) -> Path:
@@ -341,10 +342,6 @@ class Session:
         self.tell(events.Saved(step=self.step, path=where, seconds=time.perf_counter() - began))
         return path
 
-    def _save_last_good(self, learned: bool) -> None:
-        if learned:
-            self.save()
-
     def _validate(self, step: int) -> None:
         count = self.config.validation.sigmas
         settings = partial(step_settings, self.config, self.data.shift)
@@ -353,14 +350,18 @@ class Session:
         if event is not None:
             self.tell(event)
 
-    def _preview(self, step: int) -> None:
-        if not self.data.scenes or (self.family.spec.unlearned(self.family.options) and not self.team.beside):
-            return
-        if self.decoder is None:
-            self.decoder = self.family.load_decoder(self.build)
-        limit = self.config.preview.max_seconds
-        where = (self.data, self.folder, limit, self.device, self.company)
-        for event in previews_of(step, self.family, self.team, self.decoder, *where):
+    def _preview(self, step: int, of_all: bool) -> None:
+        """of_all: all ranks know of it, and replicas draw a share each."""
+        lacks = self.family.spec.unlearned(self.family.options) and not self.team.beside
+        able = bool(self.data.scenes) and not lacks
+
+        def draw(share: tuple[int, int]) -> list[events.Event]:
+            self.decoder = self.decoder or self.family.load_decoder(self.build)
+            where = (self.data, self.folder, self.config.preview.max_seconds, self.device, self.company)
+            return previews_of(step, self.family, self.team, self.decoder, *where, share)
+
+        among = self.ranks if of_all and self.company is not self.ranks else ALONE
+        for event in shared_previews(among, step, able, draw):
             self.tell(event)
 
     # -- the end ---------------------------------------------------------------------------------------------------

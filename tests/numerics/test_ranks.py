@@ -18,6 +18,7 @@ from PIL import Image
 from whitetuner import recipe
 from whitetuner.adapters.attach import attach
 from whitetuner.adapters.shapes import AdapterSettings
+from whitetuner.between import shared_previews
 from whitetuner.config.load import load_config
 from whitetuner.data.samples import make_testdata
 from whitetuner.errors import UserError
@@ -159,6 +160,50 @@ def test_two_ranks_are_two_accumulated_batches_to_the_bit(place: dict[str, Any])
     more = {"memory.blocks_to_swap": 3, "memory.gradient_checkpointing": True}
     both = run({**place, **more, "run.name": "two"}, 2)
     assert same(both, alone(place, "one", optimizer__gradient_accumulation=2))
+
+
+def shared_drawing(ranks: Ranks) -> tuple[list[events.Event], list[tuple[int, int]]]:
+    """Rank 1 of three cannot draw; each of the others draws every second of five scenes."""
+    asked: list[tuple[int, int]] = []
+
+    def draw(share: tuple[int, int]) -> list[events.Event]:
+        asked.append(share)
+        numbers = range(share[0], 5, share[1])
+        files, prompts = [f"samples/{one:02d}.png" for one in numbers], [f"scene {one}" for one in numbers]
+        told: list[events.Event] = [events.Message(level="info", text=f"by {ranks.rank}")]
+        return [*told, events.Preview(step=4, files=files, prompts=prompts, seconds=1.0 + ranks.rank)]
+
+    return shared_previews(ranks, 4, ranks.rank != 1, draw), asked
+
+
+def test_previews_are_shared_by_the_ranks_that_can_draw(tmp_path: Path) -> None:
+    first, second, third = forked_ranks.together(3, shared_drawing, tmp_path)
+    assert [one[1] for one in (first, second, third)] == [[(0, 2)], [], [(1, 2)]]
+    assert second[0] == third[0] == []
+    *said, drawn = first[0]
+    assert [one.text for one in said] == ["by 0", "by 2"] and drawn.seconds == 3.0
+    assert drawn.files == [f"samples/{one:02d}.png" for one in range(5)]
+    assert drawn.prompts == [f"scene {one}" for one in range(5)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lokr", "full"])
+def test_pictures_drawn_by_two_ranks_are_those_of_one(place: dict[str, Any], kind: str) -> None:
+    base = whole(place) if kind == "full" else place
+    scenes = [{"text": f"picture {number}", "size": [64, 64], "steps": 2} for number in range(3)]
+    values = {**base, "preview.every": 2, "preview.prompts": scenes, "memory.blocks_to_swap": 2}
+    both = run({**values, "run.name": f"drawn-by-two-{kind}"}, 2)
+    one = alone(values, f"drawn-by-one-{kind}", optimizer__gradient_accumulation=2)
+    pictures = [
+        [(path.relative_to(folder).as_posix(), path.read_bytes()) for path in sorted(folder.rglob("0*.png"))]
+        for folder in (both, one)
+    ]
+    assert pictures[0] == pictures[1] and len(pictures[0]) == 9  # before the first step, after 2 and 4
+    told = [
+        [found for found in events.read(folder / "events.jsonl")[0] if isinstance(found, events.Preview)]
+        for folder in (both, one)
+    ]
+    assert [(x.step, x.files, x.prompts) for x in told[0]] == [(x.step, x.files, x.prompts) for x in told[1]]
 
 
 def whole(place: dict[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Hooks:
     on_step: Callable[[StepDone], None]
     after_step: Callable[[int], None]  # previews, validation, saving
     stop_asked: Callable[[], bool]
-    on_bad: Callable[[int], None]  # (last good step): save before the run fails
+    on_bad: Callable[[int], object]  # (last good step): save before the run fails
 
 
 @dataclass

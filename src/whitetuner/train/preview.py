@@ -44,11 +44,12 @@ def draw_previews(
     step: int,
     max_seconds: float,
     agreed: Callable[[bool], bool] = bool,
+    numbers: Sequence[int] | None = None,
 ) -> Drawn:
     """Writes folder/step-000250/00.png ... (clips: a contact sheet, and 00.mp4 where PyAV is installed).
 
     Scenes that do not fit into max_seconds are left out and counted. agreed: whether all ranks that draw together stop, from
-    whether this one would.
+    whether this one would; numbers: only these scenes, for others draw the rest.
 
     A scene that has begun is finished: half-denoised pictures would look like a training fault.
     """
@@ -57,10 +58,11 @@ def draw_previews(
     target.mkdir(parents=True, exist_ok=True)
     files: list[Path] = []
     longest = 0.0
-    for index, scene in enumerate(scenes):
-        spent = time.perf_counter() - began
-        if index and agreed(spent + longest > max_seconds):
-            return Drawn(files, spent, len(scenes) - index)
+    chosen = range(len(scenes)) if numbers is None else numbers
+    for index in chosen:
+        scene, spent = scenes[index], time.perf_counter() - began
+        if files and agreed(spent + longest > max_seconds):
+            return Drawn(files, spent, len(chosen) - len(files))
         with torch.no_grad():
             frames = family.generate(
                 modules,
