@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Iterator
 
 # Before torch is imported by anything. One thread: sums in one order, and no fight over the cores of a CI machine.
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -57,6 +59,17 @@ LEFT_TO_SLOW = {
     "test_five_thousand_pictures_are_looked_at_in_seconds_and_paged",
     "test_the_edges_need_a_finished_transformer",
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Whatever a test made of torch's threads: two Python threads that each wait for two others by spinning stand still on a
+    busy machine (seen: a test of two seconds had not ended after half an hour).
+    """
+    yield
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
