@@ -134,9 +134,10 @@ def test_the_report_and_the_page_lay_the_first_runs_curve_under_it(
     monkeypatch.setenv("WHITETUNER_STATE", str(tmp_path))
     job = Job(run=str(made), config="c.toml", cwd=str(whole.parent))
     runs, roots = Runs(), Roots.of(None)
-    assert runs.origin(job, roots) == {"name": "whole", "at": 4} | {
-        key: runs.reader(replace(job, run=str(whole))).curve()[key] for key in ("step", "smooth")
-    }
+    found = runs.origin(job, roots)
+    assert found is not None and found[0].folder.path.name == "whole" and found[1] == 4
+    curve = runs.reader(replace(job, run=str(whole))).curve()
+    assert found[0].mean() == {key: curve[key] for key in ("step", "smooth")}
     assert runs.origin(replace(job, run=str(whole)), roots) is None
     assert runs.origin(job, Roots.of([tmp_path])) is None
     RunFolder(made).update(forked_from={"run": "../gone", "step": 4, "run_id": "x"})
