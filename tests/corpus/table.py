@@ -49,7 +49,9 @@ def rendered(answers: Sequence[Answer]) -> str:
 
 def _cell(text: str) -> str:
     text = re.sub(r"\d{8}_\d{6}", "TIME", text)  # in names of folders
-    text = re.sub(r"\b\d{4,} of \d{4,} bytes", "N of M bytes", text)  # files hold the whole config: new options move it
+    text = re.sub(
+        r"\b\d{4,} of \d{4,} bytes", "N of M bytes", text
+    )  # files hold the whole config: new options move it
     short = text if len(text) <= 300 else f"{text[:297]}..."
     # A zero byte would make the whole document no text.
     shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in short)
