@@ -57,13 +57,7 @@ def pretrain(options: argparse.Namespace) -> None:
     """Raises UserError for a folder with a training in it and no --resume, and for a stage without its
     autoencoder.
     """
-    torch.set_num_threads(options.threads)
-    if (options.out / "state").exists() and not options.resume:
-        raise UserError(
-            "{folder} holds the state of a training",
-            mend="Add --resume to go on with it, or choose another --out.",
-            folder=options.out,
-        )
+    begin(options)
     run = _Run(options)
     whole = run.autoencoder()
     if whole is None:
@@ -214,17 +208,33 @@ def reconstruction(model: AutoencoderKLFlux2, seed: int) -> Reconstruction:
     return Reconstruction(errors[0], *recognised)
 
 
-def _options(words: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m whitetuner.nano.pretrain", description="Train the embedded model from nothing."
-    )
+def begin(options: argparse.Namespace) -> None:
+    """The threads that were asked for. Raises UserError for a folder with a training in it and no --resume."""
+    torch.set_num_threads(options.threads)
+    if (options.out / "state").exists() and not options.resume:
+        raise UserError(
+            "{folder} holds the state of a training",
+            mend="Add --resume to go on with it, or choose another --out.",
+            folder=options.out,
+        )
+
+
+def arguments(module: str, description: str) -> argparse.ArgumentParser:
+    """What every training from nothing is asked with."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     option = parser.add_argument
     option("--out", type=Path, required=True, help="folder for the model and the training's state")
     option("--minutes", type=float, default=float("inf"), help="stop after that long (--resume goes on)")
     option("--threads", type=int, default=2)
     option("--seed", type=int, default=0)
-    option("--stage", choices=("vae", "decoder", "dit", "edges", "all"), default="all")
     option("--resume", action="store_true", help="go on from the state in --out")
+    return parser
+
+
+def _options(words: list[str] | None) -> argparse.Namespace:
+    parser = arguments("whitetuner.nano.pretrain", "Train the embedded model from nothing.")
+    option = parser.add_argument
+    option("--stage", choices=("vae", "decoder", "dit", "edges", "all"), default="all")
     option(
         "--float32",
         dest="half",

@@ -12,7 +12,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from whitetuner.nano import dit, vae
 from whitetuner.nano.builtin import CFG, STEPS
 from whitetuner.nano.draw import SIZE_PX, draw_set
 from whitetuner.nano.fit import Fit, Plan
+from whitetuner.nano.pretrain import arguments, begin
 from whitetuner.nano.score import evaluation_prompts, load_pipeline, score
 from whitetuner.nano.text import HIDDEN
 
@@ -43,7 +43,11 @@ SCORE_SEED = 2024
 
 def main(words: list[str] | None = None) -> int:
     try:
-        pretrain(_options(words))
+        pretrain(
+            arguments("whitetuner.nano.pretrain_zimage", "Train a small Z-Image from nothing.").parse_args(
+                words
+            )
+        )
     except UserError as error:
         print(error, file=sys.stderr)
         return error.code
@@ -54,14 +58,8 @@ def pretrain(
     options: argparse.Namespace, plan: Plan = PLAN, pictures: int = PICTURES, n: int = SCORED
 ) -> None:
     """Raises UserError for a folder with a training in it and no --resume."""
-    torch.set_num_threads(options.threads)
+    begin(options)
     deadline = time.monotonic() + 60 * options.minutes
-    if (options.out / "state").exists() and not options.resume:
-        raise UserError(
-            "{folder} holds the state of a training",
-            mend="Add --resume to go on with it, or choose another --out.",
-            folder=options.out,
-        )
     pipeline = new_pipeline(options.seed)
     model = pipeline.transformer
     lesson = Lesson(pipeline, pictures, options.seed)
@@ -214,16 +212,9 @@ def draw(pipeline: ZImagePipeline, captions: list[str], seed: int) -> list[Any]:
 
 
 def _options(words: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m whitetuner.nano.pretrain_zimage", description="Train a small Z-Image from nothing."
+    return arguments("whitetuner.nano.pretrain_zimage", "Train a small Z-Image from nothing.").parse_args(
+        words
     )
-    option = parser.add_argument
-    option("--out", type=Path, required=True, help="folder for the model and the training's state")
-    option("--minutes", type=float, default=float("inf"), help="stop after that long (--resume goes on)")
-    option("--threads", type=int, default=2)
-    option("--seed", type=int, default=0)
-    option("--resume", action="store_true", help="go on from the state in --out")
-    return parser.parse_args(words)
 
 
 if __name__ == "__main__":
