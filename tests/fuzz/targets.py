@@ -83,7 +83,7 @@ def checkpoint(folder: Path, raw: bytes) -> None:
 def _run(folder: Path) -> RunFolder:
     run = RunFolder(folder / "cat")
     run.control.mkdir(parents=True, exist_ok=True)
-    run.run_file.write_text(json.dumps(_RUN), encoding="utf-8")
+    run.run_file.write_text(json.dumps(RUN), encoding="utf-8")
     run.events.write_bytes(_lines())
     return run
 
@@ -115,7 +115,8 @@ def captions(folder: Path, raw: bytes) -> None:
     shutil.rmtree(folder / "cat", ignore_errors=True)
 
 
-_RUN = {
+#: A run.json that is right.
+RUN = {
     "format": 1,
     "run_id": "r",
     "began": 1.0,
@@ -179,6 +180,6 @@ TARGETS: dict[str, tuple[Read, Seeds]] = {
     "safetensors": (safetensors, lambda: [json.dumps(_HEADER).encode()]),
     "checkpoint": (checkpoint, lambda: [json.dumps(_STATE).encode()]),
     "events": (event_lines, lambda: [_lines()]),
-    "run.json": (run_document, lambda: [json.dumps(_RUN).encode()]),
+    "run.json": (run_document, lambda: [json.dumps(RUN).encode()]),
     "captions": (captions, lambda: ["a cat, 一只猫".encode(name) for name in ("utf-8", "utf-16", "gb18030")]),
 }

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 from starlette.testclient import TestClient
-from targets import TARGETS
+from targets import RUN, TARGETS
 
 from whitetuner.adapters.files import load_adapter
 from whitetuner.checkpoint import store
@@ -314,17 +314,6 @@ _STATE = {
 _FILES = st.dictionaries(
     words, st.one_of(values, st.fixed_dictionaries({"sha256": words, "bytes": numbers})), max_size=3
 )
-_RUN = {
-    "format": 1,
-    "run_id": "r",
-    "began": 1.0,
-    "config": {"run": {"name": "cat"}, "model": {"family": "flux2-klein"}},
-    "versions": {},
-    "hardware": {},
-    "resolved": {},
-    "origins": {},
-    "forked_from": {"run": "../x", "step": 1, "run_id": "y"},
-}
 _KEYS = sorted(keys_of(Config))
 _AI_TOOLKIT = """\
 job: extension
@@ -418,7 +407,7 @@ READERS: dict[str, tuple[Callable[[Place, Any], None], Callable[[], st.SearchStr
         25,
         400,
     ),
-    "run.json": (run_document, lambda: spoilt(_RUN), 25, 400),
+    "run.json": (run_document, lambda: spoilt(RUN), 25, 400),
     "requests": (
         request,
         lambda: st.tuples(
