@@ -28,6 +28,7 @@ def test_a_forks_origin_is_overlaid(server: Server, watched: Any) -> None:
     page.goto(f"{server.url}/en/#tab=runs&run={jobs.id_of(runs[1].resolve())}")
     view = page.locator("wt-runs wt-run").first
     expect(view.locator("wt-chart")).to_have_attribute("data-origin", re.compile("[1-9]"))
+    expect(view.locator("wt-chart")).to_contain_text("stem (forked at step 2)")
     heads = view.locator(".wr-grid thead th")
     expect(heads.nth(1)).to_contain_text("stem, step")
     expect(heads.last).to_have_text(re.compile(r"^step \d+"))

@@ -96,6 +96,8 @@ def test_try_it_now_runs_to_its_end_and_its_result_goes_to_comfyui(tmp_path: Pat
         page.locator("#tab-results-button").click()
         result = page.locator("wt-runs wt-result >> visible=true")
         expect(result.locator(".wr-thumb").first).to_be_visible()
+        counted = re.compile(r"final/try-1\.safetensors.* ([1-9]\d*) 个键中 \1 个为 ComfyUI 所知")
+        expect(result.locator("li").filter(has_text="final/try-1.safetensors")).to_have_text(counted)
         (tmp_path / "ComfyUI" / "models" / "loras").mkdir(parents=True)
         result.locator("input[type=text]").fill(str(tmp_path / "ComfyUI"))
         result.locator("[data-wish=comfyui]").click()

@@ -73,7 +73,7 @@ class Chart extends HTMLElement {
   show(data) {
     this.data = data;
     this.origin.hidden = !data.origin;
-    if (data.origin) this.origin.lastChild.textContent = this.w("origin").replace("{name}", data.origin.name).replace("{step}", data.origin.at);
+    if (data.origin) this.origin.lastChild.textContent = this.w("origin", { name: data.origin.name, step: data.origin.at });
     this.draw();
   }
 

@@ -23,8 +23,7 @@ class RunView extends View {
   }
 
   known(names) {
-    const text = names.program ? this.w("names_known") : this.w("names_own");
-    return text.replace("{known}", names.known).replace("{total}", names.total).replace("{program}", names.program);
+    return this.w(names.program ? "names_known" : "names_own", names);
   }
 
   async look() {
