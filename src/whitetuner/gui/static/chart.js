@@ -1,7 +1,7 @@
 // <wt-chart>: the loss of a run on a canvas: each step's range, the running mean, validation, learning rate, checkpoints.
 // The server thins to about 1,200 stretches, so a frame costs the same at 200 steps and at 200,000.
 
-import { loadedWords, words } from "./view.js";
+import { loadedWords, wordOf } from "./view.js";
 
 const PAD = { left: 56, right: 52, top: 10, bottom: 26 };
 const HEIGHT = 260;
@@ -27,8 +27,7 @@ class Chart extends HTMLElement {
   async connectedCallback() {
     if (this.canvas) return;
     await loadedWords;
-    const at = this.dataset.lang === "zh" ? 0 : 1;
-    this.w = (name) => words[name][at];
+    this.w = (name, values) => wordOf(name, this.dataset.lang, values);
     this.canvas = document.createElement("canvas");
     this.canvas.setAttribute("role", "img");
     this.tip = document.createElement("div");

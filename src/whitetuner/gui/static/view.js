@@ -11,6 +11,13 @@ export const loadedWords = (async () => {
   }
 })();
 
+/** The words under a name in a language, {key} in them replaced by values[key] (by nothing where there is none). */
+export function wordOf(name, lang, values = {}) {
+  const both = words[name];
+  if (!both) throw new Error(`no words for ${name}`);
+  return both[lang === "zh" ? 0 : 1].replace(/\{(\w+)\}/g, (_, key) => values[key] ?? "");
+}
+
 /** An element with properties (on... : listeners) and children; text is always text, never HTML. */
 export function h(tag, given = {}, ...children) {
   const made = document.createElement(tag);
@@ -69,9 +76,7 @@ export class View extends HTMLElement {
   }
 
   w(name, values = {}) {
-    const both = words[name];
-    if (!both) throw new Error(`no words for ${name}`);
-    return both[this.lang === "zh" ? 0 : 1].replace(/\{(\w+)\}/g, (_, key) => values[key] ?? "");
+    return wordOf(name, this.lang, values);
   }
 
   async ask(path, body) {
