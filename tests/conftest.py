@@ -63,9 +63,7 @@ LEFT_TO_SLOW = {
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Whatever a test made of torch's threads: two Python threads that each wait for two others by spinning stand still on a
-    busy machine (seen: a test of two seconds had not ended after half an hour).
-    """
+    """Whatever a test made of torch's threads ends with it: sums stay in one order for those behind it."""
     yield
     torch = sys.modules.get("torch")
     if torch is not None and torch.get_num_threads() != 1:
