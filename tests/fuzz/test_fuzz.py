@@ -6,6 +6,7 @@ Inputs are of two kinds: anything at all, and right ones with something wrong in
 from __future__ import annotations
 
 import codecs
+import dataclasses
 import json
 import math
 import os
@@ -284,8 +285,9 @@ def _tensors() -> bytes:
 
 
 def _lines() -> bytes:
+    """Times are fixed: what is made up out of them is the same on every day."""
     told = [
-        events.RunStarted(name="cat", steps=9),
+        events.RunStarted(name="cat", steps=9, pid=4711),
         events.Phase(name="train", total=9),
         *(
             events.StepDone(
@@ -300,7 +302,7 @@ def _lines() -> bytes:
         events.Failed(reason="x"),
         events.Ended(status="finished", step=2),
     ]
-    return "".join(map(events.as_line, told)).encode()
+    return "".join(events.as_line(dataclasses.replace(one, time=1.8e9)) for one in told).encode()
 
 
 _WHOLE_EVENTS = [json.loads(line) for line in _lines().splitlines()]
@@ -425,6 +427,17 @@ READERS: dict[str, tuple[Callable[[Place, Any], None], Callable[[], st.SearchStr
 }
 
 
+#: Of a step's line: what is written for what, and is no number or none to reckon with.
+SPOILT_STEPS = [
+    (b'"loss": 0.5', b'"loss": 0hevc'),
+    (b'"loss": 0.5', b'"loss": 1.7e308'),
+    (b'"step": 1', b'"step": null'),
+    (b'"seconds": 0.1', b'"seconds": null'),
+    (b'"seconds": 0.1', b'"seconds": 1e999'),
+    (b'"seconds": 0.1', b'"seconds": -1'),
+    (b'"memory_mb": 0.0', b'"memory_mb": null'),
+    (b'"samples": 2', b'"samples": null'),
+]
 #: What was not read nor refused once: (who reads it, what).
 FOUND: list[tuple[str, Any]] = [
     ("another trainer's config", "?"),  # YAML: {None: None}
@@ -435,6 +448,9 @@ FOUND: list[tuple[str, Any]] = [
     ("checkpoint", {**_STATE, "step": math.inf}),
     ("events", b'{"kind": "ended", "status": "gone", "step": 2}\n'),
     ("events", b'{"kind": "message", "level": [], "text": "x"}\n'),
+    ("events", b'{"kind": "run_started", "time": null, "name": "cat"}\n'),
+    ("events", b'{"kind": "validation", "step": 2, "loss": null, "by_sigma": {}, "seconds": 1.0}\n'),
+    *(("events", _lines().replace(old, new)) for old, new in SPOILT_STEPS),
     ("requests", ("/api/path/list", {"path": "a" * 300})),
     ("requests", ("/api/path/list", {"path": "a/" * 5000})),
     ("requests", ("/api/data/look", {"tab": TAB, "text": "", "folder": "a" * 300})),

@@ -26,11 +26,22 @@ POINTS, LINES = 1200, 400
 #: Steps that the pace is the median of.
 PACE_STEPS = 50
 
-_NAMES = ("step", "loss", "lr", "grad_norm", "seconds", "samples")
-#: Values are numbers or null and have an end: a torn line takes in nothing of what follows.
+#: Values are numbers as JSON writes them (none that a sum or a time cannot hold) or null, and have an end: a torn or spoilt line
+#: is no step, and takes in nothing of what follows.
+_COUNT = rb"(\d{1,15})"
+_SECONDS = rb"(\d{1,9}(?:\.\d+)?(?:[eE]-\d{1,3})?)"
+_NUMBER = rb"(-?\d{1,20}(?:\.\d+)?(?:[eE](?:-\d{1,3}|\+?\d{1,2}))?|null)"
+_COLUMNS = {
+    "step": _COUNT,
+    "loss": _NUMBER,
+    "lr": _NUMBER,
+    "grad_norm": _NUMBER,
+    "seconds": _SECONDS,
+    "samples": _COUNT,
+}
 _STEP = re.compile(
     rb'^\{"kind": "step", "time": [-+.\w]+, '
-    + rb", ".join(b'"' + name.encode() + rb'": ([-+.\w]+)' for name in _NAMES)
+    + rb", ".join(b'"' + name.encode() + b'": ' + pattern for name, pattern in _COLUMNS.items())
     + rb"(?=[,}])",
     re.MULTILINE,
 )
@@ -49,7 +60,7 @@ class Reader:
     def _clear(self) -> None:
         self._offset = 0
         self._file: tuple[int, int] | None = None
-        self.rows: Numbers = np.empty((0, len(_NAMES)))
+        self.rows: Numbers = np.empty((0, len(_COLUMNS)))
         self.last_step: events.StepDone | None = None
         self.started: events.RunStarted | None = None
         self.phase: events.Phase | None = None
@@ -93,7 +104,7 @@ class Reader:
         if found:
             text = b",".join(map(b",".join, found)).replace(b"null", b"nan")
             rows = np.fromstring(text, sep=",").reshape(
-                -1, len(_NAMES)
+                -1, len(_COLUMNS)
             )  # its text mode, the fastest there is
             self.rows = np.concatenate([self.rows, rows])
             last = _event(data[data.rfind(b'{"kind": "step"') :].split(b"\n", 1)[0])
@@ -145,12 +156,12 @@ class Reader:
         left = max(0, steps - last.step) * pace if steps else None
         return {
             "step": last.step,
-            "loss": _short(last.loss),
-            "loss_mean": _short(fmean(recent[:, 1].tolist())),
-            "lr": _short(last.lr),
-            "seconds": _short(pace),
+            "loss": short(last.loss),
+            "loss_mean": short(fmean(recent[:, 1].tolist())),
+            "lr": short(last.lr),
+            "seconds": short(pace),
             "samples": last.samples,
-            "samples_per_s": _short(fmean(recent[:, 5].tolist()) / max(1e-9, pace)),
+            "samples_per_s": short(fmean(recent[:, 5].tolist()) / max(1e-9, pace)),
             "eta": duration(left) if left is not None else "",
             "memory_mb": round(last.memory_mb),
         }
@@ -159,7 +170,7 @@ class Reader:
         """At most POINTS stretches of the loss (lowest, highest, running mean) and lr, all validations, checkpoints, previews."""
         found: dict[str, Any] = {
             "version": self.version,
-            "validation": [[one.step, _short(one.loss)] for one in self.validations.values()],
+            "validation": [[one.step, short(one.loss)] for one in self.validations.values()],
             "saved": sorted(self.saved),
             "previews": sorted(self.previews),
         }
@@ -178,7 +189,7 @@ class Reader:
             "step": step[ends].astype(int).tolist(),
             "low": _all_short(np.minimum.reduceat(loss, at)),
             "high": _all_short(np.maximum.reduceat(loss, at)),
-            "smooth": [_short(y) for _, y in smooth(points)],
+            "smooth": [short(y) for _, y in smooth(points)],
             "lr": _all_short(lr[ends]),
         }
 
@@ -210,10 +221,10 @@ def _event(line: bytes) -> events.Event | None:
     return events.from_line(line.decode("utf-8", "replace"))
 
 
-def _short(value: float) -> float | None:
+def short(value: float) -> float | None:
     """Five digits are more than a screen shows; None for what JSON cannot say."""
     return float(f"{value:.5g}") if np.isfinite(value) else None
 
 
 def _all_short(values: Sequence[float] | Numbers) -> list[float | None]:
-    return [_short(float(value)) for value in values]
+    return [short(float(value)) for value in values]

@@ -14,7 +14,7 @@ import psutil
 from whitetuner.errors import UserError
 from whitetuner.gui import strengths
 from whitetuner.gui.pickers import Roots
-from whitetuner.gui.run_reader import LINES, Reader, log_lines
+from whitetuner.gui.run_reader import LINES, Reader, log_lines, short
 from whitetuner.runs import events, jobs
 from whitetuner.runs.devices import Device, devices
 from whitetuner.runs.files import inside
@@ -104,7 +104,7 @@ class Runs:
             "ranks": ranks_of(reader.folder) if began else [],
             "previews": previews_of(reader),
             "saved": sorted(reader.saved),
-            "validation": [[s, one.loss] for s, one in sorted(reader.validations.items())],
+            "validation": [[s, short(one.loss)] for s, one in sorted(reader.validations.items())],
             "best": reader.best(),
             "messages": [[one.level, one.text] for one in list(reader.messages)[-20:]],
             "finals": finals(reader.folder),

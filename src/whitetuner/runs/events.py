@@ -151,13 +151,22 @@ def from_line(line: str) -> Event | None:
         if "null" in line:  # seldom, and a run may have 200,000 lines
             values = {key: _number(known.get(key), value) for key, value in values.items()}
         given = {key: value for key, value in values.items() if key in known}
-        return KINDS[kind](**given) if all(_IS[known[key]](value) for key, value in given.items()) else None
+        fits = all(_IS[known[key]](value) and _holds(key, value) for key, value in given.items())
+        return KINDS[kind](**given) if fits else None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
 #: A run's folder may come from anybody, and those who show it reckon with its numbers: what none of ours can be is torn.
 _MOST = 1e15
+
+
+#: What clocks and meters say is a number in any case: field -> below what (the year 2984: every calendar has it).
+_METERS = {"time": 32_000_000_000.0, "seconds": 1e9, "memory_mb": 1e12}
+
+
+def _holds(key: str, value: Any) -> bool:
+    return key not in _METERS or 0 <= value < _METERS[key]
 
 
 def _is_number(value: Any) -> bool:
