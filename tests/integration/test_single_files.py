@@ -127,6 +127,115 @@ def same(mine: torch.nn.Module, theirs: torch.nn.Module) -> None:
     assert all(torch.equal(tensor, state[key]) for key, tensor in mine.state_dict().items())
 
 
+#: A tensor of the 5B's VAE in the class's names -> in those of its release (github.com/Wan-Video/Wan2.2 wan/modules/vae2_2.py).
+WAN_22 = (
+    (r"^quant_conv", "conv1"),
+    (r"^post_quant_conv", "conv2"),
+    (r"conv_in", "conv1"),
+    (r"norm_out", "head.0"),
+    (r"conv_out", "head.2"),
+    (r"mid_block\.resnets\.(\d)", lambda m: f"middle.{2 * int(m[1])}"),
+    (r"mid_block\.attentions\.0", "middle.1"),
+    (r"down_blocks\.(\d)\.resnets", r"downsamples.\1.downsamples"),
+    (r"up_blocks\.(\d)\.resnets", r"upsamples.\1.upsamples"),
+    (r"norm1", "residual.0"),
+    (r"(?<=\d\.)conv1", "residual.2"),
+    (r"norm2", "residual.3"),
+    (r"(?<=\d\.)conv2", "residual.6"),
+    (r"conv_shortcut", "shortcut"),
+)
+
+
+def wan_22_originals(state: Mapping[str, Any], depth: int) -> dict[str, Any]:
+    """depth: residual blocks of a level of the encoder; the decoder's have one more, and the resampling comes last."""
+    found = {}
+    for name, tensor in state.items():
+        new = re.sub(r"down_blocks\.(\d)\.downsampler", rf"downsamples.\1.downsamples.{depth}", name)
+        new = re.sub(r"up_blocks\.(\d)\.upsampler", rf"upsamples.\1.upsamples.{depth + 1}", new)
+        for pattern, other in WAN_22:
+            new = re.sub(pattern, other, new)
+        found[new] = tensor
+    return found
+
+
+def test_the_vae_of_the_5b_is_read_from_one_file(tmp_path: Path) -> None:
+    """Everything but what its latents are normalised by is told from the shapes; that is the release's."""
+    model = tmp_path / "model"
+    with quiet():
+        registry.make_tiny("wan", str(model), "ti2v-5b")
+    state = whole(model / "vae")
+    save_file(wan_22_originals(state, 1), tmp_path / "a.safetensors")
+    save_file(state, tmp_path / "b.safetensors")
+    spec = registry.spec("wan")
+    given = {part: str(model / part) for part in ("transformer", "text_encoder", "tokenizer")}
+    for file in ("a.safetensors", "b.safetensors"):
+        vae = {"vae": str(tmp_path / file)}
+        paths = model_paths(config_of("wan", given | vae, **{"model.options.variant": "ti2v-5b"}))
+        assert spec.stride_of(paths) == 32
+        options = spec.options(variant="ti2v-5b")
+        ours, folder = registry.load("wan", options, paths), registry.load("wan", options, ModelPaths(model))
+        mine, theirs = ours.load_decoder(Build()), folder.load_decoder(Build())
+        same(mine, theirs)
+        told, known = ({k: v for k, v in dict(one.config).items() if k[0] != "_"} for one in (mine, theirs))
+        differ = {key for key in known if told[key] != known[key]}
+        assert differ == {"latents_mean", "latents_std"} and len(told["latents_mean"]) == 48
+    assert told_of(tmp_path / "a.safetensors")["is"] == "the VAE of WAN 2.2 5B"
+    with pytest.raises(UserError, match=r"the VAE of WAN 2.2 5B, not vae of Qwen-Image"):
+        component_of(registry.spec("qwen-image"), "vae", tmp_path / "a.safetensors")
+
+
+def test_the_vae_of_another_wan_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    with quiet():
+        registry.make_tiny("wan", str(tmp_path / "5b"), "ti2v-5b")
+    for model, other, said in (
+        (models["wan"], tmp_path / "5b", "48 channels.*reads 16.*wan_2.1_vae"),
+        (tmp_path / "5b", models["wan"], "16 channels.*reads 48.*wan2.2_vae"),
+    ):
+        with pytest.raises(UserError, match=f"(?s){said}"):
+            model_paths(config_of("wan", {"path": str(model), "vae": str(other / "vae")}))
+
+
+#: Of the 5B's VAE as it was released: names and shapes that the class's do not show.
+RELEASED_22 = {
+    "conv1.weight": (96, 96, 1, 1, 1),
+    "encoder.conv1.weight": (160, 12, 3, 3, 3),
+    "encoder.downsamples.0.downsamples.2.resample.1.weight": (160, 160, 3, 3),
+    "encoder.downsamples.1.downsamples.0.shortcut.weight": (320, 160, 1, 1, 1),
+    "encoder.downsamples.1.downsamples.2.time_conv.weight": (320, 320, 3, 1, 1),
+    "encoder.downsamples.3.downsamples.1.residual.6.weight": (640, 640, 3, 3, 3),
+    "encoder.middle.1.to_qkv.weight": (1920, 640, 1, 1),
+    "encoder.head.2.weight": (96, 640, 3, 3, 3),
+    "decoder.conv1.weight": (1024, 48, 3, 3, 3),
+    "decoder.upsamples.0.upsamples.3.time_conv.weight": (2048, 1024, 3, 1, 1),
+    "decoder.upsamples.2.upsamples.3.resample.1.bias": (512,),
+    "decoder.upsamples.3.upsamples.2.residual.3.gamma": (256, 1, 1, 1),
+    "decoder.head.2.weight": (12, 256, 3, 3, 3),
+}
+
+
+def test_the_config_of_the_5bs_released_vae_is_told_from_its_shapes() -> None:
+    from diffusers import AutoencoderKLWan
+
+    from whitetuner.memory.relaid import trace
+
+    config = {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
+              "temperal_downsample": [False, True, True], "is_residual": True, "in_channels": 12, "out_channels": 12,
+              "patch_size": 2, "scale_factor_temporal": 4, "scale_factor_spatial": 16}  # fmt: skip
+    with torch.device("meta"):
+        module = AutoencoderKLWan(**config)
+    ours = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    shapes = wan_22_originals(ours, 2)
+    assert len(shapes) == len(ours) == 196 and shapes.items() >= RELEASED_22.items()
+    (kind,) = [one for one in PART_FILES if one.known_by(shapes)]
+    told = kind.config(shapes)
+    assert {key: told[key] for key in config} == config
+    assert len(told["latents_mean"]) == len(told["latents_std"]) == 48
+    table = trace(shapes, lambda rows: kind.convert(rows, told))
+    assert {name: place.shape for name, place in table.items()} == ours
+    picture = shapes | {"decoder.head.2.weight": (12, 256, 1, 3, 3)}
+    assert not any(one.known_by(picture) for one in PART_FILES)  # a picture VAE of the same names
+
+
 def fp8_of(state: Mapping[str, Tensor], scale_name: str) -> dict[str, Tensor]:
     """As ComfyUI's scaled files: linear weights in fp8 with one scale each, the rest in bf16, and a mark."""
     found: dict[str, Tensor] = {"scaled_fp8": torch.empty(2, dtype=torch.float8_e4m3fn)}

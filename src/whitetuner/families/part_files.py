@@ -11,6 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from whitetuner.families.wan_vaes import (
+    is_wan_21,
+    is_wan_22,
+    wan_21_config,
+    wan_21_converted,
+    wan_22_config,
+    wan_22_converted,
+)
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -122,35 +131,6 @@ def _latent_of(shapes: Shapes) -> int:
     """Channels of the latent, by what the decoder is given."""
     found = shapes.get("decoder.conv_in.weight", ())
     return int(found[1]) if len(found) == 4 else 0
-
-
-def _wan_vae_names(shapes: Shapes) -> str:
-    if "decoder.middle.0.residual.0.gamma" in shapes:
-        return "original"
-    return "diffusers" if "decoder.mid_block.resnets.0.norm1.gamma" in shapes else ""
-
-
-def _wan_vae_latent(shapes: Shapes) -> int:
-    found = shapes.get("conv2.weight", shapes.get("post_quant_conv.weight", ()))
-    return int(found[0]) if len(found) == 5 else 0
-
-
-def _wan_vae_config(class_name: str) -> Callable[[Shapes], dict[str, Any]]:
-    def config(shapes: Shapes) -> dict[str, Any]:
-        """Means and deviations of the latents are the class's defaults, which are the release's."""
-        original = _wan_vae_names(shapes) == "original"
-        first = shapes["encoder.conv1.weight" if original else "encoder.conv_in.weight"]
-        return {"_class_name": class_name, "base_dim": int(first[0]), "z_dim": _wan_vae_latent(shapes)}
-
-    return config
-
-
-def _wan_vae_converted(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    if _wan_vae_names(dict.fromkeys(state, ())) == "diffusers":
-        return dict(state)
-    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
-
-    return dict(convert_wan_vae_to_diffusers(dict(state)))
 
 
 # -- text and image encoders -------------------------------------------------------------------------------------------
@@ -318,11 +298,19 @@ PART_FILES: tuple[PartFile, ...] = (
             "vae",
             "the VAE of WAN 2.1 or of Qwen-Image (their tensors are alike)",
             (family,),
-            lambda shapes: bool(_wan_vae_names(shapes)) and _wan_vae_latent(shapes) == 16,
-            _wan_vae_config(class_name),
-            _wan_vae_converted,
+            is_wan_21,
+            wan_21_config(class_name),
+            wan_21_converted,
         )
         for family, class_name in (("wan", "AutoencoderKLWan"), ("qwen-image", "AutoencoderKLQwenImage"))
+    ),
+    PartFile(
+        "vae",
+        "the VAE of WAN 2.2 5B",
+        ("wan",),
+        is_wan_22,
+        wan_22_config,
+        wan_22_converted,
     ),
     PartFile(
         "text_encoder",

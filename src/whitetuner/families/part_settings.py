@@ -109,7 +109,8 @@ FROM: Mapping[str, Mapping[str, str]] = {
         "transformer": f"a file of {_REPACKED}Wan_2.1_ComfyUI_repackaged or Wan_2.2_ComfyUI_Repackaged "
         "(models/diffusion_models)",
         "transformer_2": f"the low-noise file of {_REPACKED}Wan_2.2_ComfyUI_Repackaged (models/diffusion_models)",
-        "vae": f"wan_2.1_vae.safetensors of {_REPACKED}Wan_2.1_ComfyUI_repackaged (models/vae)",
+        "vae": f"wan_2.1_vae.safetensors of {_REPACKED}Wan_2.1_ComfyUI_repackaged, for the 5B wan2.2_vae.safetensors of "
+        f"{_REPACKED}Wan_2.2_ComfyUI_Repackaged (models/vae)",
         "text_encoder": f"umt5_xxl_fp16.safetensors of {_REPACKED}Wan_2.1_ComfyUI_repackaged (models/text_encoders)",
         "image_encoder": f"clip_vision_h.safetensors of {_REPACKED}Wan_2.1_ComfyUI_repackaged (models/clip_vision)",
         "tokenizer": "the folder google/umt5-xxl of huggingface.co/Wan-AI (tokenizer.json, tokenizer_config.json)",

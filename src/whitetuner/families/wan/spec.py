@@ -135,6 +135,7 @@ def fps_of(options: WanOptions, paths: ModelPaths) -> float:
 def needed(options: WanOptions, paths: ModelPaths) -> tuple[str, ...]:
     """Components that this variant is made of."""
     variant = resolved(options, paths).variant
+    _check_vae(variant, paths)
     common = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
     if variant == "i2v-2.1":
         return (*common, "image_encoder", "image_processor")
@@ -147,7 +148,7 @@ def _stride(paths: ModelPaths) -> int:
     """The VAE's pixels a side for one of its own, and 2x2 of those make one token."""
     vae = paths.component("vae")
     if vae.is_file():
-        return 16  # a single file carries no config; that of the 5B comes with its folder
+        return 16  # a file that was not looked at yet (whitetuner.single_files makes a folder of it)
     config = _read(vae / "config.json")
     if not isinstance(config.get("temperal_downsample", []), list):
         raise UserError(
@@ -157,6 +158,22 @@ def _stride(paths: ModelPaths) -> int:
             hub=_HUB,
         )
     return 2 * int(config.get("scale_factor_spatial", 8))
+
+
+def _check_vae(variant: str, paths: ModelPaths) -> None:
+    """Raises UserError when the VAE is that of the other models: 48 channels are the 5B's, 16 all others'."""
+    config = _config(paths, "vae") if _has(paths, "vae") else {}
+    channels, wanted = config.get("z_dim", 16), 48 if variant == "ti2v-5b" else 16
+    if config and channels != wanted:
+        raise UserError(
+            "the VAE has {channels} channels, and WAN {variant} reads {wanted}",
+            where="model.vae",
+            mend="give {file}, or the vae folder of this model",
+            channels=channels,
+            variant=variant,
+            wanted=wanted,
+            file="wan2.2_vae.safetensors" if wanted == 48 else "wan_2.1_vae.safetensors",
+        )
 
 
 def _config(paths: ModelPaths, part: str) -> dict[str, Any]:
