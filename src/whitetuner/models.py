@@ -14,7 +14,14 @@ from whitetuner.errors import UserError, UserErrors
 from whitetuner.families import registry
 from whitetuner.family import WISHES, FamilySpec, ModelPaths, Options
 from whitetuner.records import Size
-from whitetuner.single_files import component_of, fetched_folder, is_hub_name, settings_of, whence
+from whitetuner.single_files import (
+    carried_tokenizer,
+    component_of,
+    fetched_folder,
+    is_hub_name,
+    settings_of,
+    whence,
+)
 
 BUILTIN = "builtin:nano"
 SINGLE_PARTS = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder", "tokenizer")
@@ -75,6 +82,8 @@ def completed(spec: FamilySpec, options: Options, paths: ModelPaths) -> ModelPat
     if "transformer" in single:
         for part in spec.components_of(options, paths):
             found = single.get(part) or settings_of(spec, part)
+            if found is None and part == "tokenizer" and "text_encoder" in single:
+                found = carried_tokenizer(spec, single["text_encoder"])
             if found is None:
                 missing.append(part)
             else:

@@ -69,6 +69,30 @@ def settings_of(spec: FamilySpec, part: str) -> Path | None:
     return None
 
 
+def carried_tokenizer(spec: FamilySpec, encoder: Path) -> Path | None:
+    """The tokenizer's folder, made of what the text encoder's single file carries; None: it carries none, or is a folder.
+
+    encoder: component folder that stands for the file. Raises UserError when what it carries cannot be read.
+    """
+    file = table_source(encoder)
+    if file is None:
+        return None
+    from whitetuner.families.sentence_pieces import write_tokenizer
+    from whitetuner.memory.weights import TensorFiles, read_header
+
+    entries = read_header(file)
+    kind = _part_file({name: tuple(entry.shape) for name, entry in entries.items()}, spec.name)
+    if kind is None or kind.pieces not in entries:
+        return None
+    rows = json.loads((encoder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+
+    def write(folder: Path) -> None:
+        with TensorFiles([file]) as source:
+            write_tokenizer(folder, source[kind.pieces].numpy().tobytes(), rows, str(file))
+
+    return _made(f"tokenizer-{encoder.name}", write)
+
+
 def is_hub_name(path: str) -> bool:
     """ORG/MODEL, as a hub names models: one slash, and nothing that only a path has."""
     name = path.strip().strip('"')

@@ -37,6 +37,7 @@ class PartFile:
     convert:   (state, config.json) -> the names of the class that reads it
     unused:    regular expression of tensors that are left out
     flat:      regular expression of converted names that are 1x1 convolutions in the file and linear layers in the class
+    pieces:    tensor that holds the tokenizer, as SentencePiece's file (whitetuner.families.sentence_pieces); "": none does
     """
 
     part: str
@@ -49,6 +50,7 @@ class PartFile:
     )
     unused: str = r"$^"
     flat: str = r"$^"
+    pieces: str = ""
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
@@ -327,6 +329,7 @@ PART_FILES: tuple[PartFile, ...] = (
         _is_umt5,
         _umt5_config,
         unused=r"spiece_model$|decoder\.",
+        pieces="spiece_model",
     ),
     PartFile(
         "image_encoder",

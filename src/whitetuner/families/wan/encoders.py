@@ -19,7 +19,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPVisionModel, UMT5EncoderModel
+from transformers import AutoTokenizer, CLIPVisionModel, PreTrainedTokenizerFast, UMT5EncoderModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from whitetuner.errors import UserError
@@ -46,7 +46,7 @@ class TextEncoder:
             *files_of(self.paths.component("text_encoder")),
             *files_of(self.paths.component("tokenizer")),
         ]
-        return fingerprint_files(files, extra="wan text 1")
+        return fingerprint_files(files, extra="wan text 2")
 
     def load(self, build: BuildFn) -> None:
         folder = self.paths.component("text_encoder")
@@ -84,10 +84,16 @@ class TextEncoder:
 
     @property
     def tokenizer(self) -> Any:
-        """Read at first use."""
+        """Read at first use.
+
+        tokenizer.json as it is: transformers 5's T5Tokenizer makes one of its own from the words in it, whose unknown letters
+        are always number 2, which is <s> in UMT5.
+        """
         if self._tokenizer is None:
             folder = self.paths.component("tokenizer")
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            whole = (folder / "tokenizer.json").is_file()
+            kind = PreTrainedTokenizerFast if whole else AutoTokenizer
+            self._tokenizer = kind.from_pretrained(folder, local_files_only=True)
         return self._tokenizer
 
 
