@@ -40,6 +40,8 @@ def refusal(version, is_64_bit, implementation):
         "error: White Tuner needs %s; %s: %s" % (wanted, found, sys.executable),
         "\u9519\u8bef\uff1a\u9700\u8981 64 \u4f4d Python %d.%d \u81f3 %d.%d" % (OLDEST + NEWEST),
         "  -> " + mend(),
+        "  -> \u8bf7\u5b89\u88c5 Python 3.12\uff08\u7cfb\u7edf\u7684\u5305\u7ba1\u7406\u5668\u6216 python.org\uff09"
+        "\uff0c\u518d\u7528\u5b83\u8fd0\u884c launch.py",
     ]
 
 

@@ -35,4 +35,5 @@ echo error: White Tuner needs Python 3.10 to 3.14, and none was found
 echo   -^> install Python 3.12 from python.org (tick "Add python.exe to PATH") and start again
 set "CODE=3"
 echo 错误：需要 Python 3.10 至 3.14
+echo   -^> 请从 python.org 安装 Python 3.12（勾选 Add python.exe to PATH），然后重新启动
 goto ended

@@ -9,4 +9,5 @@ done
 echo "error: White Tuner needs Python 3.10 to 3.14, and none was found" >&2
 echo "错误：需要 Python 3.10 至 3.14" >&2
 echo "  -> install Python 3.12 (your system's package manager, or python.org) and start again" >&2
+echo "  -> 请安装 Python 3.12（系统的包管理器，或 python.org）后重新启动" >&2
 exit 3

@@ -15,6 +15,8 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ[name] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Tests read what is printed; those of the other language ask for it.
+os.environ["WHITETUNER_LANG"] = "en"
 # Runs of the tests must neither show up among the user's nor wait for them.
 os.environ["WHITETUNER_STATE"] = tempfile.mkdtemp(prefix="whitetuner-state-")
 atexit.register(shutil.rmtree, os.environ["WHITETUNER_STATE"], ignore_errors=True)

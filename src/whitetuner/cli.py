@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from whitetuner import tongue
 from whitetuner.errors import (
     EXIT_ENVIRONMENT,
     EXIT_FAILED,
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     # It looks for kernels that are not used here, and warns of each that it does not find.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    tongue.speak(_chinese if tongue.language() == "zh" else None)
     parser = make_parser()
     given = parser.parse_args(arguments)
     if given.word is None:
@@ -47,10 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         told = error if isinstance(error, UserError) else out_of_memory(error, given.word)
         if told is None:
             raise
-        print(f"error: {told}", file=sys.stderr)
+        _say_error(told)
         return told.code
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        tongue.say("stopped", wrong=True)
         return EXIT_STOPPED
     except BrokenPipeError:
         # The reader of our output went away (`| head`); say nothing more, also not at interpreter exit.
@@ -61,8 +63,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.strerror is None or (error.filename is None and not full):
             raise  # not the system speaking of a file: a fault of ours, to be seen whole
         mend = "make room there" if full else "look at this path and its rights"
-        print(f"error: {error.filename or given.word}: {error.strerror}\n  -> {mend}", file=sys.stderr)
+        tongue.say(f"error: {error.filename or given.word}: {error.strerror}\n  -> {mend}", wrong=True)
         return EXIT_ENVIRONMENT
+
+
+def _chinese(text: str) -> str:
+    from whitetuner.gui.told import translated  # late: the schema takes a moment, and few lines come to this
+
+    return translated(text, "zh")
+
+
+def _say_error(error: UserError) -> None:
+    """By its templates, and not by what its text looks like."""
+    from whitetuner.gui import told
+
+    text = str(error) if tongue.language() == "en" else told.told(error, "zh")
+    print(f"error: {text}", file=sys.stderr)
 
 
 def _demo(given: argparse.Namespace) -> int:
@@ -83,7 +99,7 @@ def _tiny(given: argparse.Namespace) -> int:
     from whitetuner.families import registry
 
     registry.make_tiny(given.family, str(given.dir), given.variant, given.seed)
-    print(f"wrote a random tiny {given.family} to {given.dir} (it draws noise: its weights are random)")
+    tongue.say(f"wrote a random tiny {given.family} to {given.dir} (it draws noise: its weights are random)")
     return 0
 
 
@@ -91,7 +107,7 @@ def _testdata(given: argparse.Namespace) -> int:
     from whitetuner.data.samples import make_testdata
 
     made = make_testdata(given.kind, given.dir, given.count, given.seed)
-    print(f"wrote {len(made)} files to {given.dir}")
+    tongue.say(f"wrote {len(made)} files to {given.dir}")
     return 0
 
 

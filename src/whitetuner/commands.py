@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from whitetuner.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USE, UserError
 from whitetuner.records import Size
+from whitetuner.tongue import say
 
 if TYPE_CHECKING:
     from whitetuner.config.load import Loaded
@@ -41,14 +41,14 @@ def init(
         from whitetuner.importers import reading
 
         found = reading.import_config(foreign, data, family)
-        print(reading.report(found), file=sys.stderr)
+        say(reading.report(found), wrong=True)
         text = reading.as_toml(found)
     elif tiny is not None:
         from whitetuner.tiny import tiny_text
 
         text = tiny_text(tiny)
     elif preset is None:
-        print("presets:\n" + "\n".join(f"  {name:<28} {title}" for name, title in presets().items()))
+        say("presets:\n" + "\n".join(f"  {name:<28} {title}" for name, title in presets().items()))
         return 0
     else:
         text = preset_text(preset)
@@ -62,7 +62,7 @@ def init(
             "{path} is there already", where="-o", mend="give another name, or remove it first", path=out
         )
     out.write_text(text, encoding="utf-8")
-    print(
+    say(
         f"wrote {out}; next: set the paths in it, then\n  python launch.py check {out}\n  python launch.py train {out}"
     )
     return 0
@@ -79,7 +79,10 @@ def check(
         if what.is_dir()
         else check_config(what, overrides, deep=deep, model=model, convert=convert)
     )
-    print(json.dumps(report.as_json(), indent=1, ensure_ascii=False) if as_json else report.as_text())
+    if as_json:
+        print(json.dumps(report.as_json(), indent=1, ensure_ascii=False))
+    else:
+        say(report.as_text())
     return EXIT_USE if report.errors else 0
 
 
@@ -110,7 +113,7 @@ def train(
     if place is not None and place.launcher:
         return _train(loaded, config, resume, place)
     with claimed(folder, config, gpus=asked, resume=resume or run.resume, wait=wait) as held:
-        fetch_for(loaded.config, print)  # once, before ranks are started
+        fetch_for(loaded.config, say)  # once, before ranks are started
         if not several:
             return _train(loaded, config, resume, place)
         from whitetuner.runs.spawn import spawn
@@ -133,11 +136,9 @@ def _train(loaded: Loaded, config: Path, resume: str | None, place: Place | None
     if place is not None and place.rank:
         return EXIT_STOPPED if result.stopped else 0
     if result.stopped:
-        print(
-            f"stopped and saved at step {result.step}; go on with: whitetuner train {config} --resume latest"
-        )
+        say(f"stopped and saved at step {result.step}; go on with: whitetuner train {config} --resume latest")
         return EXIT_STOPPED
-    print("\n".join(["done:", *(f"  {path}" for path in result.final), f"  {result.folder / 'report.html'}"]))
+    say("\n".join(["done:", *(f"  {path}" for path in result.final), f"  {result.folder / 'report.html'}"]))
     return 0
 
 
@@ -147,9 +148,9 @@ def fork(run: Path, at: int | None, overrides: Sequence[str], gpus: str | None, 
 
     loaded, changed = make(run, at, overrides)
     assert loaded.path is not None
-    print(f"{loaded.path.parent} begins at {run}", *(f"  {line}" for line in changed), sep="\n")
+    say("\n".join([f"{loaded.path.parent} begins at {run}", *(f"  {line}" for line in changed)]))
     if not start:
-        print(f"to train it: whitetuner train {loaded.path} --resume latest")
+        say(f"to train it: whitetuner train {loaded.path} --resume latest")
         return 0
     return train(loaded.path, [], "latest", gpus)
 
@@ -184,7 +185,7 @@ def plan(given: argparse.Namespace) -> int:
     if given.json:
         print(json.dumps(plan_view.as_json(found), indent=1))
     else:
-        print(plan_view.as_text(found, given.verbose))
+        say(plan_view.as_text(found, given.verbose))
     refused = [one for _, one in found["plans"] if isinstance(one, UserError)]
     return refused[-1].code if len(refused) == len(found["plans"]) else 0
 
@@ -198,7 +199,7 @@ def cache(config: Path, overrides: Sequence[str]) -> int:
     loaded = load_config(config, overrides)
     fetch_for(loaded.config, print)
     count, seconds = cache_only(loaded.config)
-    print(f"{count} pictures are encoded ({seconds:.1f} s)")
+    say(f"{count} pictures are encoded ({seconds:.1f} s)")
     return 0
 
 
@@ -208,7 +209,7 @@ def fetch(name: str, family: str | None) -> int:
     from whitetuner.hub import family_of, fetch
 
     spec = registry.spec(family or family_of(name))
-    print(f"model.path = {str(fetch(name, spec, print))!r}, or the name itself")
+    say(f"model.path = {str(fetch(name, spec, say))!r}, or the name itself")
     return 0
 
 
@@ -220,15 +221,15 @@ def stop(folder: Path, *, now: bool) -> int:
     run = RunFolder(folder)
     waits = jobs.read(jobs.id_of(folder.resolve()))
     if waits is not None and jobs.cancel(waits):
-        print("taken out of the queue; it had not begun")
+        say("taken out of the queue; it had not begun")
         return 0
     run.require()
     if now and run.running():
         run.end_process()
-        print("ended; what was saved before stays")
+        say("ended; what was saved before stays")
         return 0
     run.request("stop")
-    print("asked to save and stop; `whitetuner watch` shows when it has")
+    say("asked to save and stop; `whitetuner watch` shows when it has")
     return 0
 
 
@@ -247,7 +248,7 @@ def watch(folder: Path, *, once: bool) -> int:
             console(event)
         status = run.status()
         if once or status != "running":
-            print(f"{folder}: {status}")
+            say(f"{folder}: {status}")
             return 0
         time.sleep(0.5)
 
@@ -308,7 +309,7 @@ def sample(given: argparse.Namespace) -> int:
         cfg=given.cfg,
         seed=given.seed,
     )
-    print(f"wrote {path}")
+    say(f"wrote {path}")
     return 0
 
 
@@ -341,10 +342,10 @@ def caption(given: argparse.Namespace) -> int:
             progress=told,
         )
     for error in found.failed:
-        print(f"warning: {error}", file=sys.stderr)
-    print(f"{len(found.written)} captions written, {found.kept} were there and stay")
+        say(f"warning: {error}", wrong=True)
+    say(f"{len(found.written)} captions written, {found.kept} were there and stay")
     if found.replaced:
-        print(f"{len(found.replaced)} were replaced; the old ones are kept, e.g. {found.replaced[0]}")
+        say(f"{len(found.replaced)} were replaced; the old ones are kept, e.g. {found.replaced[0]}")
     return EXIT_FAILED if found.failed else 0
 
 
@@ -371,7 +372,7 @@ def doctor(folder: Path, *, as_json: bool, bundle: Path | None, run: Path | None
     print(json.dumps(looks.as_json(found), indent=1) if as_json else looks.as_text(found))
     if bundle is not None:
         names = write_bundle(bundle, found, run)
-        print(f"wrote {bundle} ({', '.join(names)}); look into it before you send it", file=sys.stderr)
+        say(f"wrote {bundle} ({', '.join(names)}); look into it before you send it", wrong=True)
     return looks.exit_code(found)
 
 
@@ -380,7 +381,10 @@ def jobs(*, as_json: bool) -> int:
     from whitetuner.runs.listing import as_text, rows
 
     found = rows()
-    print(json.dumps(found, indent=1, ensure_ascii=False) if as_json else as_text(found))
+    if as_json:
+        print(json.dumps(found, indent=1, ensure_ascii=False))
+    else:
+        say(as_text(found))
     return 0
 
 

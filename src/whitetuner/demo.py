@@ -19,6 +19,7 @@ from whitetuner.errors import EXIT_FAILED, EXIT_USE, UserError
 from whitetuner.nano.builtin import CFG, MAX_SEQUENCE_LENGTH, STEPS
 from whitetuner.nano.draw import NEW_SHAPE, NEW_WORD, draw_set
 from whitetuner.records import Size
+from whitetuner.tongue import say
 
 #: What the demo must reach (issue text and docs/demo.md): shares of pictures that the checker calls right.
 NEW_AT_LEAST, NEW_BEFORE_AT_MOST, OLD_LOSES_AT_MOST = 0.80, 0.05, 0.10
@@ -129,37 +130,31 @@ def nano(out: Path, steps: int = 360) -> int:
             code=EXIT_USE,
             out=out,
         )
-    print(
-        f"1/5  drawing {NEW_PICTURES} pictures of '{NEW_WORD}' and {OLD_PICTURES} of what the model knows",
-        flush=True,
-    )
+    say(f"1/5  drawing {NEW_PICTURES} pictures of '{NEW_WORD}' and {OLD_PICTURES} of what the model knows")
     draw_folder(out / "data" / "new", NEW_PICTURES, 21, (NEW_SHAPE,), NEW_WORD)
     draw_folder(out / "data" / "old", OLD_PICTURES, 22)
     config = write_config(out, steps)
-    print(f"2/5  loading PyTorch; before: does the model know '{NEW_WORD}'?", flush=True)
+    say(f"2/5  loading PyTorch; before: does the model know '{NEW_WORD}'?")
     from whitetuner import recipe
     from whitetuner.config.load import load_config
     from whitetuner.runs.console import Console
 
     before = judge(None)
     loaded = load_config(config)
-    print(
-        f"     '{NEW_WORD}' {before[0]:.0%}, old vocabulary {before[1]:.0%}\n3/5  training ({steps} steps)",
-        flush=True,
-    )
+    say(f"     '{NEW_WORD}' {before[0]:.0%}, old vocabulary {before[1]:.0%}\n3/5  training ({steps} steps)")
     result = recipe.run(loaded, listeners=(Console(),))
     if result.stopped:
-        print("stopped: no score without the whole training")
+        say("stopped: no score without the whole training")
         return EXIT_FAILED
-    print("4/5  judging what it draws now", flush=True)
+    say("4/5  judging what it draws now")
     after = judge(result.final[1])
-    print("5/5  pictures", flush=True)
+    say("5/5  pictures")
     pictures(result.folder, out)
     verdict = Verdict(before[0], after[0], before[1], after[1], time.perf_counter() - began)
     (out / "score.json").write_text(
         json.dumps({**asdict(verdict), "misses": verdict.misses}, indent=1), encoding="utf-8"
     )
-    print(
+    say(
         f"\n'{NEW_WORD}':        {verdict.new_before:.0%} -> {verdict.new_after:.0%} drawn right\n"
         f"old vocabulary: {verdict.old_before:.0%} -> {verdict.old_after:.0%}\n"
         f"before / after:  {out / 'before_after.png'}\n"
@@ -170,7 +165,7 @@ def nano(out: Path, steps: int = 360) -> int:
         f"{verdict.seconds:.0f} s"
     )
     for miss in verdict.misses:
-        print(f"MISSED: {miss}")
+        say(f"MISSED: {miss}")
     return EXIT_FAILED if verdict.misses else 0
 
 
@@ -221,7 +216,7 @@ def family(name: str, task: str | None, method: str, out: Path) -> int:
     # The first picture of `testdata edit`: an empty place, and the thing that is to stand there.
     given = [out / "data" / "condition_1" / "01.jpg", out / "data" / "condition_2" / "01.png"]
     kind = "edit" if task == "edit" else "t2i" if task == "t2i" else "video"
-    print(f"1/4  a random tiny {spec.title} and 6 {'videos' if kind == 'video' else 'pictures'}", flush=True)
+    say(f"1/4  a random tiny {spec.title} and 6 {'videos' if kind == 'video' else 'pictures'}")
     registry.make_tiny(name, str(out / "model"), variant or None)
     files = make_testdata(kind, out / "data", 6, 0)  # type: ignore[arg-type]
     images = given[: len(values["data.conditions"])] if task == "edit" else files[: int(task == "i2v")]
@@ -233,19 +228,18 @@ def family(name: str, task: str | None, method: str, out: Path) -> int:
     refuse_not_landed(loaded.config)
     config = out / "config.toml"
     config.write_text(dump_config(loaded.config), encoding="utf-8")
-    print("2/4  check", flush=True)
+    say("2/4  check")
     findings = checks.check_config(config, (), deep=True, model=True, convert=False)
-    print(findings.as_text())
+    say(findings.as_text())
     if findings.errors:
         return EXIT_FAILED
-    print(
-        "3/4  training (30 steps; the weights are random, so the pictures are noise: look at the validation loss)",
-        flush=True,
+    say(
+        "3/4  training (30 steps; the weights are random, so the pictures are noise: look at the validation loss)"
     )
     result = recipe.run(load_config(config), listeners=(Console(),))
     if result.stopped:
         return EXIT_FAILED
-    print(f"4/4  a {'clip' if kind == 'video' else 'picture'} with the result", flush=True)
+    say(f"4/4  a {'clip' if kind == 'video' else 'picture'} with the result")
     sample = out / ("sample.mp4" if kind == "video" else "sample.png")
     picture = drawing.sample(
         str(result.folder), prompt=prompt, images=images, out=sample, size=Size(64, 64), steps=2
@@ -254,14 +248,19 @@ def family(name: str, task: str | None, method: str, out: Path) -> int:
 
     events, _ = read(result.folder / "events.jsonl")
     losses = [event.loss for event in events if isinstance(event, Validation)]
-    use = "for ComfyUI" if spec.comfyui_loads else "final file (no ComfyUI loads this model)"
-    print(
+    final = result.final[0]
+    use = (
+        f"for ComfyUI: {final}"
+        if spec.comfyui_loads
+        else f"final file (no ComfyUI loads this model): {final}"
+    )
+    say(
         f"\nvalidation loss: {losses[0]:.4f} at step 0 -> {losses[-1]:.4f} at step {result.step} (random weights)\n"
-        f"picture:  {picture} (noise: the weights are random)\nconfig:   {config}\n{use}: {result.final[0]}\n"
+        f"picture:  {picture} (noise: the weights are random)\nconfig:   {config}\n{use}\n"
         f"{time.perf_counter() - began:.0f} s"
     )
     if losses[-1] >= losses[0]:
-        print("MISSED: the validation loss did not fall")
+        say("MISSED: the validation loss did not fall")
         return EXIT_FAILED
     return 0
 

@@ -28,6 +28,7 @@ from whitetuner.install.machine import Driver, has_long_paths, is_writable, nvid
 from whitetuner.install.torch_build import OLDEST_TORCH
 from whitetuner.runs.devices import CPU, Device, devices, holder
 from whitetuner.runs.state import state_folder
+from whitetuner.tongue import padded, told
 from whitetuner.version import __version__
 
 Status = Literal["ok", "look", "bad"]
@@ -144,13 +145,11 @@ def _cards(there: Sequence[Device]) -> Iterator[Finding]:
         return
     for card in there:
         total, used = card.total_mb or 0, card.used_mb or 0
-        told = [f"{card.title}, {total / 1024:.1f} GB, {max(0.0, total - used) / 1024:.1f} GB free"]
+        has = f"{card.title}, {total / 1024:.1f} GB, {max(0.0, total - used) / 1024:.1f} GB free"
         users = _users(card)
         busy = used > 0.25 * total and bool(total)
-        told += [f"held by {', '.join(users)}"] if users else []
-        yield Finding(
-            f"GPU {card.index}", "; ".join(told), "look" if busy else "ok", _free_it(users) if busy else ""
-        )
+        has = f"{has}; held by {', '.join(users)}" if users else has
+        yield Finding(f"GPU {card.index}", has, "look" if busy else "ok", _free_it(users) if busy else "")
 
 
 def _users(card: Device) -> list[str]:
@@ -193,12 +192,13 @@ def _memory() -> Iterator[Finding]:
     from whitetuner.memory.swap.host import PIN_SHARE, host_bytes
 
     memory, swap, mine = psutil.virtual_memory(), psutil.swap_memory(), host_bytes()
-    limit = f", {mine / GIB:.1f} GB of them for this container" if mine < memory.total else ""
     low = mine < LEAST_RAM_GIB * GIB
-    told = f"{memory.total / GIB:.1f} GB, {memory.available / GIB:.1f} GB free{limit}"
+    has = f"{memory.total / GIB:.1f} GB, {memory.available / GIB:.1f} GB free"
+    if mine < memory.total:
+        has = f"{has}; {mine / GIB:.1f} GB of them for this container"
     yield Finding(
         "memory",
-        told,
+        has,
         "look" if low else "ok",
         "close other programs; prefer the smallest models" if low else "",
     )
@@ -234,8 +234,8 @@ def _disk(folder: Path) -> Iterator[Finding]:
     few, slow = free < LEAST_DISK_GIB * GIB, speed < LEAST_DISK_MB_S
     mend = "make room: models, caches and checkpoints are large" if few else ""
     mend = mend or ("keep models and output on a faster disk (no network drive)" if slow else "")
-    told = f"{free / GIB:.0f} GB free at {there}, writes {speed:.0f} MB/s"
-    yield Finding("disk", told, "look" if mend else "ok", mend)
+    has = f"{free / GIB:.0f} GB free at {there}, writes {speed:.0f} MB/s"
+    yield Finding("disk", has, "look" if mend else "ok", mend)
 
 
 def _write_speed(folder: Path) -> float:
@@ -295,13 +295,10 @@ def as_text(findings: Sequence[Finding]) -> str:
     mark = {"ok": "ok  ", "look": "look", "bad": "BAD "}
     lines = []
     for one in findings:
-        lines.append(f"{mark[one.status]}  {one.what:<21} {one.value}")
-        lines += [f"      {'':<21} -> {one.mend}"] if one.mend else []
-    bad = [one.what for one in findings if one.status == "bad"]
-    lines += [
-        "",
-        f"in the way of training: {', '.join(bad)}" if bad else "nothing stands in the way of training",
-    ]
+        lines.append(f"{mark[one.status]}  {padded(told(one.what), 21)} {told(one.value)}")
+        lines += [f"      {'':<21} -> {told(one.mend)}"] if one.mend else []
+    bad = ", ".join(told(one.what) for one in findings if one.status == "bad")
+    lines += ["", told(f"in the way of training: {bad}" if bad else "nothing stands in the way of training")]
     return "\n".join(lines)
 
 

@@ -38,6 +38,7 @@ from whitetuner.scenes import (
     size_beside,
     target_resolution,
 )
+from whitetuner.tongue import say
 
 #: Longest side that is drawn; larger ones are a slip of the finger that would ask for terabytes.
 LARGEST_PX = 8192
@@ -206,15 +207,15 @@ def _drawn(
 ) -> list[Image.Image]:
     """Encodes, loads, patches and draws. asked: of the prompt, and with guidance of the negative;  how: see Family.generate."""
     device = choose_device("auto")
-    build = PhaseBuild(Build(choose_dtype("auto", device), device), device_budget(device, None), tell=print)
+    build = PhaseBuild(Build(choose_dtype("auto", device), device), device_budget(device, None), tell=say)
     card = card_bytes(device, None)
     encoding = encoding_on(encoder_base, family, task, build.build.dtype, card, size=how["size"])
     for line in encoding.words():
-        print(line)
+        say(line)
     scenes = encode_prompts(family, encoding.build(build), asked, task)
     build.release()
     lists = family.spec.parts(family.options)[0].block_lists  # the parts of a family are of one architecture
-    denoisers = PhaseBuild(build.build, build.budget_bytes, block_lists=lists, together=True, tell=print)
+    denoisers = PhaseBuild(build.build, build.budget_bytes, block_lists=lists, together=True, tell=say)
     modules = family.load(denoisers)
     for part, state in given.items():
         attached = attach_state(modules[part], *state)

@@ -60,8 +60,9 @@ class Held:
         if self.too_large:
             return f"{self.part} does not fit on the card though streamed: it needs {self.too_large:.1f} GB for {self.encoder}"
         where = f"{self.streamed} of {self.blocks} blocks streamed" if self.streamed else "all on the card"
-        last = f", about {in_seconds(self.seconds)} a caption" if self.seconds else ""
-        return f"{self.part} while caching: {self.base}, {self.gb:.1f} GB, {where}{last}{self.why and f' ({self.why})'}"
+        where = f"{where}, about {in_seconds(self.seconds)} a caption" if self.seconds else where
+        where = f"{where} ({self.why})" if self.why else where
+        return f"{self.part} while caching: {self.base}, {self.gb:.1f} GB, {where}"
 
 
 @dataclass(frozen=True)

@@ -8,23 +8,24 @@ from collections.abc import Callable
 from whitetuner import file_words
 from whitetuner.adapters.shapes import AdapterSettings
 from whitetuner.errors import UserError
+from whitetuner.tongue import say
 
 
 def _export(given: argparse.Namespace) -> int:
-    print(file_words.export(given.source, given.target, given.to, given.family, given.dtype))
+    say(file_words.export(given.source, given.target, given.to, given.family, given.dtype))
     return 0
 
 
 def _merge(given: argparse.Namespace) -> int:
-    print(file_words.merge(given.base, given.adapter, given.target, given.strength, given.dtype, given.part))
+    say(file_words.merge(given.base, given.adapter, given.target, given.strength, given.dtype, given.part))
     return 0
 
 
 def _extract(given: argparse.Namespace) -> int:
     _only_lokr(given.kind, {"--full-matrix": given.full_matrix})
     settings = AdapterSettings(given.kind, given.rank, None, given.factor, given.full_matrix)
-    done, error = file_words.extract(given.tuned, given.base, given.target, settings, given.to, print)
-    print(f"wrote {done.path} ({done.modules} layers); relative error over all that differs: {error:.2%}")
+    done, error = file_words.extract(given.tuned, given.base, given.target, settings, given.to, say)
+    say(f"wrote {done.path} ({done.modules} layers); relative error over all that differs: {error:.2%}")
     return 0
 
 
@@ -33,7 +34,7 @@ def _resize(given: argparse.Namespace) -> int:
     wanted = {"rank": given.rank, "kind": given.kind, "factor": given.factor}
     wanted = {name: value for name, value in wanted.items() if value is not None}
     done, error = file_words.resize(given.source, given.target, wanted, given.family)
-    print(f"wrote {done.path} ({done.modules} layers); relative error: {error:.2%}")
+    say(f"wrote {done.path} ({done.modules} layers); relative error: {error:.2%}")
     return 0
 
 

@@ -65,8 +65,8 @@ class Shape:
 
     def __str__(self) -> str:
         frames = f" x {self.size.frames} frames" if self.size.frames > 1 else ""
-        more = f" with {len(self.conditions)} given pictures" if self.conditions else ""
-        return f"{self.size.width}x{self.size.height}{frames}, batch {self.batch}{more}"
+        whole = f"{self.size.width}x{self.size.height}{frames}, batch {self.batch}"
+        return f"{whole} with {len(self.conditions)} given pictures" if self.conditions else whole
 
 
 @dataclass(frozen=True)

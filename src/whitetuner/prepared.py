@@ -28,6 +28,7 @@ from whitetuner.models import films_of
 from whitetuner.records import Batch, Item
 from whitetuner.resolve import Resolved, resolve
 from whitetuner.scenes import check_previews, scene_of, sides_of
+from whitetuner.tongue import say
 from whitetuner.train.preview import Scene
 
 #: (phase, done, total); it may raise to stop, what is cached stays.
@@ -153,10 +154,10 @@ def cache_only(config: Config) -> tuple[int, float]:
     """(pictures encoded or found so, seconds): the `cache` word."""
     began = time.perf_counter()
     resolved = resolve(config)
-    build = phase_build(config, resolved, print)
+    build = phase_build(config, resolved, say)
     encoding = encoding_of(config, resolved.family, resolved.device, resolved.dtype)
     for line in encoding.words():
-        print(line)
+        say(line)
     try:
         made = prepare_data(config, resolved, build, encoding=encoding)
         return len(made.items), time.perf_counter() - began

@@ -95,8 +95,9 @@ def plan_released(
             found.append((machine, reckoning.plan(machine)))
         except UserError as error:
             found.append((machine, error))
-    turns = ", its experts in turns" if len(spec.parts(family.options)) > 1 else ""
     encoders = tuple(
         chosen(looked, "auto", torch.bfloat16, one.vram_bytes, one.link_bytes_per_s) for one in machines
     )
-    return Released(f"{spec.title} {variant} ({task}){turns}", shape, tuple(found), encoders)
+    title = f"{spec.title} {variant} ({task})"
+    title = f"{title}, its experts in turns" if len(spec.parts(family.options)) > 1 else title
+    return Released(title, shape, tuple(found), encoders)

@@ -203,10 +203,8 @@ def words_of(shares: Shares, config: Config) -> list[str]:
             f"{whole}: {shares.world} ranks x batch_size {batch} x {accumulate} of gradient_accumulation. More ranks make "
             "not a step shorter but its batch larger: look at samples/s"
         ]
-    told = [
-        f"{whole}, as the run began: {shares.per_step} batches of {batch}, shared by "
-        + ("1 rank" if shares.world == 1 else f"{shares.world} ranks")
-    ]
+    ranks = "1 rank" if shares.world == 1 else f"{shares.world} ranks"
+    told = [f"{whole}, as the run began: {shares.per_step} batches of {batch}, shared by {ranks}"]
     pieces = shares.per_step * min(batch, max(1, shares.world // shares.per_step))
     if pieces < shares.world:
         told.append(f"{shares.world - pieces} of {shares.world} ranks have nothing to do")

@@ -7,6 +7,7 @@ import threading
 from types import FrameType
 
 from whitetuner.errors import Stopped
+from whitetuner.tongue import say
 
 __all__ = ["Signals", "Stopped"]
 
@@ -36,4 +37,4 @@ class Signals:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        print("\nstopping: the run saves first; once more leaves at once", flush=True)
+        say("\nstopping: the run saves first; once more leaves at once")

@@ -75,7 +75,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stand-in checkout whose path has spaces, brackets, Chinese and an emoji."""
     root = tmp_path_factory.mktemp("launch") / "my [x] 模型 🎨"
     shutil.copytree(ROOT / "src/whitetuner/install", root / "src/whitetuner/install")
-    for name in ("errors.py", "version.py"):
+    for name in ("errors.py", "tongue.py", "version.py"):
         shutil.copy(ROOT / "src/whitetuner" / name, root / "src/whitetuner")
     for name in ("launch.py", "gui.py", "start.sh"):
         shutil.copy(ROOT / name, root)

@@ -155,11 +155,10 @@ class CheckReport:
         lines += [f"  {film}" for film in films[:TOLD]]
         lines += [f"  and {len(films) - TOLD} more videos"] if len(films) > TOLD else []
         shown = ", ".join(f"{_told(size)}: {count}" for size, count in self.buckets[:8])
-        more = f" and {len(self.buckets) - 8} more sizes" if len(self.buckets) > 8 else ""
         if shown:
-            lines.append(
-                f"trained at {shown}{more}; {self.mean_cropped:.1%} of the pixels are cut off on average"
-            )
+            lines.append(f"trained at {shown}; {self.mean_cropped:.1%} of the pixels are cut off on average")
+        if len(self.buckets) > 8:
+            lines.append(f"  and {len(self.buckets) - 8} more sizes")
         if self.given:
             told = ", ".join(f"{targets} with {count}" for count, targets in self.given)
             lines.append(f"given pictures (conditions) of the targets: {told}")

@@ -50,9 +50,9 @@ class FilmPlan:
         if not self.clips:
             return f"{source}: left out"
         used = "; ".join(spans(clip) for clip in self.clips[:4])
-        more = f" and {len(self.clips) - 4} more clips" if len(self.clips) > 4 else ""
-        held = f", its last frame {self.held} times more" if self.held else ""
-        return f"{source} -> {self.at_rate} at {self.rate:g} fps; used: {used}{more}{held}"
+        used = f"{used} and {len(self.clips) - 4} more clips" if len(self.clips) > 4 else used
+        used = f"{used}, its last frame {self.held} times more" if self.held else used
+        return f"{source} -> {self.at_rate} at {self.rate:g} fps; used: {used}"
 
 
 def plan_film(found: Found, of: PictureSet, films: Films) -> tuple[FilmPlan | None, list[Problem]]:

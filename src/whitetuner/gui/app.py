@@ -28,6 +28,7 @@ from whitetuner.gui.run_state import Runs
 from whitetuner.gui.settings import Settings
 from whitetuner.gui.tensorboard import Board
 from whitetuner.runs.state import machine_secret, state_folder
+from whitetuner.tongue import say
 
 #: So many ports after the wanted one are tried when it is taken.
 PORTS_TRIED = 20
@@ -168,16 +169,16 @@ def serve(settings: Settings) -> int:
     listening = bound(settings)
     port = listening.getsockname()[1]
     if settings.port and port != settings.port:
-        print(f"port {settings.port} is taken; using {port}", flush=True)
+        say(f"port {settings.port} is taken; using {port}")
     settings = replace(settings, port=port)
     access = make_app(settings)
     name = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
     address = f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
     link = access.link(address)
-    print(f"White Tuner: {link if settings.made_up else address}", flush=True)
+    say(f"White Tuner: {link if settings.made_up else address}")
     if settings.made_up:
-        print(f"  this link logs in once; the password: {settings.password}", flush=True)
-        print("  from another machine put this one's name or address in place of 127.0.0.1", flush=True)
+        say(f"  this link logs in once; the password: {settings.password}")
+        say("  from another machine put this one's name or address in place of 127.0.0.1")
     server = uvicorn.Server(
         uvicorn.Config(
             access, log_level="warning", timeout_graceful_shutdown=2, ws_max_size=1 << 24, lifespan="on"
@@ -187,7 +188,7 @@ def serve(settings: Settings) -> int:
         threading.Thread(target=_open_when_up, args=(server, link), daemon=True).start()
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how it is closed
         server.run(sockets=[listening])
-    print("the page is closed; trainings go on", flush=True)
+    say("the page is closed; trainings go on")
     return 0
 
 

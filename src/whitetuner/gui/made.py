@@ -11,6 +11,7 @@ from typing import Any
 from whitetuner.errors import EXIT_FAILED, UserError
 from whitetuner.families import registry
 from whitetuner.gui.pickers import Roots
+from whitetuner.tongue import VARIABLE
 
 #: Tiny models train at this size (docs/cli.md, `tiny`).
 TINY_SIZE_PX = 64
@@ -91,9 +92,9 @@ def run_word(arguments: list[str]) -> str:
 
 
 def child_environment() -> dict[str, str]:
-    """For a child whose words are read here: this very package, wherever it is started from, and UTF-8 on every system."""
+    """For a child whose words are read here: this very package, wherever it is started from, English and UTF-8."""
     path = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONIOENCODING": "utf-8"}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONIOENCODING": "utf-8", VARIABLE: "en"}
 
 
 def _place(roots: Roots) -> Path:

@@ -54,6 +54,7 @@ def routes(settings: Settings, runs: Runs) -> list[Route]:
         reason = found.get("reason") or {}
         if isinstance(reason.get("text"), str):
             reason["text"] = translated(reason["text"], _language(request))
+        found["messages"] = [[how, translated(text, _language(request))] for how, text in found["messages"]]
         return {
             **found,
             "origin": origin(job, lambda reader: {"previews": previews_of(reader)}),
@@ -77,7 +78,8 @@ def routes(settings: Settings, runs: Runs) -> list[Route]:
         return {**reader.curve(), "origin": origin(job, Reader.mean)}
 
     def log(request: Request) -> Any:
-        return {"lines": runs.log(asked_for(request))}
+        text = "\n".join(runs.log(asked_for(request)))
+        return {"lines": translated(text, _language(request)).split("\n")}
 
     def preview(request: Request) -> Response:
         job = asked_for(request)

@@ -1,6 +1,7 @@
 """What went wrong, in the page's language: a UserError by its templates, and English sentences of a child process by matching.
 
-The table (static/errors_zh.toml) has one line for every literal template in the source: English = Chinese, same placeholders.
+The table (static/errors_zh.toml; terminal_zh.toml for what is no error) has a line for every literal template in the source:
+English = Chinese, same placeholders.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import resources
-from typing import Any
 
 from whitetuner.errors import UserError, UserErrors
 from whitetuner.gui import words
 from whitetuner.gui.words_zh import FIELDS
+from whitetuner.tongue import Phrases
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -45,8 +46,10 @@ def parts(error: UserError, language: str) -> tuple[str, str]:
     """(what, mend), values filled in."""
     if language == "en":
         return error.what, error.mend
-    values = {name: _value(value) for name, value in error.values.items()}
-    return _filled(error.what_template, values), _filled(error.mend_template, values)
+    return (
+        phrases().filled(error.what_template, error.values),
+        phrases().filled(error.mend_template, error.values),
+    )
 
 
 def where(place: str, language: str) -> str:
@@ -63,20 +66,23 @@ def where(place: str, language: str) -> str:
 
 def translated(text: str, language: str) -> str:
     """English that a child process printed or an event holds, sentence by sentence; what no template matches stays."""
-    if language == "en":
-        return text
-    return "\n".join(_sentence(line) for line in text.split("\n"))
+    return text if language == "en" else phrases().text(text)
 
 
 @cache
 def table() -> Mapping[str, str]:
     """Template -> its Chinese."""
-    text = resources.files("whitetuner.gui").joinpath("static/errors_zh.toml").read_text(encoding="utf-8")
-    return {english: chinese for part in tomllib.loads(text).values() for english, chinese in part.items()}
+    static = resources.files("whitetuner.gui").joinpath("static")
+    texts = [
+        static.joinpath(name).read_text(encoding="utf-8") for name in ("errors_zh.toml", "terminal_zh.toml")
+    ]
+    parts = [part for text in texts for part in tomllib.loads(text).values()]
+    return {english: chinese for part in parts for english, chinese in part.items()}
 
 
-def _filled(template: str, values: Mapping[str, Any]) -> str:
-    return table().get(template, template).format(**values)
+@cache
+def phrases() -> Phrases:
+    return Phrases(table(), _value)
 
 
 @cache
@@ -86,7 +92,7 @@ def _known() -> Mapping[str, str]:
 
 
 def _value(value: object) -> object:
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not value:
         return value
     found = _known().get(value)
     if found is not None:
@@ -102,44 +108,10 @@ def _value(value: object) -> object:
 
 
 #: A value longer than this may be a message of its own (what a child process said).
-_SENTENCE = 24
+_SENTENCE = 16
 _BOUNDS = {
     "greater than": "大于",
     "less than": "小于",
     "greater than or equal to": "不小于",
     "less than or equal to": "不大于",
 }
-
-
-@cache
-def _patterns() -> tuple[tuple[re.Pattern[str], str], ...]:
-    """Templates as patterns, those with the most text of their own first."""
-    found = []
-    for english, chinese in table().items():
-        plain = re.split(r"\{\w+(?:![rsa])?(?::[^}]*)?\}", english)
-        names = re.findall(r"\{(\w+)", english)
-        if len("".join(plain).strip()) < 6:
-            continue  # too little to know it by
-        seen: set[str] = set()
-        pattern = re.escape(plain[0])
-        for name, after in zip(names, plain[1:], strict=True):
-            pattern += f"(?P={name})" if name in seen else f"(?P<{name}>.+?)"
-            pattern += re.escape(after)
-            seen.add(name)
-        found.append((re.compile(pattern, re.DOTALL), re.sub(r"\{(\w+)[^}]*\}", r"{\1}", chinese)))
-    return tuple(sorted(found, key=lambda one: -len(one[0].pattern)))
-
-
-def _sentence(line: str) -> str:
-    """A line as UserError renders it: "WHERE: what", or "  -> mend"."""
-    lead = re.match(r"\s*(-> |error: |warning: |note: )?", line)
-    assert lead is not None
-    start, rest = line[: lead.end()], line[lead.end() :]
-    cuts = [0, *(found.end() for found in re.finditer(r": ", rest))]
-    for cut in cuts:
-        for pattern, chinese in _patterns():
-            found = pattern.fullmatch(rest[cut:])
-            if found is not None:
-                values = {name: _value(value) for name, value in found.groupdict().items()}
-                return f"{start}{rest[:cut]}{chinese.format(**values)}"
-    return line

@@ -16,6 +16,7 @@ from whitetuner.errors import UserError, UserErrors
 from whitetuner.importers import ai_toolkit, musubi, original
 from whitetuner.importers.carried import Imported
 from whitetuner.importers.typed import command_line
+from whitetuner.tongue import told
 
 PROGRAMS = (ai_toolkit.NAME, musubi.NAME, original.NAME)
 
@@ -99,8 +100,8 @@ def report(found: Imported) -> str:
     """For the screen: both lists."""
     lines = [f"{found.program}: {len(found.carried)} settings carried over"]
     lines += [f"  {theirs:<44} -> {ours}" for theirs, ours in found.carried]
-    lines += [f"{len(found.left)} not carried over" + (":" if found.left else "")]
-    return "\n".join([*lines, *(f"  {theirs:<44} {why}" for theirs, why in found.left)])
+    lines += [f"{len(found.left)} not carried over"]
+    return "\n".join([*lines, *(f"  {theirs:<44} {told(why)}" for theirs, why in found.left)])
 
 
 def document_of(text: str, name: str) -> dict[str, Any]:

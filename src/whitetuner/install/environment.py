@@ -22,6 +22,7 @@ from pathlib import Path
 
 from whitetuner.errors import EXIT_ENVIRONMENT, UserError
 from whitetuner.install import machine
+from whitetuner.tongue import say
 
 #: pip 21.3 is the first that installs editable projects without a setup.py; 22.2 the first with --report.
 OLDEST_PIP = (22, 2)
@@ -127,7 +128,7 @@ def only_one(folder: Path) -> Iterator[None]:
         told = False
         while not _try_lock(file.fileno()):
             if not told:
-                print(f"another start is installing into {folder}; waiting for it", flush=True)
+                say(f"another start is installing into {folder}; waiting for it")
                 told = True
             time.sleep(0.5)
         yield  # closing the file unlocks it, and so does the end of the process

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
+from whitetuner import tongue
 from whitetuner.errors import EXIT_ENVIRONMENT, EXIT_STOPPED, EXIT_USE, UserError
 from whitetuner.install import environment as env
 from whitetuner.install import machine
@@ -41,21 +43,24 @@ Exit codes: 0 ok, 1 failed, 2 wrong use, 3 this machine or its Python does not f
 
 def main(root: str, arguments: Sequence[str]) -> int:
     """root: the checkout's folder. Returns the exit code; on POSIX it does not come back from a word that runs."""
+    tongue.speak(chinese().text if tongue.language() == "zh" else None)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a console in a legacy code page shows ? instead of failing
             stream.reconfigure(errors="replace")
     try:
         return run(Path(root), arguments)
     except UserError as error:
-        print(f"error: {error}\n错误：未能启动，请按上面 -> 后的提示处理", file=sys.stderr, flush=True)
+        tongue.say(f"error: {error}", wrong=True)
+        print("错误：未能启动，请按上面 -> 后的提示处理", file=sys.stderr, flush=True)
         return error.code
     except KeyboardInterrupt:
-        print(
-            "\nstopped; the next start goes on from here / 已停止，下次启动会继续",
-            file=sys.stderr,
-            flush=True,
-        )
+        tongue.say("\nstopped; the next start goes on from here", wrong=True)
         return EXIT_STOPPED
+
+
+def chinese() -> tongue.Phrases:
+    """The installer's own sentences: it is there before anything that could read the page's."""
+    return tongue.Phrases(json.loads(Path(__file__).with_name("words_zh.json").read_text(encoding="utf-8")))
 
 
 def run(root: Path, arguments: Sequence[str]) -> int:
@@ -84,7 +89,7 @@ def run(root: Path, arguments: Sequence[str]) -> int:
             if not is_ready(environment, root, options, extras):
                 install(environment, root, options, extras)
     if words[0] == "setup":
-        print(f"ready: {environment.folder}\n已就绪：python launch.py demo")
+        tongue.say(f"ready: {environment.folder}; next: python launch.py demo")
         return 0
     return hand_over(environment, root, words)
 

@@ -18,6 +18,7 @@ from whitetuner.errors import EXIT_ENVIRONMENT, EXIT_USE, UserError
 from whitetuner.install import environment as env
 from whitetuner.install import machine
 from whitetuner.install import torch_build as build
+from whitetuner.tongue import say
 from whitetuner.version import __version__
 
 #: Of pyproject.toml's optional dependencies, what everybody gets: whatever the config can name works.
@@ -41,15 +42,19 @@ def install(environment: env.Environment, root: Path, options: Options, extras: 
     before = environment.read()
     if options.again:
         before = _again(environment, before)
-    doing = "updates itself / 正在更新" if before.key else "installs itself / 正在安装（只需一次）"
-    print(f"White Tuner {__version__} {doing}", flush=True)
+    known = bool(before.key)
+    say(
+        f"White Tuner {__version__} updates itself"
+        if known
+        else f"White Tuner {__version__} installs itself (only this once)"
+    )
     active = os.environ.get("VIRTUAL_ENV") or os.environ.get("CONDA_PREFIX")
     if active and not options.here and Path(active) != environment.folder:
-        print(f"  (the active environment {active} stays as it is; --here would use it)", flush=True)
+        say(f"  (the active environment {active} stays as it is; --here would use it)")
     there = _with_options(env.make(environment, before), options, extras)
     environment.write(there)
     if before.state == "installing" and (torn := env.heal(environment.site_packages)):
-        print(f"  an earlier installation was interrupted; again: {', '.join(torn)}", flush=True)
+        say(f"  an earlier installation was interrupted; again: {', '.join(torn)}")
     if not environment.here and env.pip_version(environment) < env.OLDEST_PIP:
         env.pip(environment, ["install", "--upgrade", "pip"], root, None)
 
@@ -67,7 +72,7 @@ def install(environment: env.Environment, root: Path, options: Options, extras: 
     if temporary is not None:
         shutil.rmtree(temporary, ignore_errors=True)
     environment.write(replace(there, state="ready", key=env.pins_key(root), root=str(root)))
-    print(f"installed in {time.monotonic() - begun:.0f} s: {told} / 安装完成", flush=True)
+    say(f"installed in {time.monotonic() - begun:.0f} s: {told}")
 
 
 def _again(environment: env.Environment, before: env.Installed) -> env.Installed:
@@ -174,16 +179,16 @@ def announce(
     if "dev" in extras:
         download, disk = download + build.DEV_MB[0], disk + build.DEV_MB[1]
     free, is_first = machine.free_mb(environment.folder), not environment.read().key
-    print(f"  into       {environment.folder} ({free / 1000:.1f} GB free)")
-    print(f"  Python     {sys.version.split()[0]}, {sys.executable}")
+    say(f"  into       {environment.folder} ({free / 1000:.1f} GB free)")
+    say(f"  Python     {sys.version.split()[0]}, {sys.executable}")
     source = f" from {chosen.index}" if chosen.index and chosen.download_mb else ""
-    print(f"  PyTorch    {version}{source} ({chosen.why})")
+    say(f"  PyTorch    {version}{source} ({chosen.why})")
     if is_first:
-        print(
+        say(
             f"  download   about {download / 1000:.1f} GB (less what pip kept), {disk / 1000:.1f} GB on the disk"
         )
     else:
-        print("  download   what has changed since the last installation")
+        say("  download   what has changed since the last installation")
     sys.stdout.flush()
     # What is kept in pip's cache and unpacked at the same time lies on the disk twice.
     needed = disk + download
@@ -225,7 +230,7 @@ def _take_torch(
     except UserError:
         if chosen.must or chosen.index is None:
             raise
-        print(f"  {chosen.index} has none for this system: taking what pip finds", flush=True)
+        say(f"  {chosen.index} has none for this system: taking what pip finds")
         chosen = replace(chosen, index=None)
     there = replace(there, torch_from=chosen.index)
     environment.write(there)

@@ -90,18 +90,19 @@ def _cuda_build(driver: Driver) -> tuple[str, str]:
     new_card = driver.capability is not None and driver.capability >= (10, 0)
     if driver.cuda is None:
         return "cu130", "an NVIDIA driver of unknown version: CUDA 13.0"
-    runs = f"NVIDIA driver for CUDA {driver.cuda[0]}.{driver.cuda[1]}"
+    version = f"{driver.cuda[0]}.{driver.cuda[1]}"
     if old_card:
-        return "cu126", f"{runs}, card older than CUDA 13 serves: CUDA 12.6"
+        return "cu126", f"NVIDIA driver for CUDA {version}, card older than CUDA 13 serves: CUDA 12.6"
     if driver.cuda >= (13, 0):
-        return "cu130", f"{runs}: CUDA 13.0"
+        return "cu130", f"NVIDIA driver for CUDA {version}: CUDA 13.0"
     if new_card or driver.cuda < (12, 0):
         name = "cu130" if new_card else "cu126"
         return (
             name,
-            f"{runs}, too old for this PyTorch: PLEASE UPDATE THE DRIVER (580 or newer), or the GPU stays unused",
+            f"NVIDIA driver for CUDA {version}, too old for this PyTorch: PLEASE UPDATE THE DRIVER (580 or newer), "
+            "or the GPU stays unused",
         )
-    return "cu126", f"{runs}: CUDA 12.6"
+    return "cu126", f"NVIDIA driver for CUDA {version}: CUDA 12.6"
 
 
 def answers(index: str, seconds: float = 5.0) -> bool:

@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.text import Text
 
 from whitetuner.runs import events
+from whitetuner.tongue import say, told
 
 PHASES = {
     "scan": "looking at the pictures",
@@ -61,7 +62,7 @@ class Console:
             self._say(phase(event.name))
         elif isinstance(event, events.Progress):
             self._status(
-                f"{phase(event.phase)} {event.done}/{event.total}",
+                f"{told(phase(event.phase))} {event.done}/{event.total}",
                 event.done == event.total,
             )
         elif isinstance(event, events.StepDone):
@@ -109,9 +110,9 @@ class Console:
 
     def _say(self, line: str) -> None:
         if self.plain:
-            print(line, flush=True)
+            say(line)
         else:
-            self.screen.print(Text(line))
+            self.screen.print(Text(told(line)))
 
     def _end(self, line: str) -> None:
         self.close()

@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 
+from whitetuner import tongue
 from whitetuner.errors import EXIT_ENVIRONMENT, UserError
 from whitetuner.runs.devices import CPU, Device, Held, Wish, devices, holder, wish_of
 from whitetuner.runs.events import RunStarted, last_of
@@ -184,7 +185,7 @@ def cancel(job: Job) -> bool:
 
 @contextmanager
 def claimed(
-    run: Path, config: Path, *, gpus: str, resume: str | None, wait: bool, say: Say = print
+    run: Path, config: Path, *, gpus: str, resume: str | None, wait: bool, say: Say = tongue.say
 ) -> Iterator[list[Device]]:
     """The devices of a training, held while inside, and its line in the list of runs.
 

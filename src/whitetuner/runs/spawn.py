@@ -26,6 +26,7 @@ from whitetuner.runs import events
 from whitetuner.runs.events import Ended, EventLog, Failed, RunStarted, last_of
 from whitetuner.runs.folder import RunFolder
 from whitetuner.runs.place import DEVICE, LAUNCHER, RENDEZVOUS
+from whitetuner.tongue import say
 
 #: Between looks; for the others to end after one failed; from a polite end to a hard one.
 LOOK_EVERY_S, GRACE_S, HARD_S = 0.1, 30.0, 10.0
@@ -154,11 +155,11 @@ def _wait(ranks: Sequence[Rank], run: Path) -> int:
         return ranks[0].process.returncode
     if failed.process.returncode not in _CHOSEN:
         words = _last_words(failed)
-        print(f"error: {words}", file=sys.stderr)
+        say(f"error: {words}", wrong=True)
         _write_down(run, words, began)
         return EXIT_FAILED
     if failed.log is not None and failed.process.returncode != ranks[0].process.returncode:
-        print(f"error: {failed} failed; its words are in {failed.log}", file=sys.stderr)
+        say(f"error: {failed} failed; its words are in {failed.log}", wrong=True)
     return failed.process.returncode
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from whitetuner import tongue
 from whitetuner.runs import jobs
 from whitetuner.runs.jobs import Job
 
@@ -64,6 +65,7 @@ def detached(command: Sequence[str], cwd: Path, output: object, log: Path) -> su
         **os.environ,
         "PYTHONUTF8": "1",
         "PYTHONUNBUFFERED": "1",
+        tongue.VARIABLE: "en",  # a log may be looked at in either language
         "PYTHONPATH": os.pathsep.join(
             [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
         ),

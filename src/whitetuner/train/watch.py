@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any, Protocol
 import psutil
 
 from whitetuner.errors import EXIT_FAILED, UserError
+from whitetuner.tongue import say
 
 LOOK_EVERY_S = 1.0
 #: Between beats, and the silence after which a rank of another machine counts as lost.
@@ -119,7 +119,7 @@ class Watch:
             self._known.set()
             if not self.over.wait(GRACE_S):
                 self.last_words(reason)
-                print(f"error: {reason}", file=sys.stderr, flush=True)
+                say(f"error: {reason}", wrong=True)
                 os._exit(EXIT_FAILED)
             return
 
