@@ -35,6 +35,7 @@ class Item:
     condition_sizes: sizes the conditions are encoded at, one each
     clips:      of a video: its frames, counted from 0 in the order they are shown, that are learned from; with several (of
                 equal length) visit after visit takes the next. Empty for a picture
+    loss_weight: factor of its loss in what is learned, as its data set says
     """
 
     id: str
@@ -48,6 +49,7 @@ class Item:
     condition_sizes: tuple[Size, ...] = ()
     set_index: int = 0
     clips: tuple[tuple[int, ...], ...] = ()
+    loss_weight: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 
 from whitetuner.config.schema import Config, Prompt
 from whitetuner.data.cache import Cached, Inputs
-from whitetuner.data.survey import SetOptions
+from whitetuner.data.set_options import SetOptions
 from whitetuner.errors import UserError
 from whitetuner.family import Family, FamilySpec
 from whitetuner.models import check_size

@@ -38,7 +38,7 @@ shared = {
 a_set = st.builds(
     lambda folder, rest: {"images": folder, **rest},
     path,
-    table(**shared, repeats=st.integers(1, 99), conditions=st.just([])),
+    table(**shared, repeats=st.integers(1, 99), loss_weight=number, conditions=st.just([])),
 )
 data = st.one_of(
     st.builds(

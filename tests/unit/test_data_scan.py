@@ -70,6 +70,8 @@ def test_the_data_digest_changes_with_what_is_learned_and_not_with_names(tmp_pat
     (tmp_path / "a.txt").rename(tmp_path / "c.txt")
     assert look(tmp_path).digest() == digest
     assert look(tmp_path, repeats=2).digest() != digest
+    assert look(tmp_path, loss_weight=0.5).digest() != digest == look(tmp_path, loss_weight=1.0).digest()
+    assert {item.loss_weight for item in look(tmp_path, loss_weight=0.5).items} == {0.5}
     assert look(tmp_path, trigger="sks").digest() != digest
     draw(tmp_path / "b.png", "three", seed=2)
     assert look(tmp_path).digest() != digest

@@ -106,6 +106,12 @@ class DataSet(SetFields):
         gt=0,
         description="share of the samples, relative to the other sets' weights; all sets have one or none does",
     )
+    loss_weight: float = Field(
+        1.0,
+        gt=0,
+        le=100,
+        description="factor of the loss of this set's samples; below 1 for regularisation pictures (prior preservation)",
+    )
 
 
 class Data(SetFields):

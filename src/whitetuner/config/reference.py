@@ -58,7 +58,7 @@ def text() -> str:
             lines += [
                 "### [[data.sets]]",
                 "",
-                "The keys of `[data]` down to `fps`, and:",
+                f"The keys of `[data]` down to `{list(SetFields.model_fields)[-1]}`, and:",
                 "",
                 *_rows(own, "data.sets", refused),
             ]

@@ -19,7 +19,8 @@ from whitetuner.data.check_video import TOLD, FilmPlan, plan_film
 from whitetuner.data.duplicates import duplicates_of
 from whitetuner.data.problems import Problem, merged
 from whitetuner.data.scan import Films, place, place_conditions
-from whitetuner.data.survey import Found, PictureSet, SetOptions, Survey, caption_files, survey
+from whitetuner.data.set_options import SetOptions
+from whitetuner.data.survey import Found, PictureSet, Survey, caption_files, survey
 from whitetuner.errors import UserError
 from whitetuner.records import Size
 
@@ -112,6 +113,7 @@ class CheckReport:
                     "pictures": sum(placed.set_index == number for placed in self.pictures),
                     "repeats": one.repeats,
                     "weight": one.weight,
+                    "loss_weight": one.options.loss_weight,
                 }
                 for number, one in enumerate(self.sets)
             ],
@@ -150,6 +152,7 @@ class CheckReport:
         for number, one in enumerate(self.sets):
             count = sum(placed.set_index == number for placed in self.pictures)
             share = f"weight {one.weight:g}" if one.weight is not None else f"x {one.repeats}"
+            share += f", loss x {one.options.loss_weight:g}" if one.options.loss_weight != 1 else ""
             lines.append(f"{one.folder}: {count} pictures {share}")
         films = [one.film for one in self.pictures if one.film is not None]
         lines += [f"  {film}" for film in films[:TOLD]]

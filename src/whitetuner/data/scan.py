@@ -11,7 +11,8 @@ from pathlib import Path
 
 from whitetuner.data.buckets import bucketing, choose, fit
 from whitetuner.data.problems import Problem, merged, refuse
-from whitetuner.data.survey import Found, PictureSet, SetOptions, caption_files, survey
+from whitetuner.data.set_options import SetOptions
+from whitetuner.data.survey import Found, PictureSet, caption_files, survey
 from whitetuner.data.video_clips import ClipRules, Clips, choose_clips, clip_lengths, too_short
 from whitetuner.data.video_folders import content_digests
 from whitetuner.errors import UserError
@@ -64,7 +65,7 @@ class Scan:
         rows = sorted(
             [item.id, item.caption, list(item.size), item.set_index, *_given(item)] for item in self.items
         )
-        sets = [[one.repeats, one.weight, one.caption_dropout] for one in self.sets]
+        sets = [[one.repeats, one.weight, one.caption_dropout, *_set_apart(one.options)] for one in self.sets]
         return hashlib.blake2b(json.dumps([rows, sets]).encode(), digest_size=16).hexdigest()
 
 
@@ -108,7 +109,8 @@ def scan(
             clips, problem = clips_of(found, looked.sets[found.set_index], films, digest)
             problems += [] if problem is None else [problem]
             for of_visit in () if clips is None else by_item(clips, looked.sets[found.set_index].options):
-                items.append(_clip_item(found, digest, seen[digest], size, of_visit, films))
+                one = _clip_item(found, digest, seen[digest], size, of_visit, films)
+                items.append(replace(one, loss_weight=looked.sets[found.set_index].options.loss_weight))
                 seen[digest] += 1
             continue
         items.append(
@@ -123,6 +125,7 @@ def scan(
                 tuple(hashes[path] for path in found.conditions),
                 conditions,
                 set_index=found.set_index,
+                loss_weight=looked.sets[found.set_index].options.loss_weight,
             )
         )
         seen[digest] += 1
@@ -235,6 +238,11 @@ def place_conditions(
         )
         problems.append(Problem("too small", "warning" if skip else "error", path, error))
     return (tuple(sizes) if len(sizes) == len(found.conditions) else None), problems
+
+
+def _set_apart(options: SetOptions) -> list[object]:
+    """What a set says besides; nothing where it says nothing, so that digests of runs begun before stay what they were."""
+    return [] if options.loss_weight == 1.0 else [{"loss_weight": options.loss_weight}]
 
 
 def _given(item: Item) -> list[object]:

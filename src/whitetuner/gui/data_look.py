@@ -18,7 +18,8 @@ from whitetuner.data.folders import list_folder
 from whitetuner.data.pairs import edit_layout
 from whitetuner.data.problems import Problem
 from whitetuner.data.scan import Films
-from whitetuner.data.survey import PictureSet, SetOptions
+from whitetuner.data.set_options import SetOptions
+from whitetuner.data.survey import PictureSet
 from whitetuner.data.video_clips import Clip, spans
 from whitetuner.data.video_folders import holds_videos, list_videos
 from whitetuner.errors import UserError

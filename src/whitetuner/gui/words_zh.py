@@ -61,6 +61,10 @@ FIELDS: dict[str, tuple[str, str]] = {
     "data.sets": ("多个数据集", "多个文件夹一起训练；上面的数据设置对它们都有效"),
     "data.sets.repeats": ("重复次数", "一轮里每张图训练几次"),
     "data.sets.weight": ("权重", "这个数据集占样本的份额，相对其他数据集；要么都填要么都不填"),
+    "data.sets.loss_weight": (
+        "损失权重",
+        "这个数据集样本的损失乘以它；正则化图片（先验保留）填小于 1 的数，例如 0.5",
+    ),
     "method.kind": ("训练方式", "LoKr、LoRA 或全量训练"),
     "method.rank": ("秩 (rank)", "LoRA 的秩；LoKr 关闭完整矩阵时第二个因子的秩"),
     "method.alpha": ("alpha", "学到的内容按 alpha / rank 缩放；不填则 alpha = rank，即缩放为 1"),

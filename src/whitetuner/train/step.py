@@ -2,6 +2,8 @@
 
 x_t = (1 - sigma) x0 + sigma noise; the model says a velocity; the loss is the squared distance to noise - x0, a mean per
 sample first and over the samples after, so that a sample counts the same in every batch (Lipman et al. 2023, arXiv 2210.02747).
+A data set's loss_weight is a factor of its samples' losses; what they are divided by is the number of samples all the same, as
+for the regularisation pictures of DreamBooth (Ruiz et al. 2022, arXiv 2208.12242, equation 2).
 """
 
 from __future__ import annotations
@@ -77,4 +79,5 @@ def loss_at(
     weights = weighting(settings.loss_weighting, sigma, settings.min_snr_gamma) * loss_weight(
         settings.sigmas, sigma
     )
+    weights = weights * torch.tensor([item.loss_weight for item in batch.items], device=device)
     return StepLoss(plain * weights, plain.detach(), sigma.detach())
