@@ -15,7 +15,7 @@ from whitetuner.memory.fused import units_of
 from whitetuner.memory.shard import fit_sharded
 from whitetuner.memory.swap.arena import Arena, Arenas
 from whitetuner.planning import Way, denoiser_build, fit_denoiser, in_pieces, shelf_folder
-from whitetuner.rehearsal import adapter_for, optimizer_for, trained_of
+from whitetuner.rehearsal import adapter_for, adapter_optimizer, optimizer_for, trained_of
 from whitetuner.resolve import Resolved
 from whitetuner.sharing import in_turns, mesh_of
 from whitetuner.train.distributed import Ranks
@@ -65,7 +65,7 @@ def assemble(
             config, way, module, part, device, lambda text: tell("info", text), turns, arena
         )
         parameters = list(adapter.parameters())
-        optimizer = optimizer_for(config, parameters)
+        optimizer = adapter_optimizer(config, adapter)
         ema = Ema(parameters, config.optimizer.ema) if config.optimizer.ema else None
         learners.append(Learner(part, module, adapter, config.method.kind, optimizer, ema, fitted, turns_on))
     planned = way.plan is None or way.plan.previews
@@ -124,7 +124,7 @@ def _sharded(
         fitted = fit(whole=parameters)
         ema = Ema(parameters, config.optimizer.ema) if config.optimizer.ema else None
         return Learner(
-            part, module, adapter, config.method.kind, optimizer_for(config, parameters), ema, fitted
+            part, module, adapter, config.method.kind, adapter_optimizer(config, adapter), ema, fitted
         )
 
     learner = in_turns(ranks, load)

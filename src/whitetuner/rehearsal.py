@@ -49,14 +49,13 @@ def rehearse(config: Config, family: Family, *, here: bool = True) -> None:
     for part in family.spec.parts(family.options):
         if config.method.kind == "full":
             module: Any = modules[part.name]
-            trained = list(trained_of(config, module).values())
+            optimizer_for(config, list(trained_of(config, module).values()))
             to_original(module.state_dict(), family.keys, module.config)  # as the final file will be written
         else:
             adapter, _ = adapter_for(config, family, part, modules[part.name], torch.device("cpu"))
-            trained = list(adapter.parameters())
+            adapter_optimizer(config, adapter)
         if here:
             set_attention(modules[part.name], config.memory.attention)
-        optimizer_for(config, trained)
 
 
 def cache_bytes(
@@ -167,10 +166,33 @@ def _above(name: str) -> list[str]:
     return [".".join(pieces[:count]) for count in range(len(pieces), 0, -1)]
 
 
+def adapter_optimizer(config: Config, adapter: Adapter) -> torch.optim.Optimizer:
+    """The config's optimizer over an adapter; with optimizer.lora_plus the factors behind the rank are a group of their own.
+
+    Raises UserError where no layer of it has such a factor.
+    """
+    ratio = config.optimizer.lora_plus
+    if ratio == 1.0:
+        return optimizer_for(config, adapter.parameters())
+    others, faster = adapter.by_speed()
+    if not faster:
+        raise UserError(
+            "lora_plus is for two low-rank factors, and this LoKr has a full second factor in every layer",
+            where="optimizer.lora_plus",
+            mend="set method.full_matrix = false with a rank well below half of what a layer has by method.factor, or take "
+            'method.kind = "lora", or optimizer.lora_plus = 1',
+        )
+    return optimizer_for(config, others, faster=faster, ratio=ratio)
+
+
 def optimizer_for(
-    config: Config, parameters: Sequence[torch.nn.Parameter], decay: bool = True
+    config: Config,
+    parameters: Sequence[torch.nn.Parameter],
+    decay: bool = True,
+    faster: Sequence[torch.nn.Parameter] = (),
+    ratio: float = 1.0,
 ) -> torch.optim.Optimizer:
-    """The config's optimizer over these parameters. decay: whether weight decay acts on them."""
+    """The config's optimizer over these parameters. decay: whether weight decay acts on them; faster, ratio: make_optimizer."""
     o = config.optimizer
     return make_optimizer(
         o.name,
@@ -180,4 +202,6 @@ def optimizer_for(
         betas=o.betas,
         eps=o.eps,
         args=o.args,
+        faster=faster,
+        ratio=ratio,
     )

@@ -119,7 +119,7 @@ accelerate launch --num_cpu_threads_per_process 1 --mixed_precision bf16 src/mus
     --optimizer_type adamw8bit --optimizer_args "weight_decay=0.02" "betas=0.9,0.95" --learning_rate 2e-4 \\
     --gradient_checkpointing --network_module networks.lora_wan --network_dim 32 --network_alpha 16 \\
     --timestep_sampling shift --discrete_flow_shift 5.0 --max_train_epochs 16 --save_every_n_epochs 1 --seed 7 \\
-    --blocks_to_swap 20 --output_dir "out folder" --output_name cat
+    --network_args loraplus_lr_ratio=4 --blocks_to_swap 20 --output_dir "out folder" --output_name cat
 """
 DATA = """
 [general]
@@ -152,6 +152,7 @@ def test_a_musubi_command_line_and_its_data_set(tmp_path: Path) -> None:
     assert said["model"]["options"] == {"expert": "both", "boundary": 0.9}
     assert said["run"] | {"epochs": 16, "seed": 7, "name": "cat", "output_dir": "out folder"} == said["run"]
     assert said["method"] | {"kind": "lora", "rank": 32, "alpha": 16.0} == said["method"]
+    assert said["optimizer"]["lora_plus"] == 4.0
     assert said["optimizer"]["weight_decay"] == 0.02 and said["optimizer"]["lr"] == 2e-4
     assert said["memory"]["blocks_to_swap"] == 20 and said["memory"]["base"] == "fp8"
     one, _ = said["data"]["sets"]

@@ -23,6 +23,7 @@ from whitetuner.adapters.files import load_adapter
 from whitetuner.adapters.names import Names
 from whitetuner.adapters.shapes import AdapterSettings
 from whitetuner.adapters.state import (
+    BEHIND_RANK,
     SCALE_CARRIERS,
     by_module,
     describe,
@@ -66,6 +67,14 @@ class Adapter:
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for _, parameter in self.named_parameters()]
+
+    def by_speed(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """(the others, the factors that LoRA+ lets learn faster), both in the order of `parameters`."""
+        found: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+        for delta in self.deltas.values():
+            for name, parameter in delta.named_parameters():
+                found[name in BEHIND_RANK].append(parameter)
+        return found
 
     def to(self, device: torch.device | str) -> Adapter:
         """Moves the deltas only; the base stays where the memory engine put it."""

@@ -17,6 +17,11 @@ from whitetuner.adapters.shapes import AdapterSettings, factorization
 #: The tensor of each form that a scale is folded into; exactly one of them is in every module.
 SCALE_CARRIERS = ("lokr_w1", "lokr_w1_a", "lora_B")
 
+#: Factors behind a rank: their inputs are its few numbers, where those of the factor before it are the layer's many. LoRA+
+#: (Hayou et al. 2024, arXiv 2402.12354, section 4) derives from that, not from which of the two starts at zero, that these
+#: may learn faster. The other factor of a LoKr has a few inputs on each side and stays as it is.
+BEHIND_RANK = ("lora_B", "lokr_w2_a")
+
 
 @dataclass
 class ModuleState:

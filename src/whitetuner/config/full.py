@@ -48,6 +48,14 @@ def refuse_wrong_full(config: Config) -> None:
                 name=config.optimizer.name,
             )
         )
+    if config.optimizer.lora_plus != 1.0:
+        errors.append(
+            UserError(
+                "lora_plus is for the two factors of an adapter, which full training does not have",
+                where="optimizer.lora_plus",
+                mend='set optimizer.lora_plus = 1, or train an adapter (method.kind = "lora")',
+            )
+        )
     if config.method.init_from is not None:
         errors.append(
             UserError(

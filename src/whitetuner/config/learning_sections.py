@@ -118,6 +118,12 @@ class Optimizer(Section):
         "scaled), or against each block's own",
     )
     gradient_accumulation: int = Field(1, ge=1, le=4096, description="passes whose gradients make one step")
+    lora_plus: float = Field(
+        1.0,
+        gt=0,
+        le=1000,
+        description="LoRA+: how many times lr the factor behind the rank gets (lora_B; lokr_w2_a), e.g. 16; 1: all the same",
+    )
     ema: float = Field(
         0.0,
         ge=0,

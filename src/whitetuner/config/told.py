@@ -23,6 +23,7 @@ FOREIGN = {
     "optimizer_type": "optimizer.name",
     "gradient_accumulation_steps": "optimizer.gradient_accumulation",
     "ema_decay": "optimizer.ema",
+    "loraplus_lr_ratio": "optimizer.lora_plus",
     "max_train_steps": "run.steps",
     "num_train_steps": "run.steps",
     "train_steps": "run.steps",

@@ -55,6 +55,7 @@ _LABELS = {
     "optimizer.betas": "betas",
     "optimizer.ema": "EMA decay",
     "optimizer.args": "More arguments",
+    "optimizer.lora_plus": "LoRA+ ratio",
     "optimizer.min_lr_ratio": "Lowest learning rate (share)",
     "memory.vram_gb": "Card memory (GB)",
     "memory.base": "Format of the base model",

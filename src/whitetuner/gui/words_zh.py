@@ -101,6 +101,10 @@ FIELDS: dict[str, tuple[str, str]] = {
     ),
     "optimizer.gradient_accumulation": ("梯度累积", "几次前向的梯度合成一步"),
     "optimizer.ema": ("EMA 衰减", "预览和保存用滑动平均的权重，例如 0.99；0：不用"),
+    "optimizer.lora_plus": (
+        "LoRA+ 倍率",
+        "LoRA+：秩之后的那个因子（lora_B、lokr_w2_a）的学习率是其余的几倍，例如 16；1：都一样",
+    ),
     "optimizer.args": ("优化器附加参数", '给 "模块:类名" 优化器的其他参数，一行一个：名称 = 值'),
     "memory.vram_gb": ("可用显存 (GB)", "允许使用多少显存；auto：当前空闲的全部"),
     "memory.base": ("底模精度", "冻结权重的数值格式；越小越省显存"),

@@ -223,6 +223,8 @@ def _method(found: Imported, given: Mapping[str, Any], script: str) -> None:
         name, _, value = text.partition("=")
         if name == "factor" and kind == "lokr":
             found.put("network_args factor", "method.factor", int(value))
+        elif name == "loraplus_lr_ratio" and kind == "lora":
+            found.put("network_args loraplus_lr_ratio", "optimizer.lora_plus", float(value))
         elif name != "algo":
             found.leave(f"network_args {text}", "there is nothing like it here")
     if kind == "lokr":

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from whitetuner.train.optim import optimizer_tensors, restore_optimizer
+from whitetuner.train.optim import optimizer_tensors, restore_optimizer, set_lr
 from whitetuner.train.precision import Precision, beside, precise, put
 
 #: (parameters, whether they decay) -> an optimizer over them.
@@ -59,8 +59,7 @@ class BlockOptimizer:
     @torch.no_grad()
     def step(self, gradients: dict[str, Tensor], lr: float, scale: float, key: Callable[[str], int]) -> None:
         """Uses the gradients up. scale: of all of them (clipping); key: of a parameter's random numbers in this step."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimizer, lr)
         names = [name for name in self.parameters if name in gradients]
         plain = [name for name in names if self._work[name] is self.parameters[name]]
         for name in plain:

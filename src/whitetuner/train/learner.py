@@ -18,7 +18,7 @@ from whitetuner.family import Part
 from whitetuner.memory.fit import Fitted
 from whitetuner.memory.luggage import Luggage
 from whitetuner.train.ema import Ema
-from whitetuner.train.optim import clip_grad_norm, optimizer_tensors, restore_optimizer
+from whitetuner.train.optim import clip_grad_norm, optimizer_tensors, restore_optimizer, set_lr
 
 STATE = "accelerate_state"
 T = TypeVar("T")
@@ -161,8 +161,7 @@ class Learner:
 
     def apply(self, lr: float) -> None:
         """Takes the optimizer's step."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimizer, lr)
         self.optimizer.step()
         self.drop()
         if self.ema is not None:

@@ -24,6 +24,9 @@ from whitetuner.errors import EXIT_ENVIRONMENT, UserError
 
 Betas = tuple[float, float]
 
+#: Key of a group whose learning rate is so many times the run's; groups without it have the run's own.
+LR_RATIO = "lr_ratio"
+
 
 def make_optimizer(
     name: str,
@@ -34,6 +37,8 @@ def make_optimizer(
     betas: Betas = (0.9, 0.999),
     eps: float = 1e-8,
     args: Mapping[str, Any] | None = None,
+    faster: Sequence[torch.nn.Parameter] = (),
+    ratio: float = 1.0,
 ) -> torch.optim.Optimizer:
     """An optimizer over these parameters, which must be on their device already.
 
@@ -45,6 +50,7 @@ def make_optimizer(
                         step, lr = 1. Without the stochastic rounding of others, whose generator is in no state
           module:Class  any torch.optim.Optimizer; gets lr, weight_decay, betas and eps where it has them
     args: further arguments by keyword, winning over the above
+    faster: a second group behind `params`, whose learning rate is always `ratio` times the first one's (`set_lr`)
 
     betas and eps are of the Adam family; Adafactor has no such.
     Raises UserError: unknown name or argument, a package that is not installed, a class that is no optimizer,
@@ -78,9 +84,19 @@ def make_optimizer(
                 near=f" (did you mean '{near[0]}'?)" if near else "",
                 accepted=", ".join(sorted(accepted)),
             )
+    if faster and cls.__module__.partition(".")[0] == "prodigyopt":
+        raise UserError(
+            "prodigy finds one step size for all factors, so none can learn {ratio:g} times as fast",
+            where="optimizer.lora_plus",
+            mend="set optimizer.lora_plus = 1, or take another optimizer (adamw)",
+            ratio=ratio,
+        )
+    groups: list[Any] = list(params)
+    if faster:
+        groups = [{"params": groups}, {"params": list(faster), "lr": lr * ratio, LR_RATIO: ratio}]
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # some greet on standard output, which is for results
-            return cls(list(params), **{**given, **(args or {})})
+            return cls(groups, **{**given, **(args or {})})
     except (TypeError, ValueError) as error:
         raise UserError(
             "{name} refuses its settings: {reason}",
@@ -90,6 +106,12 @@ def make_optimizer(
             reason=error,
             accepted=", ".join(sorted(accepted)),
         ) from error
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The learning rate of the next step; a group that learns faster keeps its ratio to it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group[LR_RATIO] if LR_RATIO in group else lr
 
 
 Made = tuple[type[torch.optim.Optimizer], dict[str, Any]]
