@@ -286,7 +286,7 @@ def decoded(path: Path, wanted: Sequence[int], size: Size | None) -> Generator[t
     raise UserError(
         "{count} frames cannot be decoded, the first is number {first}",
         where=str(path),
-        mend="the video is damaged: copy it again, convert it, or delete it (`whitetuner check --deep` finds such files)",
+        mend="the video is damaged: copy it again, convert it, or delete it (`whitetuner check DIR --deep` finds such files)",
         count=len(left),
         first=left[-1],
     )

@@ -73,7 +73,8 @@ def not_finite(step: int, what: str, culprit: str, items: str) -> NotFinite:
         "the {quantity} of step {step} is not a finite number; first bad: {culprit}; pictures: {items}. "
         "Nothing of it was applied; the state of step {last} is the last good one",
         where="training",
-        mend="look at these pictures, lower optimizer.lr, or set memory.dtype = 'fp32'; then --resume latest",
+        mend="lower optimizer.lr, then --resume latest; if a picture is at fault, `whitetuner fork` goes on with another data "
+        "set; memory.dtype = 'fp32' takes a new run (method.init_from takes the adapter along)",
         code=EXIT_FAILED,
         quantity=what,
         step=step,
