@@ -1,4 +1,4 @@
-"""The wheel, installed away from the checkout, has all that the program needs; the README's walk with a tiny model is true."""
+"""The sdist holds what installs and starts; the wheel built from it has all that the program needs; the README's walk is true."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import site
 import subprocess
 import sys
+import tarfile
 import venv
 from pathlib import Path
 
@@ -16,6 +17,19 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "src"
+#: Of the sdist, beside the package: what `python launch.py`, `pip install` and a reader of it need.
+BESIDE = {
+    *("pyproject.toml", "PKG-INFO", ".gitignore", "launch.py", "start.bat", "start.sh", "gui.py", "req.txt"),
+    *(
+        "constraints.txt",
+        "release.txt",
+        "LICENSE",
+        "README.md",
+        "README.zh-CN.md",
+        "CHANGELOG.md",
+        "SECURITY.md",
+    ),
+}
 
 
 def run(*words: str | Path, folder: Path, **variables: str) -> str:
@@ -33,27 +47,50 @@ def run(*words: str | Path, folder: Path, **variables: str) -> str:
     return done.stdout + done.stderr
 
 
+def sources() -> set[Path]:
+    return {
+        path.relative_to(SOURCES)
+        for path in SOURCES.rglob("*")
+        if path.is_file() and path.suffix != ".pyc" and "__pycache__" not in path.parts
+    }
+
+
 @pytest.mark.slow
-def test_the_wheel_alone_runs_from_another_folder(tmp_path: Path) -> None:
+def test_the_sdist_builds_a_wheel_that_runs_alone_from_another_folder(tmp_path: Path) -> None:
     home = tmp_path / "home"
     venv.create(home, symlinks=os.name != "nt", with_pip=False)
     scripts = home / ("Scripts" if os.name == "nt" else "bin")
-    # a checkout without what git ignores; hatchling comes as it does for a user, by pip's build isolation
-    shutil.copytree(SOURCES, tmp_path / "tree" / "src", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path / "tree" / name)
+    # a checkout without what git ignores, but with what else lies in the repository
+    tree = tmp_path / "tree"
+    shutil.copytree(SOURCES, tree / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, tree / path.name)
+    for name in ("tests/unit/test_x.py", "docs/x.md", "output/run/checkpoint.safetensors"):
+        (tree / name).parent.mkdir(parents=True)
+        (tree / name).write_text("not of the package", encoding="utf-8")
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-    run(*pip, "wheel", "--no-deps", "-q", "-w", tmp_path / "dist", tmp_path / "tree", folder=tmp_path)
+    run(*pip, "install", "-q", "--target", tmp_path / "build", "hatchling", folder=tmp_path)
+    build = "import hatchling.build, sys; hatchling.build.build_sdist(sys.argv[1])"
+    run(sys.executable, "-c", build, tmp_path / "dist", folder=tree, PYTHONPATH=str(tmp_path / "build"))
+
+    (sdist,) = (tmp_path / "dist").glob("whitetuner-*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        held = {Path(*Path(one.name).parts[1:]) for one in archive if one.isfile()}
+        assert all(one.isfile() or one.isdir() for one in archive)  # no links: Windows unpacks it
+    assert {path for path in held if path.parts[0] != "src"} == {Path(name) for name in BESIDE}
+    assert {Path("src") / path for path in sources()} == held - {Path(name) for name in BESIDE}
+    assert sdist.stat().st_size < 7_000_000  # 5.4 MB, the embedded model is 4.3 MB of it
+
+    # from the sdist, with hatchling as it comes for a user: by pip's build isolation
+    run(*pip, "wheel", "--no-deps", "-q", "-w", tmp_path / "dist", sdist, folder=tmp_path)
     (wheel,) = (tmp_path / "dist").glob("whitetuner-*.whl")
     run(*pip, "--python", scripts / "python", "install", "-q", "--no-deps", wheel, folder=tmp_path)
     (packages,) = home.rglob("site-packages")
     # what it depends on: the packages of this environment, without their .pth files (one of them may name the checkout)
     (packages / "environment.pth").write_text("\n".join(site.getsitepackages()) + "\n", encoding="utf-8")
 
-    sources = {
-        path.relative_to(SOURCES) for path in SOURCES.rglob("*") if path.is_file() and path.suffix != ".pyc"
-    }
-    assert {path for path in sources if not (packages / path).is_file()} == set()
+    assert {path for path in sources() if not (packages / path).is_file()} == set()
     python = scripts / "python"
     told = run(python, "-c", "import whitetuner; print(whitetuner.__file__)", folder=tmp_path)
     assert Path(told.strip()).resolve().is_relative_to(packages.resolve())
