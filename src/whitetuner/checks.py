@@ -11,6 +11,7 @@ from whitetuner.config.full import refuse_wrong_full
 from whitetuner.config.kinds import refuse_wrong_data
 from whitetuner.config.landed import refuse_not_landed
 from whitetuner.config.load import load_config
+from whitetuner.config.migrate import rewrite_file
 from whitetuner.config.schema import Config
 from whitetuner.config.shard import refuse_wrong_shard
 from whitetuner.data.captions import convert_captions
@@ -86,10 +87,22 @@ def check_folder(folder: Path, *, deep: bool, convert: bool | str) -> Findings:
 
 
 def check_config(
-    path: Path, overrides: Sequence[str], *, deep: bool, model: bool, convert: bool | str
+    path: Path,
+    overrides: Sequence[str],
+    *,
+    deep: bool,
+    model: bool,
+    convert: bool | str,
+    migrate: bool = False,
 ) -> Findings:
-    """A config, its model folder (unless model is False) and its pictures. Raises UserError when the config cannot be read."""
-    config = load_config(path, overrides).config
+    """A config, its model folder (unless model is False) and its pictures. Raises UserError when the config cannot be read.
+
+    migrate: rewrite the file first, where it speaks in an earlier version's words
+    """
+    told = rewrite_file(path) if migrate else []
+    loaded = load_config(path, overrides)
+    config = loaded.config
+    told += [f"{path.name}: {one} (`check --migrate` rewrites the file)" for one in loaded.notes]
     errors: list[UserError] = []
     paths: ModelPaths | None = None
     spec = registry.spec(config.model.family)
@@ -120,8 +133,9 @@ def check_config(
     try:
         sections = config.data_sets()
     except UserError as error:
-        return Findings(None, [*errors, error], advice)
+        return Findings(None, [*errors, error], advice, notes=told)
     notes, refused = _convert(sections, convert)
+    notes[:0] = told
     errors += refused
     report = check_sets(
         sections,

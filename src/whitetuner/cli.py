@@ -112,9 +112,9 @@ def _testdata(given: argparse.Namespace) -> int:
 
 
 def _init(given: argparse.Namespace) -> int:
-    from whitetuner import commands
+    from whitetuner import config_commands
 
-    return commands.init(
+    return config_commands.init(
         given.preset,
         given.tiny,
         given.out,
@@ -127,16 +127,9 @@ def _init(given: argparse.Namespace) -> int:
 
 
 def _check(given: argparse.Namespace) -> int:
-    from whitetuner import commands
+    from whitetuner import config_commands
 
-    return commands.check(
-        given.what,
-        given.overrides,
-        as_json=given.json,
-        deep=given.deep,
-        model=not given.no_model,
-        convert=given.convert_captions and (given.encoding or True),
-    )
+    return config_commands.check(given)
 
 
 def _train(given: argparse.Namespace) -> int:

@@ -9,81 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from whitetuner.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USE, UserError
+from whitetuner.errors import EXIT_FAILED, EXIT_STOPPED, UserError
 from whitetuner.records import Size
 from whitetuner.tongue import say
 
 if TYPE_CHECKING:
     from whitetuner.config.load import Loaded
     from whitetuner.runs.place import Place
-
-
-def init(
-    preset: str | None,
-    tiny: Path | None,
-    out: Path | None,
-    foreign: Path | None = None,
-    data: Path | None = None,
-    family: str | None = None,
-    goal: str | None = None,
-    vram_gb: float | None = None,
-) -> int:
-    """Prints or writes a commented config; foreign: of another trainer, told on standard error what became of it.
-
-    goal, vram_gb: what is taught and how much of the card may be used, written into a preset
-    """
-    from whitetuner.config.goals import with_goal, with_memory
-    from whitetuner.config.preset import preset_text, presets
-
-    if (goal or vram_gb is not None) and (preset is None or foreign or tiny):
-        raise UserError("--goal and --vram go with a preset", where="init", mend="name one: whitetuner init")
-    if foreign is not None:
-        from whitetuner.importers import reading
-
-        found = reading.import_config(foreign, data, family)
-        say(reading.report(found), wrong=True)
-        text = reading.as_toml(found)
-    elif tiny is not None:
-        from whitetuner.tiny import tiny_text
-
-        text = tiny_text(tiny)
-    elif preset is None:
-        say("presets:\n" + "\n".join(f"  {name:<28} {title}" for name, title in presets().items()))
-        return 0
-    else:
-        text = preset_text(preset)
-        text = text if goal is None else with_goal(text, goal)
-        text = text if vram_gb is None else with_memory(text, vram_gb)
-    if out is None:
-        print(text)
-        return 0
-    if out.exists():
-        raise UserError(
-            "{path} is there already", where="-o", mend="give another name, or remove it first", path=out
-        )
-    out.write_text(text, encoding="utf-8")
-    say(
-        f"wrote {out}; next: set the paths in it, then\n  python launch.py check {out}\n  python launch.py train {out}"
-    )
-    return 0
-
-
-def check(
-    what: Path, overrides: Sequence[str], *, as_json: bool, deep: bool, model: bool, convert: bool | str
-) -> int:
-    """A folder of pictures, or a config with everything it names. Exit code 2 when something stands in the way."""
-    from whitetuner.checks import check_config, check_folder
-
-    report = (
-        check_folder(what, deep=deep, convert=convert)
-        if what.is_dir()
-        else check_config(what, overrides, deep=deep, model=model, convert=convert)
-    )
-    if as_json:
-        print(json.dumps(report.as_json(), indent=1, ensure_ascii=False))
-    else:
-        say(report.as_text())
-    return EXIT_USE if report.errors else 0
 
 
 def train(
@@ -107,6 +39,8 @@ def train(
     if device is not None and not several and not device.startswith("any"):
         overrides.append(f'memory.device="{device}"')
     loaded = load_config(config, overrides)
+    if place is None or place.rank == 0:
+        _tell(loaded)
     run = loaded.config.run
     folder = Path(run.output_dir) / run.name
     asked = gpus or loaded.config.memory.device
@@ -121,6 +55,12 @@ def train(
         words = ["train", *(f"--set={one}" for one in overrides)]
         words += [] if resume is None else [f"--resume={resume}"]
         return spawn([*words, "--", str(config)], folder, entries(asked, held))
+
+
+def _tell(loaded: Loaded) -> None:
+    """What the config says in an earlier version's words."""
+    for note in loaded.notes:
+        print(f"note: {note} (`whitetuner check --migrate {loaded.path}` rewrites the file)", file=sys.stderr)
 
 
 def _train(loaded: Loaded, config: Path, resume: str | None, place: Place | None) -> int:
@@ -197,6 +137,7 @@ def cache(config: Path, overrides: Sequence[str]) -> int:
     from whitetuner.prepared import cache_only
 
     loaded = load_config(config, overrides)
+    _tell(loaded)
     fetch_for(loaded.config, print)
     count, seconds = cache_only(loaded.config)
     say(f"{count} pictures are encoded ({seconds:.1f} s)")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from whitetuner.checkpoint.store import Checkpoint, Store, read
 from whitetuner.config.load import Loaded, dump_config, load_config
+from whitetuner.config.migrate import CONFIG_FORMAT, refuse_newer
 from whitetuner.config.resume import check_fork
 from whitetuner.errors import EXIT_FAILED, UserError
 from whitetuner.runs.folder import RunFolder
@@ -61,9 +62,7 @@ def fork(run: Path, at: int | None, overrides: Sequence[str] = ()) -> tuple[Load
         origin = {"run": os.path.relpath(run.resolve(), path.resolve()), "step": found.step}
         # The checkpoint first: a folder with run.json and nothing to go on from would start anew.
         run_id = uuid.uuid4().hex
-        Store(folder.checkpoints, run_id, config.save.keep).adopt(
-            found, {"config": loaded.document()}, loaded.metadata()
-        )
+        Store(folder.checkpoints, run_id, config.save.keep).adopt(found, loaded.state(), loaded.metadata())
         folder.begin(
             dump_config(config),
             loaded.document(),
@@ -101,6 +100,7 @@ def _checkpoint(source: RunFolder, run_id: str, at: int | None) -> Checkpoint:
             mend="it is damaged; give --at another step",
             code=EXIT_FAILED,
         )
+    refuse_newer(found.state.get(CONFIG_FORMAT, 1), str(found.path))
     return found
 
 

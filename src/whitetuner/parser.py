@@ -100,6 +100,11 @@ def make_parser() -> argparse.ArgumentParser:
     check.add_argument("--deep", action="store_true", help="decode every picture")
     check.add_argument("--no-model", action="store_true", help="do not look at the model folder")
     check.add_argument(
+        "--migrate",
+        action="store_true",
+        help="rewrite a config of an earlier version in today's words (keeps NAME.toml.bak)",
+    )
+    check.add_argument(
         "--convert-captions",
         action="store_true",
         help="rewrite captions that are not UTF-8 (keeps NAME.txt.bak)",

@@ -335,9 +335,7 @@ class Session:
         if not self.ranks.first:
             return self.folder.path
         self.folder.sync_events()
-        path = self.store.save(
-            self.step, tensors, documents, {"config": self.loaded.document()}, self.loaded.metadata()
-        )
+        path = self.store.save(self.step, tensors, documents, self.loaded.state(), self.loaded.metadata())
         where = path.relative_to(self.folder.path).as_posix()
         self.tell(events.Saved(step=self.step, path=where, seconds=time.perf_counter() - began))
         return path

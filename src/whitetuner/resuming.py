@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from whitetuner.checkpoint.store import STATE_FILE, Checkpoint, Store, read
+from whitetuner.config.migrate import CONFIG_FORMAT, refuse_newer
 from whitetuner.config.resume import check_resume
 from whitetuner.config.schema import Config
 from whitetuner.errors import EXIT_FAILED, UserError
@@ -48,6 +49,7 @@ def find_checkpoint(
             mend="it is damaged; give --resume an earlier checkpoint",
             code=EXIT_FAILED,
         )
+    refuse_newer(found.state.get(CONFIG_FORMAT, 1), str(found.path))
     told += [events.Message(level="info", text=text) for text in check_resume(before, config)]
     return found, told
 

@@ -13,8 +13,10 @@ import pytest
 from PIL import Image
 
 from whitetuner import recipe
+from whitetuner.checkpoint import store
 from whitetuner.cli import main
 from whitetuner.config.load import load_config
+from whitetuner.config.migrate import FORMAT
 from whitetuner.errors import UserError
 from whitetuner.evidence import checkpoint, digest, losses
 from whitetuner.families import registry
@@ -142,3 +144,51 @@ def test_the_report_and_the_page_lay_the_first_runs_curve_under_it(
     assert runs.origin(job, Roots.of([tmp_path])) is None
     RunFolder(made).update(forked_from={"run": "../gone", "step": 4, "run_id": "x"})
     assert runs.origin(job, roots) is None
+
+
+def rewrite_state(path: Path, **changes: Any) -> dict[str, Any]:
+    """Another content for a checkpoint's state file, whole as far as its hashes tell."""
+    file = path / store.STATE_FILE
+    state = {**json.loads(file.read_text(encoding="utf-8")), **changes}
+    state = {key: value for key, value in state.items() if key != store.OWN_HASH and value is not None}
+    state[store.OWN_HASH] = store._own_hash(state)
+    file.write_text(json.dumps(state), encoding="utf-8")
+    return state
+
+
+def test_a_run_of_an_earlier_version_goes_on_and_is_forked_to_the_bit(whole: Path) -> None:
+    """Its files say what was renamed since in its own words, lack the options that came later, and tell no format."""
+    halfway = RunFolder(go_on(whole, 2, "run.name=earlier", "run.steps=4"))
+    file = halfway.config_file
+    text = file.read_text(encoding="utf-8")
+    assert text.startswith(f"format = {FORMAT}\n")
+    lines = [
+        line for line in text.split("\n") if not line.startswith(("format", "min_snr_gamma", "micro_batch"))
+    ]
+    text = "\n".join(lines).replace("steps = 4", "steps = 6")
+    text = text.replace("[model.options]", '[model.options]\nvariant = "base"')
+    file.write_text(text, encoding="utf-8")
+    newest = halfway.checkpoints / "checkpoint-4"
+    state = json.loads((newest / store.STATE_FILE).read_text(encoding="utf-8"))
+    assert state["config_format"] == FORMAT
+    config = state["config"]
+    config["model"]["options"]["variant"] = "base"
+    del config["noise"]["min_snr_gamma"], config["memory"]["micro_batch"]
+    rewrite_state(newest, config=config, config_format=None)
+
+    forked = go_on(halfway.path, 4, "run.name=earlier-forked")
+    assert main(["train", str(file), "--resume", "latest"]) == 0
+    for made in (halfway.path, forked):
+        assert digest(checkpoint(made, 6)) == digest(checkpoint(whole, 6))
+        assert losses(made)[-2:] == losses(whole)[4:]
+    assert load_config(file).notes == ()  # a run that goes on writes its config anew
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused(whole: Path) -> None:
+    made = RunFolder(go_on(whole, 2, "run.name=newer", "run.steps=4"))
+    rewrite_state(made.checkpoints / "checkpoint-4", config_format=FORMAT + 1)
+    again = load_config(made.config_file, ["run.steps=6"])
+    with pytest.raises(UserError, match="newer White Tuner"):
+        recipe.run(again, resume="latest")
+    with pytest.raises(UserError, match="newer White Tuner"):
+        fork(made.path, 4, ["run.steps=6"])

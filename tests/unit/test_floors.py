@@ -59,6 +59,7 @@ FLOORS = [
         "file_commands",
         "parser",
         "commands",
+        "config_commands",
         "demo",
         "doctor",
         "bug_report",

@@ -366,6 +366,17 @@ def test_names_that_are_no_utf8_go_to_the_page_and_come_back(tmp_path: Path, for
     assert os.fsencode(name) == b"\xc4\xe3" and os.fsencode(answer["files"][0][0]) == b"\xba\xc3.png"
 
 
+def test_a_config_of_an_earlier_version_is_imported_in_todays_words(form: Form) -> None:
+    old = '[model] # mine\nfamily = "flux2-klein"\n[model.options]\nvariant = "base" # 4B\n'
+    answer = form.post("imported", text=old, name="old.toml")
+    assert answer["moved"] == 1 and answer["left"] == 0
+    assert 'variant = "auto" # 4B' in answer["state"]["text"] and "# mine" in answer["state"]["text"]
+    assert not answer["state"]["errors"]
+    assert form.post("imported", text=answer["state"]["text"], name="new.toml")["moved"] == 0
+    newer = form.post("imported", text="format = 99\n" + old, name="newer.toml")
+    assert "newer White Tuner" in str(newer)
+
+
 def test_another_trainers_config_is_imported_into_its_tab(form: Form) -> None:
     job = "config: {name: cats, process: [{model: {arch: zimage, name_or_path: /m}, train: {steps: 7, odd: 1}}]}"
     answer = form.post("imported", text=job, name="job.yaml")

@@ -7,13 +7,14 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from pydantic import ValidationError
 
 from whitetuner.config.document import key_lines, parse, read_text, value_of
+from whitetuner.config.migrate import CONFIG_FORMAT, FORMAT, KEY, Moved, today
 from whitetuner.config.options import families, options_of, spec_of
 from whitetuner.config.preset import preset_text, presets
 from whitetuner.config.schema import Config
@@ -46,15 +47,20 @@ __all__ = [
 @dataclass(frozen=True)
 class Loaded:
     """config; origins: dotted key -> "FILE line 3" | "form" | "--set" | "preset NAME" | "family default (source)" | "default";
-    path: the config file, if there was one."""
+    path: the config file, if there was one; notes: what was said in an earlier version's words, and how it was read."""
 
     config: Config
     origins: Mapping[str, str] = field(default_factory=dict)
     path: Path | None = None
+    notes: tuple[str, ...] = ()
 
     def document(self) -> dict[str, Any]:
         """The config as plain JSON values."""
         return self.config.model_dump(mode="json")
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {"config": self.document(), CONFIG_FORMAT: FORMAT}
 
     def metadata(self) -> dict[str, str]:
         """What files of this run carry about it: what was learned and how, nothing of this machine (no folders)."""
@@ -86,9 +92,13 @@ def load_config(
     """
     origins: dict[str, str] = {}
     values: dict[str, Any] = {}
+    notes: list[str] = []
 
-    def layer(given: Mapping[str, Any]) -> None:
+    def layer(given: Mapping[str, Any], from_: Mapping[str, str], where: str) -> None:
         nonlocal values
+        given, moved = today(given, where=where)
+        origins.update(_moved(from_, moved))
+        notes.extend(map(str, moved))
         run = given.get("run", {})
         for one, other in (("steps", "epochs"), ("epochs", "steps")):  # one choice: the later word counts
             if (
@@ -104,17 +114,16 @@ def load_config(
         values = merge(values, given)
 
     if preset is not None:
-        layer(parse(preset_text(preset), f"preset {preset}"))
-        origins.update(dict.fromkeys(_keys(values), f"preset {preset}"))
+        given = parse(preset_text(preset), f"preset {preset}")
+        layer(given, dict.fromkeys(_keys(given), f"preset {preset}"), f"preset {preset}")
     if path is not None:
         text = read_text(path)
         given, lines = parse(text, str(path)), key_lines(text)
-        layer(given)
-        origins.update({key: _line(key, path.name, lines) for key in [*lines, *_keys(given)]})
+        from_ = {key: _line(key, path.name, lines) for key in [*lines, *_keys(given)] if key != KEY}
+        layer(given, from_, f"{path}, {KEY}")
     if base is not None:
         given = nested(base)
-        layer(given)
-        origins.update(dict.fromkeys(_keys(given), "form"))
+        layer(given, dict.fromkeys(_keys(given), "form"), KEY)
     for override in overrides:
         key, sign, text = require_text(override, "--set").partition("=")
         key = key.strip()
@@ -125,14 +134,17 @@ def load_config(
         value = setting_value(key, text.strip())
         if "[" in key:
             values = _set(values, key, value)
+            origins[key] = "--set"
         else:
-            layer(nested({key: value}))
-        origins[key] = "--set"
-    return validate(values, origins, path)
+            layer(nested({key: value}), {key: "--set"}, "--set")
+    found = validate(values, origins, path)
+    return replace(found, notes=(*notes, *found.notes))
 
 
 def validate(values: Mapping[str, Any], origins: dict[str, str], path: Path | None = None) -> Loaded:
     """Checks all values; fills in the family's proposals where nothing was said. Raises UserErrors."""
+    values, moved = today(values)
+    origins = _moved(origins, moved)
     wrong_type = misquoted(Config, values, origins)
     errors = [*unknown_keys(Config, values, origins), *wrong_type.values()]
     filled = known_only(Config, values)
@@ -159,7 +171,8 @@ def validate(values: Mapping[str, Any], origins: dict[str, str], path: Path | No
     assert config is not None, "a config that does not validate has findings"
     if not config.run.name:
         config = config.model_copy(update={"run": config.run.model_copy(update={"name": _name(config)})})
-    return Loaded(config, {**dict.fromkeys(_keys(config.model_dump()), "default"), **origins}, path)
+    every = {**dict.fromkeys(_keys(config.model_dump()), "default"), **origins}
+    return Loaded(config, every, path, tuple(map(str, moved)))
 
 
 def setting_value(key: str, text: str) -> Any:
@@ -219,6 +232,12 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _keys(values: Mapping[str, Any]) -> Iterator[str]:
     """Dotted keys of all values, and of the tables around them that may be wrong as a whole."""
     yield from flat(values)
+
+
+def _moved(origins: Mapping[str, str], moved: Sequence[Moved]) -> dict[str, str]:
+    """The origins by today's keys."""
+    names = {one.key: one.to for one in moved}
+    return {to: text for key, text in origins.items() if (to := names.get(key, key)) is not None}
 
 
 def _line(key: str, name: str, lines: Mapping[str, int]) -> str:

@@ -6,8 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from whitetuner.config.load import differences
+from whitetuner.config.load import differences, flat
+from whitetuner.config.migrate import today
 from whitetuner.config.schema import Config
+from whitetuner.config.told import field_of
 from whitetuner.errors import UserError, UserErrors
 
 #: May change: shown and recorded. A dot at the end stands for the whole section.
@@ -76,8 +78,12 @@ def check_fork(before: Mapping[str, Any], now: Config) -> list[str]:
 
 def _allowed(before: Mapping[str, Any], now: Config, free: tuple[str, ...]) -> list[str]:
     told, errors = [], []
+    before = today(before)[0]
+    said = flat(before)
     for key, old, new in differences(before, now.model_dump(mode="json")):
-        if key == "run.name":
+        if key not in said:  # an option that came later: till then it was as its default is
+            old = _default(key)
+        if key == "run.name" or old == new:
             continue
         plain = re.sub(r"\[\d+\]", "", key)
         if any(plain == one or (one.endswith(".") and plain.startswith(one)) for one in free):
@@ -99,3 +105,12 @@ def _allowed(before: Mapping[str, Any], now: Config, free: tuple[str, ...]) -> l
     if errors:
         raise UserErrors(errors) if len(errors) > 1 else errors[0]
     return told
+
+
+def _default(key: str) -> Any:
+    """As JSON has it; None for what is no option of the schema."""
+    field = field_of(key)
+    if field is None or field.is_required():
+        return None
+    value = field.get_default(call_default_factory=True)
+    return list(value) if isinstance(value, tuple) else value

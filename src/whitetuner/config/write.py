@@ -7,6 +7,7 @@ from typing import Any
 
 import tomlkit
 
+from whitetuner.config.migrate import FORMAT, KEY
 from whitetuner.config.schema import Config
 
 
@@ -17,7 +18,7 @@ def dump_config(config: Config) -> str:
     """
     values = config.model_dump(mode="json")
     values["data"]["sets"] = [one.model_dump(mode="json", exclude_unset=True) for one in config.data.sets]
-    return tomlkit.dumps(_plain(values))
+    return tomlkit.dumps({KEY: FORMAT, **_plain(values)})
 
 
 def toml_value(value: Any) -> str:

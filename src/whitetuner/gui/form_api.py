@@ -18,6 +18,7 @@ from starlette.routing import BaseRoute, Route
 
 from whitetuner.config.document import parse
 from whitetuner.config.goals import goals
+from whitetuner.config.migrate import rewritten
 from whitetuner.config.preset import preset_text, presets
 from whitetuner.errors import UserError
 from whitetuner.gui import forms, made, plan_card
@@ -176,23 +177,28 @@ class FormApi:
         return self._whole(_tab(tab), text_of(body), language)
 
     def imported(self, body: Body, language: str, tab: str) -> dict[str, Any]:
-        """A config file's text: it becomes the draft of the tab where it belongs; another trainer's is translated first.
+        """A config file's text: it becomes the draft of the tab where it belongs; another trainer's is translated first,
+        one of an earlier version is put into today's words.
 
         body: text, name (of the file). Raises UserError when it is neither.
         """
         text = text_of(body).lstrip("\ufeff").replace("\r\n", "\n")
         name = word_of(body, "name") or NAME
         there = document_of(text, name if Path(name).suffix else f"{name}.toml")
-        left = 0
+        left, moved = 0, 0
         if is_foreign(there):
             found = import_document(there, name)
             text, left = as_toml(found), len(found.left)
+        else:
+            text, changes = rewritten(text)
+            moved = len(changes)
         values = parse(text, NAME)
         family, task = inner_value(values, "model.family"), inner_value(values, "model.task") or "t2i"
         home = tab_for(family, task) if isinstance(family, str) and isinstance(task, str) else None
         of = home or _tab(tab)
         self.drafts.keep(of.key, text)
-        return {"tab": of.key, "title": of.title(language), "left": left, **self._whole(of, text, language)}
+        told = {"tab": of.key, "title": of.title(language), "left": left, "moved": moved}
+        return {**told, **self._whole(of, text, language)}
 
     def command(self, body: Body, language: str, tab: str) -> dict[str, Any]:
         """What to type instead."""

@@ -491,7 +491,8 @@ class Form {
 
   /** How many settings of another trainer's config have no place here; they stand as comments on top of the text. */
   left(answer) {
-    return answer.left ? ` ${fill(this.words.imported_left, { left: answer.left })}` : "";
+    const said = [answer.left && fill(this.words.imported_left, { left: answer.left }), answer.moved && fill(this.words.imported_moved, { moved: answer.moved })];
+    return said.filter(Boolean).map((one) => ` ${one}`).join("");
   }
 
   async importFile(file) {
