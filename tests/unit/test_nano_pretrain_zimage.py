@@ -9,7 +9,7 @@ import torch
 from diffusers import ZImagePipeline
 from PIL.Image import Image
 
-from whitetuner.nano import pretrain_zimage, vae
+from whitetuner.nano import pretrain_zimage, vae, zimage_forward
 from whitetuner.nano.draw import draw_set
 from whitetuner.nano.fit import Plan
 from whitetuner.nano.score import load_pipeline
@@ -23,6 +23,24 @@ def test_the_autoencoder_is_the_embedded_one() -> None:
     latents = plain.encode(pictures).latent_dist.mode()
     scaled = (latents - plain.config.shift_factor) * plain.config.scaling_factor
     assert 0.6 < scaled.std().item() < 1.5
+
+
+def test_the_forward_without_lists_says_what_the_class_says() -> None:
+    """Both in float32: the order of sums differs, no more."""
+    model = pretrain_zimage.new_transformer(0)
+    generator = torch.Generator().manual_seed(1)
+    torch.nn.init.normal_(model.all_final_layer["2-1"].linear.weight, std=0.1, generator=generator)
+    latents = torch.randn(4, 8, 16, 16, generator=generator)
+    said = [torch.randn(length, 48, generator=generator) for length in (12, 17, 20, 32)]
+    clock = torch.tensor([0.0, 0.2, 0.7, 0.98])
+    with torch.no_grad():
+        wanted = model(list(latents.unsqueeze(2)), clock, said, return_dict=False)[0]
+        tokens = zimage_forward.tokens_of(latents)
+        drawn = zimage_forward.velocity(
+            model, tokens, clock, *zimage_forward.padded(said), zimage_forward.turns(model, 8)
+        )
+    torch.testing.assert_close(drawn, zimage_forward.tokens_of(torch.stack(wanted).squeeze(2)))
+    assert drawn.std() > 0.1
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ CLEAN_EDGE_PX = 2.0
 @dataclass(frozen=True)
 class Seen:
     """What a picture shows. Names are "?" where nothing fits; fit in [0, 1]; edge_px is 0 where there is no
-    shape.
+    shape. place_px: (x, y) of the shape's centroid.
     """
 
     shape: str = UNKNOWN
@@ -57,6 +57,7 @@ class Seen:
     size: str = UNKNOWN
     fit: float = 0.0
     edge_px: float = 0.0
+    place_px: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ def look(image: Picture) -> Seen:
     raw = np.clip((pixels - ground) @ axis / max(axis @ axis, 1.0), 0, 1)
     cover = _without_specks(np.clip((raw - 0.15) / 0.7, 0, 1))
     shape, fit, radius_px = _best_outline(cover)
+    place_px = _area_and_centroid(cover)[1:] if cover.any() else (0.0, 0.0)
     return Seen(
         shape=shape if fit >= LEAST_FIT else UNKNOWN,
         colour=colour_name(ink),
@@ -107,6 +109,7 @@ def look(image: Picture) -> Seen:
         size="small" if radius_px < SIZE_BORDER_PX else "big",
         fit=fit,
         edge_px=_edge_width_px(_without_specks(raw)),
+        place_px=place_px,
     )
 
 

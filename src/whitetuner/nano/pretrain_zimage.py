@@ -1,9 +1,10 @@
 """A small Z-Image on the embedded model's autoencoder and text encoder: only its transformer is trained.
 
     python -m whitetuner.nano.pretrain_zimage --out DIR [--minutes M] [--threads N] [--seed S] [--resume]
+                                              [--steps N] [--float32]
 
-DIR/model is the folder (a `ZImagePipeline` in bf16), DIR/state what --resume goes on from. The weights are not
-shipped.
+DIR/model is the folder (a `ZImagePipeline` in bf16), DIR/state what --resume goes on from. Where time runs out, --resume
+with fewer --steps lets the learning rate fall from there.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,39 +35,42 @@ from whitetuner.nano.fit import Fit, Plan
 from whitetuner.nano.pretrain import arguments, begin
 from whitetuner.nano.score import evaluation_prompts, load_pipeline, score
 from whitetuner.nano.text import HIDDEN
+from whitetuner.nano.zimage_forward import CAPTION_TOKENS, padded, tokens_of, turns, velocity
 
-PLAN = Plan(steps=2700, warmup=100, decay=0.36, ema=0.998)
+STEPS_PLANNED = 2700
+#: The last steps run in float32, to end where the pipeline computes.
+HALF_SHARE = 0.9
 SHIFT = 3.0
-PICTURES = 12_000
+PICTURES = 6000
 SCORED = 200
 SCORE_SEED = 2024
 
 
 def main(words: list[str] | None = None) -> int:
     try:
-        pretrain(
-            arguments("whitetuner.nano.pretrain_zimage", "Train a small Z-Image from nothing.").parse_args(
-                words
-            )
-        )
+        options = _options(words)
+        pretrain(options, plan_of(options.steps))
     except UserError as error:
         print(error, file=sys.stderr)
         return error.code
     return 0
 
 
-def pretrain(
-    options: argparse.Namespace, plan: Plan = PLAN, pictures: int = PICTURES, n: int = SCORED
-) -> None:
+def plan_of(steps: int) -> Plan:
+    return Plan(steps=steps, warmup=100, decay=0.36, ema=0.998)
+
+
+def pretrain(options: argparse.Namespace, plan: Plan, pictures: int = PICTURES, n: int = SCORED) -> None:
     """Raises UserError for a folder with a training in it and no --resume."""
     begin(options)
     deadline = time.monotonic() + 60 * options.minutes
     pipeline = new_pipeline(options.seed)
     model = pipeline.transformer
-    lesson = Lesson(pipeline, pictures, options.seed)
+    lesson = Lesson(pipeline, pictures, options.seed, options.out / "state" / "lesson.pt")
     fit = Fit("zimage", model, optimizers(model), plan, options.out / "state" / "zimage.pt")
     fit.load()
-    fit.run(lambda generator, step: lesson.loss_of(model, generator), options.seed, deadline)
+    border = HALF_SHARE * plan.steps if options.half else 0
+    fit.run(lambda generator, step: lesson.loss_of(model, generator, step < border), options.seed, deadline)
     fit.averaged(model)
     pipeline.to(torch.bfloat16).save_pretrained(options.out / "model")
     pipeline.to(torch.float32)
@@ -128,7 +133,9 @@ def new_transformer(seed: int) -> ZImageTransformer2DModel:
         axes_lens=[256, 64, 64],
     )
     for name, weight in transformer.named_parameters():
-        if name.endswith("pad_token") or ("adaLN" in name and weight.ndim == 2):
+        if name.startswith("all_final_layer.2-1.linear"):
+            nn.init.zeros_(weight)
+        elif name.endswith("pad_token") or ("adaLN" in name and weight.ndim == 2):
             nn.init.normal_(weight, std=0.02)
         elif weight.ndim == 2:
             nn.init.xavier_uniform_(weight)
@@ -149,43 +156,65 @@ def optimizers(transformer: ZImageTransformer2DModel) -> list[torch.optim.Optimi
 
 
 class Lesson:
-    """Encoded pictures, their captions' embeddings, and the loss on a batch of them."""
+    """Encoded pictures, their captions' embeddings, and the loss on a batch of them.
 
-    @torch.no_grad()
-    def __init__(self, pipeline: ZImagePipeline, pictures: int, seed: int) -> None:
-        drawings = draw_set(pictures, seed, held_out=False)
-        captions = sorted({one.caption for one in drawings})
-        number = {caption: i for i, caption in enumerate(captions)}
-        self.captions = [number[one.caption] for one in drawings]
-        self.embeddings = embed(pipeline, [*captions, ""])
-        autoencoder = pipeline.vae
-        self.latents = torch.cat(
-            [
-                autoencoder.encode(
-                    torch.stack([vae.as_tensor(one.image) for one in drawings[i : i + 256]])
-                ).latent_dist.mode()
-                for i in range(0, pictures, 256)
-            ]
-        )
-        config = autoencoder.config
-        self.latents = (self.latents - config.shift_factor) * config.scaling_factor
+    path: where they are kept, so that --resume need not encode again.
+    """
 
-    def loss_of(self, transformer: Callable[..., Any], generator: Generator) -> Tensor:
-        """Mean squared error of one batch. Z-Image is told 1 - sigma and says x0 - noise."""
-        chosen = torch.randint(len(self.latents), (dit.BATCH,), generator=generator)
-        clean = self.latents[chosen]
+    def __init__(self, pipeline: ZImagePipeline, pictures: int, seed: int, path: Path) -> None:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(_encoded(pipeline, pictures, seed), path)
+        kept = torch.load(path, weights_only=True)
+        self.tokens, self.numbers = kept["tokens"], kept["numbers"]
+        self.captions, self.padding = kept["captions"], kept["padding"]
+        self.turned = turns(pipeline.transformer, SIZE_PX // 8)
+
+    def loss_of(self, transformer: Any, generator: Generator, half: bool) -> Tensor:
+        """Mean squared error of one batch. Z-Image is told 1 - sigma and says x0 - noise. half: in bf16."""
+        chosen = torch.randint(len(self.tokens), (dit.BATCH,), generator=generator)
+        clean = self.tokens[chosen]
         emptied = torch.rand(dit.BATCH, generator=generator) < dit.EMPTY_CAPTIONS
-        texts = [
-            self.embeddings[-1 if empty else self.captions[i]]
-            for i, empty in zip(chosen.tolist(), emptied.tolist(), strict=True)
-        ]
+        said = torch.where(emptied, len(self.captions) - 1, self.numbers[chosen])
         spread = dit.SIGMA_SPREAD * torch.randn(dit.BATCH, generator=generator)
         sigma = torch.sigmoid(dit.SIGMA_SHIFT + spread)
         noise = torch.randn(clean.shape, generator=generator)
-        level = sigma[:, None, None, None]
-        noisy = ((1 - level) * clean + level * noise).unsqueeze(2)
-        said = transformer(list(noisy), 1 - sigma, texts, return_dict=False)[0]
-        return F.mse_loss(torch.stack(list(said)).squeeze(2), clean - noise)
+        level = sigma[:, None, None]
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            drawn = velocity(
+                transformer,
+                (1 - level) * clean + level * noise,
+                1 - sigma,
+                self.captions[said],
+                self.padding[said],
+                self.turned,
+            )
+        return F.mse_loss(drawn.float(), clean - noise)
+
+
+@torch.no_grad()
+def _encoded(pipeline: ZImagePipeline, pictures: int, seed: int) -> dict[str, Tensor]:
+    """tokens (n, 64, 32) and numbers (n) of their captions; captions (m, 32, 48), the empty one last; padding (m, 32)."""
+    drawings = draw_set(pictures, seed, held_out=False)
+    said = sorted({one.caption for one in drawings})
+    number = {caption: i for i, caption in enumerate(said)}
+    captions, padding = padded(embed(pipeline, [*said, ""]))
+    autoencoder = pipeline.vae
+    latents = torch.cat(
+        [
+            autoencoder.encode(
+                torch.stack([vae.as_tensor(one.image) for one in drawings[i : i + 128]])
+            ).latent_dist.mode()
+            for i in range(0, pictures, 128)
+        ]
+    )
+    config = autoencoder.config
+    return {
+        "tokens": tokens_of((latents - config.shift_factor) * config.scaling_factor),
+        "numbers": torch.tensor([number[one.caption] for one in drawings]),
+        "captions": captions,
+        "padding": padding,
+    }
 
 
 def embed(pipeline: ZImagePipeline, captions: Sequence[str]) -> list[Tensor]:
@@ -193,7 +222,9 @@ def embed(pipeline: ZImagePipeline, captions: Sequence[str]) -> list[Tensor]:
     found: list[Tensor] = []
     for start in range(0, len(captions), 256):
         some = list(captions[start : start + 256])
-        found += pipeline.encode_prompt(some, do_classifier_free_guidance=False, max_sequence_length=64)[0]
+        found += pipeline.encode_prompt(
+            some, do_classifier_free_guidance=False, max_sequence_length=CAPTION_TOKENS
+        )[0]
     return found
 
 
@@ -206,15 +237,18 @@ def draw(pipeline: ZImagePipeline, captions: list[str], seed: int) -> list[Any]:
         width=SIZE_PX,
         num_inference_steps=STEPS,
         guidance_scale=CFG - 1,  # the pipeline counts guidance from 0, cfg counts from 1
-        max_sequence_length=64,
+        max_sequence_length=CAPTION_TOKENS,
         generator=torch.Generator().manual_seed(seed),
     ).images
 
 
 def _options(words: list[str] | None) -> argparse.Namespace:
-    return arguments("whitetuner.nano.pretrain_zimage", "Train a small Z-Image from nothing.").parse_args(
-        words
+    parser = arguments("whitetuner.nano.pretrain_zimage", "Train a small Z-Image from nothing.")
+    parser.add_argument("--steps", type=int, default=STEPS_PLANNED, help="in all")
+    parser.add_argument(
+        "--float32", dest="half", action="store_false", help="for processors without bf16 arithmetic"
     )
+    return parser.parse_args(words)
 
 
 if __name__ == "__main__":
