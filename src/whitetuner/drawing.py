@@ -24,7 +24,7 @@ from whitetuner.families import registry
 from whitetuner.family import BuildFn, Family, FamilySpec, ModelPaths
 from whitetuner.memory.build import Build, rehearse_module
 from whitetuner.memory.phases import PhaseBuild, device_budget
-from whitetuner.models import check_model, check_size, family_of, model_folder, model_paths, wishes_of
+from whitetuner.models import check_model, check_size, family_of, folder_paths, model_paths, wishes_of
 from whitetuner.records import EncodeInput, Size
 from whitetuner.rehearsal import check_weights
 from whitetuner.resolve import choose_device, choose_dtype
@@ -132,10 +132,11 @@ def subject_of(model: str, adapter: Path | None, family_name: str | None) -> Sub
     run = RunFolder(Path(model))
     if run.is_run():
         return _of_run(run, adapter)
-    folder = model_folder(model)
-    spec = registry.spec(family_name or family_of(folder))
-    wants = wishes_of(folder)
-    family = registry.load(spec.name, spec.options(**wants.options), ModelPaths(folder))
+    paths = folder_paths(model)
+    assert paths.folder is not None
+    spec = registry.spec(family_name or family_of(paths.folder))
+    wants = wishes_of(paths.folder)
+    family = registry.load(spec.name, spec.options(**wants.options), paths)
     check_model(spec, family.paths, family.options)
     usual = wants.size or spec.default_size
     side = math.isqrt(usual.width * usual.height)

@@ -13,6 +13,7 @@ from whitetuner.data.scan import Films
 from whitetuner.errors import UserError, UserErrors
 from whitetuner.families import registry
 from whitetuner.family import WISHES, FamilySpec, ModelPaths, Options
+from whitetuner.nano.builtin import MODELS, builtin_path, shared_parts
 from whitetuner.records import Size
 from whitetuner.single_files import (
     carried_tokenizer,
@@ -23,7 +24,6 @@ from whitetuner.single_files import (
     whence,
 )
 
-BUILTIN = "builtin:nano"
 SINGLE_PARTS = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder", "tokenizer")
 
 
@@ -48,7 +48,7 @@ def model_paths(config: Config) -> ModelPaths:
     if given and as_path(given).is_file():
         single.setdefault("transformer", component_of(spec, "transformer", as_path(given)))
         given = None
-    paths = ModelPaths(model_folder(given) if given else None, single)
+    paths = folder_paths(given, single) if given else ModelPaths(None, single)
     if paths.folder is None:
         paths = completed(spec, config.model_options(), paths)
     check_model(spec, paths, config.model_options())
@@ -136,12 +136,27 @@ def check_task(spec: FamilySpec, options: Options, paths: ModelPaths, task: str)
         )
 
 
+def folder_paths(path: str, single: Mapping[str, Path] | None = None) -> ModelPaths:
+    """A model path as users write it, single parts beside it. An embedded model takes what it shares from the first one.
+
+    Raises UserError as `model_folder` does.
+    """
+    shared = shared_parts(path) if path in MODELS else {}
+    return ModelPaths(model_folder(path), {**shared, **(single or {})})
+
+
 def model_folder(path: str) -> Path:
     """A model path as users write it -> the folder. Raises UserError naming what is wrong with it."""
-    if path == BUILTIN:
-        from whitetuner.nano.builtin import builtin_path
-
-        return builtin_path()
+    if path in MODELS:
+        return builtin_path(path)
+    if path.startswith("builtin:"):
+        raise UserError(
+            "there is no embedded model {path}",
+            where="model.path",
+            mend="use one of: {known}",
+            path=path,
+            known=", ".join(MODELS),
+        )
     folder = as_path(path)
     if folder.is_file():
         raise UserError(

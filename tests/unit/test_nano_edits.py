@@ -81,5 +81,6 @@ def test_two_steps_leave_a_transformer_and_resume(
         pretrain_edit.pretrain(options, Plan(steps, 1, 0.5, 0.9), count=2, n=3)
     assert torch.load(tmp_path / "state" / "edit.pt")["step"] == 2
     assert (tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors").exists()
-    assert "mirror: " in capsys.readouterr().out
+    assert "| mirror it | " in capsys.readouterr().out
+    assert "2 of 2 steps" in (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
     assert pretrain_edit.main(out) != 0

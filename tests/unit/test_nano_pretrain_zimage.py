@@ -57,4 +57,4 @@ def test_two_steps_leave_a_folder_and_resume(tmp_path: Path, monkeypatch: pytest
 
 
 def pipeline_image(pipeline: ZImagePipeline) -> Image:
-    return pretrain_zimage.draw(pipeline, ["a red circle on blue"], 0)[0]
+    return pretrain_zimage.draw_each(pipeline, ["a red circle on blue"], 0)[0]

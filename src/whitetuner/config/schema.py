@@ -66,7 +66,8 @@ class Model(Section):
     )
     path: PathText | None = Field(
         None,
-        description='model folder in diffusers layout, "builtin:nano", or the denoiser as one safetensors file',
+        description="model folder in diffusers layout, an embedded one (builtin:nano, builtin:nano-edit, "
+        "builtin:nano-zimage), or the denoiser as one safetensors file",
     )
     transformer: PathText | None = Field(
         None,

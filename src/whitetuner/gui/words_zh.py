@@ -14,7 +14,8 @@ FIELDS: dict[str, tuple[str, str]] = {
     "model.task": ("任务", "文生图、编辑、图生视频或文生视频"),
     "model.path": (
         "模型路径",
-        "diffusers 格式的模型文件夹、builtin:nano（内置小模型），或主模型的单个 safetensors 文件",
+        "diffusers 格式的模型文件夹、内置小模型（builtin:nano、builtin:nano-edit、builtin:nano-zimage），"
+        "或主模型的单个 safetensors 文件",
     ),
     "model.transformer": (
         "主模型 (transformer)",

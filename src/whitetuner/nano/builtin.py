@@ -1,4 +1,4 @@
-"""Where the embedded model lies and how it wants to be used. Loads nothing."""
+"""Where the embedded models lie and how they want to be used. Loads nothing."""
 
 from __future__ import annotations
 
@@ -11,9 +11,20 @@ MAX_SEQUENCE_LENGTH = 28
 STEPS = 8
 CFG = 2.0
 
+#: What is said for a model folder -> the folder here.
+MODELS = {"builtin:nano": "model", "builtin:nano-edit": "edit", "builtin:nano-zimage": "zimage"}
+#: Parts that lie in the first one's folder and that the others take from there.
+SHARED = ("vae", "text_encoder", "tokenizer", "scheduler")
 
-def builtin_path() -> Path:
-    """The diffusers folder of the embedded model (`model.path = "builtin:nano"`), a real
-    `Flux2KleinPipeline`.
+
+def builtin_path(name: str = "builtin:nano") -> Path:
+    """The folder of an embedded model. `builtin:nano` is a diffusers folder, a real `Flux2KleinPipeline`; of the others
+    only what they do not share.
     """
-    return Path(__file__).parent / "model"
+    return Path(__file__).parent / MODELS[name]
+
+
+def shared_parts(name: str) -> dict[str, Path]:
+    """Part -> where it lies, of those that are not in this embedded model's own folder."""
+    own, first = builtin_path(name), builtin_path()
+    return {part: first / part for part in SHARED if not (own / part).is_dir()}

@@ -95,3 +95,73 @@ def write_card(
         scores="\n".join(rows),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a card says of one of the other embedded models. command: the module that trains it."""
+
+    title: str
+    tag: str
+    command: str
+    what: str
+
+
+EDIT = Kind(
+    "Nano, edit",
+    "image-to-image",
+    "whitetuner.nano.pretrain_edit",
+    """The embedded FLUX.2 Klein (../model), its transformer trained on with a reference beside the picture: it changes a flat
+shape's colour, its background's, or mirrors it, as it is told, and leaves the rest. Autoencoder, text encoder, tokenizer and
+scheduler are those of ../model, from where White Tuner takes them. Pictures are drawn in {steps} steps without guidance.""",
+)
+ZIMAGE = Kind(
+    "Nano, Z-Image",
+    "text-to-image",
+    "whitetuner.nano.pretrain_zimage",
+    """A `ZImagePipeline` of the ordinary classes, made small, for the same pictures and captions as ../model. Its transformer
+was trained from nothing; the autoencoder's weights are those of ../model, as an `AutoencoderKL`. Text encoder and tokenizer
+are those of ../model, from where White Tuner takes them. Pictures are drawn in {steps} steps with guidance {cfg:g}.""",
+)
+_SMALL = """\
+---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: {tag}
+---
+# {title}
+
+{what}
+
+Trained on pictures that `whitetuner.nano` draws; nothing else went into it. Seed {seed}:
+
+    python -m {command} --out DIR --steps {planned}
+
+{done} of {planned} steps in {seconds:.0f} seconds (wall time); mean loss of the last hundred {loss:.4f}.
+
+| of {n} pictures | right |
+|---|---|
+{rows}
+"""
+
+
+def write_small_card(
+    folder: Path, kind: Kind, seed: int, training: Training, loss: float, n: int, scores: dict[str, float]
+) -> None:
+    """Writes folder/README.md, and prints the scores. scores: what was asked -> share that came out right."""
+    rows = "\n".join(f"| {name} | {share:.1%} |" for name, share in scores.items())
+    card = _SMALL.format(
+        tag=kind.tag,
+        title=kind.title,
+        what=kind.what.format(steps=STEPS, cfg=CFG),
+        command=kind.command,
+        seed=seed,
+        planned=training.planned,
+        done=training.steps,
+        seconds=training.seconds,
+        loss=loss,
+        n=n,
+        rows=rows,
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    print(rows, flush=True)

@@ -40,10 +40,11 @@ class Plan:
 
 @dataclass
 class Progress:
-    """seconds: training time alone, of all calls together."""
+    """seconds: training time alone, of all calls together. loss: mean of the last steps that were told of."""
 
     step: int = 0
     seconds: float = 0.0
+    loss: float = float("nan")
 
 
 class Fit:
@@ -73,7 +74,7 @@ class Fit:
             self.progress.step += 1
             self.progress.seconds += time.monotonic() - began
             if self.progress.step % PRINT_EVERY == 0:
-                mean = sum(recent) / len(recent)
+                mean = self.progress.loss = sum(recent) / len(recent)
                 print(
                     f"{self.name} {self.progress.step}/{self.plan.steps}",
                     f"{self.progress.seconds:.0f} s loss {mean:.4f}",
@@ -118,6 +119,7 @@ class Fit:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.progress.step,
             "seconds": self.progress.seconds,
+            "loss": self.progress.loss,
         }
         torch.save(state, beside)
         beside.replace(self.path)
@@ -133,4 +135,4 @@ class Fit:
         self.average = state["average"]
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.progress = Progress(state["step"], state["seconds"])
+        self.progress = Progress(state["step"], state["seconds"], state.get("loss", float("nan")))

@@ -3,8 +3,8 @@
     python -m whitetuner.nano.pretrain_edit --out DIR [--minutes M] [--threads N] [--seed S] [--resume]
                                             [--steps N] [--float32]
 
-DIR/model/transformer is the result in bf16; autoencoder and text path are the embedded model's, untouched. DIR/state is
-what --resume goes on from; where time runs out, --resume with fewer --steps lets the learning rate fall from there.
+DIR/model is the folder, in bf16; its autoencoder and text path are the embedded model's, untouched. DIR/state is what
+--resume goes on from; where time runs out, --resume with fewer --steps lets the learning rate fall from there.
 
 The reference is the given picture's clean latent, its tokens after the picture's and at time 10, as the pipeline has it.
 """
@@ -12,6 +12,7 @@ The reference is the given picture's clean latent, its tokens after the picture'
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -26,10 +27,12 @@ from PIL.Image import Image
 from torch import Generator, Tensor
 
 from whitetuner.errors import UserError
+from whitetuner.family import WISHES
 from whitetuner.nano import dit, vae
 from whitetuner.nano.builtin import MAX_SEQUENCE_LENGTH, STEPS
+from whitetuner.nano.card import EDIT, Training, write_small_card
 from whitetuner.nano.draw import SIZE_PX
-from whitetuner.nano.edits import KINDS, Edit, edited, instructions, pictures, right, scenes
+from whitetuner.nano.edits import KINDS, NEW_KIND, Edit, edited, instructions, pictures, right, scenes
 from whitetuner.nano.edits import edits as edits_of
 from whitetuner.nano.fit import Fit, Plan
 from whitetuner.nano.pretrain import arguments, begin
@@ -45,6 +48,13 @@ SCENES = 1400
 SCORED = 192
 SCORE_SEED = 2024
 REFERENCE_TIME = 10
+_ROWS = {
+    "colour": "make it COLOUR",
+    "background": "make the background COLOUR",
+    "mirror": "mirror it",
+    "all": "all three, in turn",
+    NEW_KIND: f"{NEW_KIND} it, never trained on (a third as many)",
+}
 
 
 def main(words: list[str] | None = None) -> int:
@@ -77,10 +87,15 @@ def pretrain(options: argparse.Namespace, plan: Plan, count: int = SCENES, n: in
     border = HALF_SHARE * plan.steps if options.half else 0
     fit.run(lambda generator, step: lesson.loss_of(model, generator, step < border), options.seed, deadline)
     fit.averaged(model)
-    model.to(torch.bfloat16).save_pretrained(options.out / "model" / "transformer")
-    model.to(torch.float32)
-    for kind, share in scores(pipeline, n, SCORE_SEED).items():
-        print(f"{kind}: {share:.1%} right", flush=True)
+    folder = options.out / "model"
+    pipeline.to(torch.bfloat16).save_pretrained(folder)
+    wishes = {"options": {"max_sequence_length": MAX_SEQUENCE_LENGTH}, "size": [SIZE_PX, SIZE_PX, 1]}
+    (folder / WISHES).write_text(json.dumps(wishes, indent=1) + "\n", encoding="utf-8")
+    pipeline.to(torch.float32)
+    found = {**scores(pipeline, n, SCORE_SEED), **scores(pipeline, n // 3, SCORE_SEED + 1, (NEW_KIND,))}
+    training = Training(fit.name, fit.progress.step, plan.steps, fit.progress.seconds)
+    shown = {_ROWS[kind]: share for kind, share in found.items()}
+    write_small_card(folder, EDIT, options.seed, training, fit.progress.loss, n, shown)
 
 
 class Lesson:
@@ -163,7 +178,7 @@ def scores(
     for kind in kinds:
         some = [verdict for verdict, edit in zip(verdicts, asked, strict=True) if edit.kind == kind]
         found[kind] = sum(some) / len(some)
-    return {**found, "all": sum(verdicts) / n}
+    return {**found, "all": sum(verdicts) / n} if len(kinds) > 1 else found
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ with fewer --steps lets the learning rate fall from there.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -25,12 +26,15 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from PIL.Image import Image
 from torch import Generator, Tensor, nn
 
 from whitetuner.errors import UserError
+from whitetuner.family import WISHES
 from whitetuner.nano import dit, vae
 from whitetuner.nano.builtin import CFG, STEPS
-from whitetuner.nano.draw import SIZE_PX, draw_set
+from whitetuner.nano.card import ZIMAGE, Training, write_small_card
+from whitetuner.nano.draw import NEW_SHAPE, NEW_WORD, SIZE_PX, draw_set
 from whitetuner.nano.fit import Fit, Plan
 from whitetuner.nano.pretrain import arguments, begin
 from whitetuner.nano.score import evaluation_prompts, load_pipeline, score
@@ -44,6 +48,7 @@ SHIFT = 3.0
 PICTURES = 6000
 SCORED = 200
 SCORE_SEED = 2024
+_SEED_STRIDE = 1_000_003
 
 
 def main(words: list[str] | None = None) -> int:
@@ -72,13 +77,22 @@ def pretrain(options: argparse.Namespace, plan: Plan, pictures: int = PICTURES, 
     border = HALF_SHARE * plan.steps if options.half else 0
     fit.run(lambda generator, step: lesson.loss_of(model, generator, step < border), options.seed, deadline)
     fit.averaged(model)
-    pipeline.to(torch.bfloat16).save_pretrained(options.out / "model")
+    folder = options.out / "model"
+    pipeline.to(torch.bfloat16).save_pretrained(folder)
+    wishes = {"options": {"max_sequence_length": CAPTION_TOKENS}, "size": [SIZE_PX, SIZE_PX, 1]}
+    (folder / WISHES).write_text(json.dumps(wishes, indent=1) + "\n", encoding="utf-8")
     pipeline.to(torch.float32)
-    captions, labels = evaluation_prompts(n, SCORE_SEED)
-    images: list[Any] = []
-    for i, caption in enumerate(captions):
-        images += draw(pipeline, [caption], SCORE_SEED + i)
-    print(score(images, labels), flush=True)
+    scores: dict[str, float] = {}
+    for name, seed, choice in (
+        ("fresh captions", SCORE_SEED, {}),
+        ("combinations never trained on", SCORE_SEED + 1, {"held_out": True}),
+        ("the new word, never trained on", SCORE_SEED + 2, {"shapes": (NEW_SHAPE,), "word": NEW_WORD}),
+    ):
+        captions, labels = evaluation_prompts(n, seed, **choice)
+        seen = score(draw_each(pipeline, captions, seed), labels)
+        scores[f"{name} (shapes {seen.shape:.1%}, colours {seen.colour:.1%})"] = seen.all
+    training = Training(fit.name, fit.progress.step, plan.steps, fit.progress.seconds)
+    write_small_card(folder, ZIMAGE, options.seed, training, fit.progress.loss, n, scores)
 
 
 def new_pipeline(seed: int) -> ZImagePipeline:
@@ -229,17 +243,23 @@ def embed(pipeline: ZImagePipeline, captions: Sequence[str]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def draw(pipeline: ZImagePipeline, captions: list[str], seed: int) -> list[Any]:
+def draw_each(pipeline: ZImagePipeline, captions: Sequence[str], seed: int, batch: int = 32) -> list[Image]:
+    """One 64x64 picture a caption. The noise of picture i is a function of (seed, i), whatever the batch size."""
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline(
-        prompt=captions,
-        height=SIZE_PX,
-        width=SIZE_PX,
-        num_inference_steps=STEPS,
-        guidance_scale=CFG - 1,  # the pipeline counts guidance from 0, cfg counts from 1
-        max_sequence_length=CAPTION_TOKENS,
-        generator=torch.Generator().manual_seed(seed),
-    ).images
+    images: list[Image] = []
+    for start in range(0, len(captions), batch):
+        some = list(captions[start : start + batch])
+        noise = [torch.Generator().manual_seed(seed * _SEED_STRIDE + start + i) for i in range(len(some))]
+        images += pipeline(
+            prompt=some,
+            height=SIZE_PX,
+            width=SIZE_PX,
+            num_inference_steps=STEPS,
+            guidance_scale=CFG - 1,  # the pipeline counts guidance from 0, cfg counts from 1
+            max_sequence_length=CAPTION_TOKENS,
+            generator=noise,
+        ).images
+    return images
 
 
 def _options(words: list[str] | None) -> argparse.Namespace:
