@@ -60,7 +60,7 @@ def train(
 def _tell(loaded: Loaded) -> None:
     """What the config says in an earlier version's words."""
     for note in loaded.notes:
-        print(f"note: {note} (`whitetuner check --migrate {loaded.path}` rewrites the file)", file=sys.stderr)
+        say(f"note: {note} (`whitetuner check --migrate {loaded.path}` rewrites the file)", wrong=True)
 
 
 def _train(loaded: Loaded, config: Path, resume: str | None, place: Place | None) -> int:
