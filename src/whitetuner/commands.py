@@ -27,7 +27,7 @@ def train(
     others.
     """
     from whitetuner.config.load import load_config
-    from whitetuner.hub import fetch_for
+    from whitetuner.hub.fetching import fetch_for
     from whitetuner.runs.jobs import claimed
     from whitetuner.runs.place import entries, entry_of, place_here
 
@@ -133,7 +133,7 @@ def plan(given: argparse.Namespace) -> int:
 def cache(config: Path, overrides: Sequence[str]) -> int:
     """Encodes what is not encoded yet."""
     from whitetuner.config.load import load_config
-    from whitetuner.hub import fetch_for
+    from whitetuner.hub.fetching import fetch_for
     from whitetuner.prepared import cache_only
 
     loaded = load_config(config, overrides)
@@ -146,11 +146,9 @@ def cache(config: Path, overrides: Sequence[str]) -> int:
 
 def fetch(name: str, family: str | None) -> int:
     """Fetches a model by its hub name; the family is told from the name of the model, or given."""
-    from whitetuner.families import registry
-    from whitetuner.hub import family_of, fetch
+    from whitetuner.hub.fetching import fetch_named
 
-    spec = registry.spec(family or family_of(name))
-    say(f"model.path = {str(fetch(name, spec, say))!r}, or the name itself")
+    say(f"model.path = {str(fetch_named(name, family, say))!r}, or the name itself")
     return 0
 
 

@@ -13,16 +13,10 @@ from whitetuner.data.scan import Films
 from whitetuner.errors import UserError, UserErrors
 from whitetuner.families import registry
 from whitetuner.family import WISHES, FamilySpec, ModelPaths, Options
+from whitetuner.hub_names import hub_name
 from whitetuner.nano.builtin import MODELS, builtin_path, shared_parts
 from whitetuner.records import Size
-from whitetuner.single_files import (
-    carried_tokenizer,
-    component_of,
-    fetched_folder,
-    is_hub_name,
-    settings_of,
-    whence,
-)
+from whitetuner.single_files import carried_tokenizer, component_of, fetched, settings_of, whence
 
 SINGLE_PARTS = ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder", "tokenizer")
 
@@ -166,18 +160,19 @@ def model_folder(path: str) -> Path:
             path=folder,
         )
     if not folder.is_dir():
-        here = fetched_folder(path) if is_hub_name(path) else None
+        name = hub_name(path)
+        here = None if name is None else fetched(name)
         if here is not None:
-            return here
+            return here.folder
         raise UserError(
-            "{path} looks like a hub name, and was not fetched yet"
-            if is_hub_name(path)
-            else "there is no folder {path}",
+            "there is no folder {path}"
+            if name is None
+            else "{path} looks like a hub name, and was not fetched yet",
             where="model.path",
-            mend="`whitetuner fetch {path}` fetches what is needed (so does training); or give a folder"
-            if is_hub_name(path)
-            else "give the folder that holds model_index.json",
-            path=path,
+            mend="give the folder that holds model_index.json"
+            if name is None
+            else "`whitetuner fetch {path}` fetches what is needed (so does training); or give a folder",
+            path=path if name is None else name,
         )
     if not (folder / "model_index.json").is_file():
         raise UserError(

@@ -231,7 +231,10 @@ def _files(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
     """The words about files of adapters and models."""
     fetch = add("fetch", "fetch a model by its hub name: only what is needed, with its size told before")
     fetch.add_argument(
-        "name", metavar="ORG/MODEL", help="HF_ENDPOINT names a mirror, HF_HOME the place of the files"
+        "name",
+        metavar="ORG/MODEL",
+        help="of Hugging Face (HF_ENDPOINT names a mirror, HF_HOME the place of the files), or modelscope:ORG/MODEL "
+        "(MODELSCOPE_ENDPOINT, MODELSCOPE_CACHE); WHITETUNER_HUB=modelscope: whatever has no hub before it",
     )
     fetch.add_argument("--family", help="needed only when the name does not tell")
 

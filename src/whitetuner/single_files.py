@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from whitetuner.families import registry
 from whitetuner.families.part_files import PART_FILES, PartFile, Shapes
 from whitetuner.families.part_settings import FROM, SETTINGS
 from whitetuner.family import FamilySpec, KeyMap
+from whitetuner.hub_names import HubName
 from whitetuner.runs.state import state_folder
 from whitetuner.version import __version__
 
@@ -93,27 +94,28 @@ def carried_tokenizer(spec: FamilySpec, encoder: Path) -> Path | None:
     return _made(f"tokenizer-{encoder.name}", write)
 
 
-def is_hub_name(path: str) -> bool:
-    """ORG/MODEL, as a hub names models: one slash, and nothing that only a path has."""
-    name = path.strip().strip('"')
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None and not name.endswith(
-        ".safetensors"
-    )
+@dataclass(frozen=True)
+class Fetched:
+    """A hub's model that is here, whole. parts: components that were asked for, those among them that it has not."""
+
+    folder: Path
+    parts: frozenset[str]
 
 
-def fetched_note(name: str) -> Path:
+def fetched_note(name: HubName) -> Path:
     """Where it is noted that a hub's model was fetched, whole (whitetuner.hub)."""
-    return state_folder() / "hub" / f"{name.strip().replace('/', '--')}.json"
+    return state_folder() / "hub" / f"{name.stem}.json"
 
 
-def fetched_folder(name: str) -> Path | None:
-    """The folder of a model that was fetched from a hub; None when it was not, or is not whole any more."""
+def fetched(name: HubName) -> Fetched | None:
+    """A model that was fetched from a hub; None when it was not, or is not whole any more."""
     note = fetched_note(name)
     if not note.is_file():
         return None
     document = json.loads(note.read_text(encoding="utf-8"))
     folder = Path(document["folder"])
-    return folder if all((folder / file).is_file() for file in document["files"]) else None
+    whole = all((folder / file).is_file() for file in document["files"])
+    return Fetched(folder, frozenset(document.get("parts", ()))) if whole else None
 
 
 def table_source(component: Path) -> Path | None:

@@ -84,6 +84,11 @@ CASES = [
     _text(
         "no model path", "[model]\nfamily = 'flux2-klein'\n[data]\nimages = '{data}'\n", "model.transformer"
     ),
+    _text(
+        "a hub that is not known",
+        _GOOD.replace("{model}", "modelscop:Qwen/Qwen-Image"),
+        "huggingface, modelscope",
+    ),
     _text("no data", "[model]\nfamily = 'flux2-klein'\npath = '{model}'\n", "data.images"),
     _text("a value and sets of the same", _GOOD + "[[data.sets]]\nimages = 5\n", "data.sets[0].images"),
     _text(

@@ -23,6 +23,7 @@ def _typed(fault: str, *words: str, says: tuple[str, ...], code: int = 2) -> Cas
 
 
 CASES = [
+    _typed("fetching what is no name of a hub", "fetch", "./model", says=("modelscope:ORG/MODEL",)),
     _typed("a word that there is not", "trian", says=("train",)),
     _typed("an option that there is not", "train", "x.toml", "--fast", says=("--fast",)),
     _typed("an argument is missing", "train", says=("config",)),

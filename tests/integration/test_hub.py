@@ -19,10 +19,12 @@ from whitetuner.config.load import load_config
 from whitetuner.errors import UserError
 from whitetuner.families import registry
 from whitetuner.families.contract import quiet
-from whitetuner.hub import family_of, fetch, fetch_for, needed
+from whitetuner.hub.fetching import family_of, fetch, fetch_for, needed
+from whitetuner.hub_names import HubName
 from whitetuner.models import model_paths
 
 NAME, REVISION = "someone/FLUX.2-klein-tiny", "a" * 40
+MODEL = HubName("huggingface", NAME)
 
 
 class Hub(ThreadingHTTPServer):
@@ -135,7 +137,9 @@ def config_of(**more: object):  # type: ignore[no-untyped-def]
     return load_config(None, base={**values, **more}).config
 
 
-def test_only_what_is_needed_is_fetched_once_and_its_size_is_told_before(hub: Hub, model: Path) -> None:
+def test_only_what_is_needed_is_fetched_once_and_its_size_is_told_before(
+    hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match=r"(?s)not fetched yet.*whitetuner fetch someone/FLUX.2-klein-tiny"):
         model_paths(config_of())
     said: list[str] = []
@@ -151,8 +155,10 @@ def test_only_what_is_needed_is_fetched_once_and_its_size_is_told_before(hub: Hu
             if "fp16" not in file.name:
                 assert (paths.folder / part / file.name).read_bytes() == file.read_bytes()
     before = len(hub.asked)
-    fetch_for(config_of(), said.append)
-    fetch(NAME, registry.spec("flux2-klein"), said.append)
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+    fetch_for(config_of(), said.append)  # it is here: the hub is not asked, which may be far away by now
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", False)
+    fetch(MODEL, registry.spec("flux2-klein"), said.append)
     assert [name for name, _ in hub.asked[before:]] == []
 
 
@@ -169,12 +175,12 @@ def test_a_fetch_that_was_cut_goes_on_where_it_was(hub: Hub, model: Path) -> Non
     hub.cut = "text_encoder/model.safetensors"
     spec = registry.spec("flux2-klein")
     try:
-        folder = fetch(NAME, spec, lambda text: None)
+        folder = fetch(MODEL, spec, lambda text: None)
     except UserError as error:
         assert "what came so far stays" in str(error)
         with pytest.raises(UserError, match="not fetched yet"):
             model_paths(config_of())
-        folder = fetch(NAME, spec, lambda text: None)
+        folder = fetch(MODEL, spec, lambda text: None)
     assert (folder / "text_encoder/model.safetensors").read_bytes() == (
         model / "text_encoder/model.safetensors"
     ).read_bytes()
@@ -187,19 +193,19 @@ def test_what_is_wrong_is_told(
 ) -> None:
     spec = registry.spec("flux2-klein")
     with pytest.raises(UserError, match="there is no model someone/other"):
-        fetch("someone/other", spec, lambda text: None)
+        fetch(HubName("huggingface", "someone/other"), spec, lambda text: None)
     with pytest.raises(UserError, match="does not tell which family"):
         family_of("someone/model")
     assert (
         family_of("Tongyi-MAI/Z-Image-Turbo") == "zimage"
         and family_of("Qwen/Qwen-Image-Edit") == "qwen-image"
     )
-    monkeypatch.setattr("whitetuner.hub.shutil.disk_usage", lambda place: SimpleNamespace(free=7))
+    monkeypatch.setattr("whitetuner.hub.fetching.shutil.disk_usage", lambda place: SimpleNamespace(free=7))
     with pytest.raises(UserError, match="GB left"):
-        fetch(NAME, spec, lambda text: None)
+        fetch(MODEL, spec, lambda text: None)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"(?s)could not be fetched.*HF_ENDPOINT"):
-        fetch(NAME, spec, lambda text: None)
+        fetch(MODEL, spec, lambda text: None)
     assert main(["fetch", NAME]) == 3 and "Traceback" not in capsys.readouterr().err
 
 

@@ -19,7 +19,7 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src/whitetuner"
 
 FLOORS = [
-    {"version", "errors", "tongue", "paths", "records", "family", "diffusion"},
+    {"version", "errors", "tongue", "paths", "hub_names", "records", "family", "diffusion"},
     {"config", "runs", "adapters", "memory", "install"},
     {"families", "data", "train", "checkpoint", "nano", "importers"},
     {

@@ -81,6 +81,14 @@ def test_mistakes_stand_at_their_option_in_the_pages_language(
     assert form.change(text)["errors"]["data"], "two ways of naming the pictures: of the whole section"
 
 
+@pytest.mark.parametrize(
+    "path", ["Qwen/Qwen-Image", "modelscope:Qwen/Qwen-Image", "nowhere:/a", "./nowhere/at"]
+)
+def test_a_model_may_be_named_as_on_a_hub(form: Form, path: str) -> None:
+    state = form.change(f'[model]\nfamily="flux2-klein"\npath="{path}"\n')
+    assert ("model.path" in state["errors"]) == ("nowhere" in path)
+
+
 def test_text_that_is_no_toml_is_told_with_its_line(form: Form) -> None:
     state = form.change('[model]\nfamily = "flux2-klein"\nx = "C:\\dir"\n')
     assert state["broken"] and "line 3" in state["errors"][""][0][0]

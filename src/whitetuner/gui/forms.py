@@ -23,6 +23,7 @@ from whitetuner.gui.fields import FIXED, FormField, form_fields
 from whitetuner.gui.pickers import Roots
 from whitetuner.gui.told import each, parts
 from whitetuner.gui.training_tabs import Tab
+from whitetuner.hub_names import looks_like_hub_name
 
 #: Entries of a folder that are counted for the word beside a data path.
 _COUNTED = 20_000
@@ -292,7 +293,7 @@ def _missing(field: FormField, path: str, roots: Roots) -> UserError | None:
         return None
     if field.wants == "folder" and not real.is_dir():
         return UserError("there is no folder {path}", mend="choose another", path=path)
-    hub = field.key == "model.path" and path.count("/") == 1 and not path.startswith((".", "/", "~"))
+    hub = field.key == "model.path" and looks_like_hub_name(path)
     if not real.exists() and not hub:
         return UserError("there is no file or folder {path}", mend="choose another", path=path)
     return None
