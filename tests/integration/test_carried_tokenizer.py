@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import struct
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,9 @@ from whitetuner.families.contract import quiet
 from whitetuner.families.sentence_pieces import read_pieces, write_tokenizer
 from whitetuner.families.wan.encoders import TextEncoder
 from whitetuner.family import ModelPaths
+from whitetuner.memory.build import Build
 from whitetuner.models import model_paths
+from whitetuner.records import EncodeInput
 
 PIECES = Path(__file__).parent / "umt5_pieces"
 TEXTS = (
@@ -133,6 +136,53 @@ def test_a_file_that_carries_it_needs_no_tokenizers_folder(fp8: bool, model: Pat
     assert paths_of(single(model, tmp_path / "again", carried)).component("tokenizer") != paths.component(
         "tokenizer"
     )
+
+
+def test_the_scaled_fp8_file_has_the_folders_weights(model: Path, tmp_path: Path) -> None:
+    carried = model_of(vocabulary_of(model / "tokenizer"))
+    ours = TextEncoder(paths_of(single(model, tmp_path / "files", carried, fp8=True)))
+    folders = TextEncoder(ModelPaths(model))
+    ours.load(Build()), folders.load(Build())
+    mine, theirs = ours._model.state_dict(), folders._model.state_dict()
+    assert set(mine) == set(theirs)
+    for name, tensor in theirs.items():
+        wanted = tensor.to(torch.float8_e4m3fn).to(tensor.dtype) if name.endswith("q.weight") else tensor
+        assert torch.equal(mine[name], wanted), name
+
+
+#: transformers' names -> those of WAN's first release (github.com/Wan-Video/Wan2.1 wan/modules/t5.py).
+FIRST_NAMES = (
+    (r"^shared|^encoder\.embed_tokens", "token_embedding"),
+    (r"^encoder\.final_layer_norm", "norm"),
+    (r"^encoder\.block", "blocks"),
+    (r"layer\.0\.SelfAttention\.relative_attention_bias", "pos_embedding.embedding"),
+    (r"layer\.0\.SelfAttention", "attn"),
+    (r"layer\.0\.layer_norm", "norm1"),
+    (r"layer\.1\.layer_norm", "norm2"),
+    (r"layer\.1\.DenseReluDense\.wi_0", "ffn.gate.0"),
+    (r"layer\.1\.DenseReluDense\.wi_1", "ffn.fc1"),
+    (r"layer\.1\.DenseReluDense\.wo", "ffn.fc2"),
+)
+
+
+def test_the_text_encoder_is_read_in_the_names_of_the_first_release(model: Path, tmp_path: Path) -> None:
+    """Its tokenizer is not in it, and is asked for."""
+    given = single(model, tmp_path / "files", None)
+    state = {}
+    for name, tensor in load_file(given["text_encoder"]).items():
+        for pattern, other in FIRST_NAMES:
+            name = re.sub(pattern, other, name)
+        state[name] = tensor
+    assert len(state) == 2 + 2 * 10 and "blocks.1.ffn.gate.0.weight" in state
+    save_file(state, given["text_encoder"])
+    with pytest.raises(UserError, match="'tokenizer' of WAN is not given"):
+        paths_of(given)
+    ours = TextEncoder(paths_of(given | {"tokenizer": str(model / "tokenizer")}))
+    folders = TextEncoder(ModelPaths(model))
+    ours.load(Build()), folders.load(Build())
+    assert ours._model.config.num_layers == 2
+    said, wanted = (one.encode(EncodeInput(caption="a red ball")) for one in (ours, folders))
+    assert torch.equal(said["prompt_embeds"], wanted["prompt_embeds"])
 
 
 def test_a_file_without_it_is_told_where_the_tokenizer_is_to_be_had(model: Path, tmp_path: Path) -> None:

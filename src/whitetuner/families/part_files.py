@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from whitetuner.families.umt5_files import is_umt5, umt5_config, umt5_converted
 from whitetuner.families.wan_vaes import (
     is_wan_21,
     is_wan_22,
@@ -217,33 +218,6 @@ def _vl_config(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def _umt5_config(shapes: Shapes) -> dict[str, Any]:
-    lead = "encoder.block.0.layer.0.SelfAttention."
-    heads = int(shapes[f"{lead}relative_attention_bias.weight"][1])
-    tokens, width = shapes["shared.weight"]
-    return {
-        "architectures": ["UMT5EncoderModel"],
-        "model_type": "umt5",
-        "vocab_size": int(tokens),
-        "d_model": int(width),
-        "d_kv": int(shapes[f"{lead}q.weight"][0]) // heads,
-        "d_ff": int(shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0]),
-        "num_layers": _count(shapes, r"encoder\.block\.(\d+)\."),
-        "num_heads": heads,
-        "relative_attention_num_buckets": int(shapes[f"{lead}relative_attention_bias.weight"][0]),
-        "relative_attention_max_distance": 128,
-        "feed_forward_proj": "gated-gelu",
-        "layer_norm_epsilon": 1e-6,
-        "is_encoder_decoder": True,
-        "tie_word_embeddings": False,
-    }
-
-
-def _is_umt5(shapes: Shapes) -> bool:
-    """Every layer has a bias of its own for positions; T5 has one for all."""
-    return "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight" in shapes
-
-
 def _clip_config(shapes: Shapes) -> dict[str, Any]:
     """CLIP ViT-H/14 (laion), the only one that WAN reads."""
     return {
@@ -326,8 +300,9 @@ PART_FILES: tuple[PartFile, ...] = (
         "text_encoder",
         "the text encoder UMT5",
         ("wan",),
-        _is_umt5,
-        _umt5_config,
+        is_umt5,
+        umt5_config,
+        umt5_converted,
         unused=r"spiece_model$|decoder\.",
         pieces="spiece_model",
     ),
