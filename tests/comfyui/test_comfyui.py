@@ -18,12 +18,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKLWan,
     Flux2Transformer2DModel,
     QwenImageTransformer2DModel,
     WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from whitetuner.adapters.attach import attach, choose
@@ -32,7 +33,9 @@ from whitetuner.checkpoint.export import export_adapter
 from whitetuner.checkpoint.original import to_original, write_original
 from whitetuner.families import registry
 from whitetuner.families.comfy_workflows import Wanted, workflow
+from whitetuner.memory.build import Build
 from whitetuner.records import Size
+from whitetuner.single_files import component_of
 
 COMFYUI = os.environ.get("COMFYUI_DIR", "")
 pytestmark = [
@@ -274,6 +277,32 @@ def test_comfyui_patches_every_weight_as_our_merge_does(
 
 def test_comfyui_has_every_node_and_input_of_our_workflows(answers: dict[str, Any]) -> None:
     assert answers["workflows"] == []
+
+
+def test_the_vae_of_wans_5b_makes_of_a_clip_what_comfyuis_does(tmp_path: Path) -> None:
+    """A file that ComfyUI's class wrote, read as one of the user's."""
+    script = Path(__file__).with_name("vae_in_comfyui.py")
+    python = os.environ.get("COMFYUI_PYTHON", sys.executable)
+    done = subprocess.run(
+        [python, str(script), COMFYUI, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers = load_file(tmp_path / "answers.safetensors")
+    vae = Build()(
+        AutoencoderKLWan,
+        component_of(registry.spec("wan"), "vae", tmp_path / "vae.safetensors"),
+        keep_precise=("*",),
+    )
+    with torch.no_grad():
+        latent = vae.encode(answers["clip"]).latent_dist.mode()
+        drawn = vae.decode(answers["latent"]).sample
+    # float32; attention in another order of sums. ComfyUI cuts what is drawn outside of the class.
+    for ours, theirs in ((latent, answers["latent"]), (drawn, answers["drawn"].clamp(-1, 1))):
+        assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-5  # 5e-7 seen
 
 
 def test_every_original_layout_is_told_from_the_others() -> None:
