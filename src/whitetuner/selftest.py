@@ -10,6 +10,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -325,38 +326,44 @@ class Bench:
         return left == right and same, left, right if same else f"{right} LOSSES DIFFER"
 
     def killed_and_resumed(self) -> tuple[bool, str, str]:
-        """A process is killed with -9 in the middle, another goes on; against a run that was left alone. Hashes: adapter+full."""
-        full = {"method.kind": "full", "method.precision": "bf16_stochastic", "optimizer.lr": 1e-3}
-        found = [
-            self._killed("killed", {}),
-            self._killed("full-killed", {**full, "memory.blocks_to_swap": 1, "optimizer.ema": 0.9}),
-        ]
-        left, right = ("+".join(one[side] for one in found) for side in (0, 1))
-        return left == right, left, right
+        """A process is killed with -9 in the middle, another goes on; against a run that was left alone. Hashes: adapter+full.
 
-    def _killed(self, name: str, more: dict[str, Any]) -> tuple[str, str]:
-        """Hashes of the run that was left alone and of the one that was killed."""
+        What is killed starts cold, which takes longer than all its steps: both start while this process trains.
+        """
         from whitetuner import recipe
 
+        full = {"method.kind": "full", "method.precision": "bf16_stochastic", "optimizer.lr": 1e-3}
+        full |= {"memory.blocks_to_swap": 1, "optimizer.ema": 0.9}
         steps = 12
-        values = {**self.values(**{"run.steps": steps, "save.every": 3, "validation.every": 4}), **more}
-        whole = recipe.run(load_config(None, base={**values, "run.name": f"{name}-not"}))
-        config = self.folder / f"{name}.toml"
-        config.write_text(
-            dump_config(load_config(None, base={**values, "run.name": name}).config), encoding="utf-8"
-        )
-        killed = self.folder / name
+        values = self.values(**{"run.steps": steps, "save.every": 3, "validation.every": 4})
+        runs = {"killed": values, "full-killed": {**values, **full}}
+        with ThreadPoolExecutor(len(runs)) as pool:
+            ends = [pool.submit(self._kill_and_resume, name, one) for name, one in runs.items()]
+            wholes = [
+                recipe.run(load_config(None, base={**one, "run.name": f"{name}-not"})).folder
+                for name, one in runs.items()
+            ]
+            killed = [end.result() for end in ends]
+        left = "+".join(digest(checkpoint(one, steps)) for one in wholes)
+        right = "+".join(digest(checkpoint(one, steps)) for one in killed)
+        same = all(losses(one) == losses(other) for one, other in zip(wholes, killed))
+        return left == right and same, left, right if same else f"{right} LOSSES DIFFER"
+
+    def _kill_and_resume(self, name: str, values: dict[str, Any]) -> Path:
+        """The folder of the run that was killed behind its fifth step, and went on."""
+        config, folder = self.folder / f"{name}.toml", self.folder / name
+        of_run = load_config(None, base={**values, "run.name": name}).config
+        config.write_text(dump_config(of_run), encoding="utf-8")
         process = start_training(config)
         while process.poll() is None:
-            found, _ = events.read(killed / "events.jsonl")
+            found, _ = events.read(folder / "events.jsonl")
             if any(event.kind == "step" and event.step >= 5 for event in found):  # type: ignore[attr-defined]
                 process.kill()
                 break
             time.sleep(0.002)
         process.wait()
         start_training(config, "--resume", "latest").wait()
-        one, two = digest(checkpoint(whole.folder, steps)), digest(checkpoint(killed, steps))
-        return one, two if losses(whole.folder) == losses(killed) else f"{two} LOSSES DIFFER"
+        return folder
 
 
 def short(data: bytes) -> str:

@@ -106,14 +106,15 @@ class Ground:
             assert codes == [0] * self.ranks, config.with_suffix(".txt").read_text(encoding="utf-8")
         return self.facts(name)
 
+    @property
+    def final(self) -> str:
+        """The run's file with what was learned."""
+        full = "transformer/diffusion_pytorch_model.safetensors"
+        return f"final/{'lokr/lokr.safetensors' if self.method == 'lokr' else full}"
+
     def facts(self, name: str) -> Facts:
         run = self.run(name)
-        inner = (
-            "lokr/lokr.safetensors"
-            if self.method == "lokr"
-            else "transformer/diffusion_pytorch_model.safetensors"
-        )
-        tensors = tensors_of(run / "final" / inner)
+        tensors = tensors_of(run / self.final)
         return Facts(digest(checkpoint(run, self.steps)), tuple(map(repr, losses(run))), tensors)
 
     def forget(self, name: str) -> None:
@@ -146,6 +147,8 @@ def forked(work: Callable[[], int], told: Path) -> int:
         code = 99
         try:
             sys.stdout = sys.stderr = told.open("w", encoding="utf-8")
+            for stream in (1, 2):  # what it starts in turn speaks there
+                os.dup2(sys.stdout.fileno(), stream)
             code = work()
             sys.stderr.flush()
         finally:

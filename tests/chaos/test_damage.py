@@ -1,4 +1,7 @@
-"""What power cuts, bad disks, clocks and other hands do to a run: it goes on to the same bits, or says why not."""
+"""What power cuts, bad disks, clocks and other hands do to a run: it goes on to the same bits, or says why not.
+
+Every attack is made on runs of adapters; the slow part makes it on full training (with block swap) and on two ranks as well.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,18 @@ from pathlib import Path
 
 import pytest
 from disk import Disk, Write, on
-from ground import Facts, Ground, forked, left_overs, say, whole_checkpoints
+from ground import (
+    KINDS,
+    Facts,
+    Ground,
+    Said,
+    ended,
+    forked,
+    left_overs,
+    say,
+    start_ranks,
+    whole_checkpoints,
+)
 
 from whitetuner import cli
 from whitetuner.checkpoint.store import DamagedCheckpoint, read
@@ -25,8 +39,14 @@ from whitetuner.runs.folder import RunFolder
 STEPS = 6
 
 
-@pytest.fixture(scope="module")
-def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
+@pytest.fixture(
+    scope="module",
+    params=[
+        "adapters",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "adapters"),
+    ],
+)
+def ground(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Ground:
     more = {
         "save.every": 2,
         "save.keep": 0,
@@ -35,7 +55,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
     }
     return Ground(
         tmp_path_factory.mktemp("damage"),
-        "adapters",
+        request.param,
         pictures=4,
         steps=STEPS,
         **more,
@@ -62,8 +82,19 @@ def interrupted(ground: Ground, name: str) -> Path:
     return run
 
 
+def resumed(ground: Ground, name: str) -> Said:
+    """`train --resume latest`; of several ranks the first one's words, and the first code that is not 0."""
+    config, words = ground.folder / f"{name}.toml", ["--resume", "latest"]
+    if ground.ranks == 1:
+        return say("train", config, *words)
+    codes = ended(start_ranks(config, words, ground.ranks))
+    return Said(
+        next((code for code in codes if code), 0), config.with_suffix(".txt").read_text(encoding="utf-8")
+    )
+
+
 def goes_on(ground: Ground, whole: Facts, name: str) -> str:
-    said = say("train", ground.folder / f"{name}.toml", "--resume", "latest")
+    said = resumed(ground, name)
     assert said.code == 0, said.text
     assert ground.facts(name) == whole
     assert not left_overs(ground.run(name))
@@ -90,7 +121,7 @@ def test_every_flipped_bit_of_a_checkpoint_is_told(ground: Ground, whole: Facts)
         with pytest.raises(DamagedCheckpoint):
             read(newest)
         file.write_bytes(before)
-    flipped(newest / "lokr" / "lokr.safetensors", chance)
+    flipped(chance.choice(list(newest.glob("*/*.safetensors"))), chance)
     text = goes_on(ground, whole, "flipped")
     assert "checkpoint-4" in text and "goes on from step 2" in text
 
@@ -140,8 +171,7 @@ def test_a_clock_that_jumps_changes_nothing(
     real = time.time
     monkeypatch.setattr(time, "time", lambda: max(0.0, real() + next(jumps)))
     interrupted(ground, "clock")
-    config = ground.folder / "clock.toml"
-    said = say("train", config, "--resume", "latest")
+    said = resumed(ground, "clock")
     assert said.code == 0, said.text
     assert ground.facts("clock") == whole
     run = ground.run("clock").resolve()
@@ -160,6 +190,8 @@ def test_of_several_starts_at_once_one_trains_and_the_others_say_so(ground: Grou
     words = [["train", str(config)]] * 2 + [
         ["train", str(ground.config(name)), "--set", f"data.cache_dir={json.dumps(cache)}"] for name in "x"
     ]
+    if ground.ranks > 1:
+        words = [[*given, "--gpus", ",".join(["cpu"] * ground.ranks)] for given in words]
     told = [ground.folder / f"start-{number}.txt" for number in range(len(words))]
     pids = [forked(lambda given=given: cli.main(given), file) for given, file in zip(words, told)]
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
@@ -203,7 +235,7 @@ def test_another_data_set_is_refused_and_the_right_one_goes_on(
     kept = Path(shutil.copytree(data, ground.folder / "kept"))
     CHANGES[change](data)
     before = {path: path.read_bytes() for path in files_of(run) if "control" not in path.parts}
-    said = say("train", ground.folder / f"{name}.toml", "--resume", "latest")
+    said = resumed(ground, name)
     shutil.rmtree(data)
     kept.rename(data)
     assert (
@@ -218,20 +250,19 @@ def test_another_data_set_is_refused_and_the_right_one_goes_on(
 
 
 @pytest.mark.parametrize("reason", [errno.EROFS, errno.EACCES, errno.EIO], ids=errno.errorcode.get)
-@pytest.mark.parametrize("where", ["events.jsonl", "checkpoints/checkpoint-6", "final/lokr/lokr.safetensors"])
+@pytest.mark.parametrize("where", ["events.jsonl", "checkpoints/checkpoint-6", "final"])
 def test_a_disk_that_takes_nothing_any_more_is_told(
     ground: Ground, whole: Facts, reason: int, where: str
 ) -> None:
     """Read-only from one moment to the next, another's, or broken."""
     name = f"refused {Path(where).name.partition('.')[0]} {reason}"
     run = interrupted(ground, name)
-    call = {"events.jsonl": "write", "final/lokr/lokr.safetensors": "replace"}.get(where, "rename")
-    disk = Disk([run], Write(call, where, 1), reason=reason)
+    call = {"events.jsonl": "write", "final": "replace"}.get(where, "rename")
+    disk = Disk([run], Write(call, where if where != "final" else ground.final, 1), reason=reason)
     with on(disk):
-        said = say("train", ground.folder / f"{name}.toml", "--resume", "latest")
-    assert disk.hit and said.code == 1 and os.strerror(reason) in said.text and "\n  -> " in said.text, (
-        said.text
-    )
+        said = resumed(ground, name)
+    assert disk.hit or ground.ranks > 1, "ranks are other processes"
+    assert said.code == 1 and os.strerror(reason) in said.text and "\n  -> " in said.text, said.text
     assert "checkpoint-4" in whole_checkpoints(run)
     goes_on(ground, whole, name)
 
