@@ -42,7 +42,7 @@ WISHES = "whitetuner.json"
 
 Layout = Literal["stack", "ragged"]
 Naming = Literal["comfyui", "diffusers", "lycoris"]
-Reads = Literal["caption", "target", "conditions", "frames", "unconditional"]
+Reads = Literal["caption", "target", "conditions", "frames", "unconditional", "mask"]
 
 
 class Options(BaseModel):

@@ -17,11 +17,12 @@ import torch
 from whitetuner.config.schema import Config
 from whitetuner.data.cache import Cached, Inputs, build_cache
 from whitetuner.data.loader import Loader, stack
+from whitetuner.data.mask_fields import MaskEncoder, counting
 from whitetuner.data.order import ALL, Order, Shares
 from whitetuner.data.scan import PictureSet, Scan, scan
 from whitetuner.encoding import Encoding, encoding_of
 from whitetuner.errors import UserError
-from whitetuner.family import BuildFn, Family
+from whitetuner.family import BuildFn, Encoder, Family
 from whitetuner.memory.build import Build
 from whitetuner.memory.phases import PhaseBuild, device_budget
 from whitetuner.models import films_of
@@ -178,18 +179,27 @@ def encoded_twice(
     resolved = Resolved(family, torch.device("cpu"), torch.float32)
     found = find_items(config, family)
     cached = _cache(config, resolved, build, found, [], None, Encoding())
-    before, now = {}, {}
-    for encoder in family.encoders(config.model.task):
+    before: dict[str, torch.Tensor] = {}
+    now: dict[str, torch.Tensor] = {}
+    for encoder in _encoders(config, family, found):
         encoder.load(build)
         facts = next(one for one in cached.encoders if one.name == encoder.name)
         for item in found.items:
             inputs = Inputs.of(item)
             said = encoder.encode(facts.give(inputs)) if facts.applies(inputs) else {}
+            if inputs.mask is not None and "mask" in said:
+                said["mask"] = counting(said["mask"], inputs.mask.floor, now[f"{item.id}/latent"])
             now.update({f"{item.id}/{name}": tensor for name, tensor in said.items()})
         encoder.free()
     for item in found.items:
         before.update({f"{item.id}/{name}": tensor for name, tensor in cached.sample(item, 0).fields.items()})
     return before, now
+
+
+def _encoders(config: Config, family: Family, found: Scan) -> list[Encoder]:
+    """Those of the family, and after them that of the masks where there are any."""
+    masks: list[Encoder] = [MaskEncoder()] if any(item.mask is not None for item in found.items) else []
+    return [*family.encoders(config.model.task), *masks]
 
 
 def _cache(
@@ -205,7 +215,7 @@ def _cache(
 ) -> Cached:
     return build_cache(
         found.items,
-        resolved.family.encoders(config.model.task),
+        _encoders(config, resolved.family, found),
         encoding.build(build),
         cache_folder(config),
         extra=prompts,

@@ -23,6 +23,16 @@ class Size(NamedTuple):
     frames: int = 1
 
 
+class Mask(NamedTuple):
+    """What of a picture counts in the loss. path: the mask, whose white counts; or the picture itself, whose opacity does
+    (alpha); digest: of that file's content; floor: how much the rest counts, 0..1"""
+
+    path: Path
+    digest: str
+    alpha: bool = False
+    floor: float = 0.0
+
+
 @dataclass(frozen=True)
 class Item:
     """One thing to learn from, as found on disk and cut to its bucket.
@@ -36,6 +46,7 @@ class Item:
     clips:      of a video: its frames, counted from 0 in the order they are shown, that are learned from; with several (of
                 equal length) visit after visit takes the next. Empty for a picture
     loss_weight: factor of its loss in what is learned, as its data set says
+    mask:       what of the target counts; None: all of it
     """
 
     id: str
@@ -50,6 +61,7 @@ class Item:
     set_index: int = 0
     clips: tuple[tuple[int, ...], ...] = ()
     loss_weight: float = 1.0
+    mask: Mask | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,7 @@ class EncodeInput:
     originals: the conditions as on disk (rotated, RGB, uncut), for encoders that look at them at a size of their own
     unconditional: for encoders that read it: this is the side that guidance leads away from, a negative prompt or a visit
                 whose text is dropped
+    mask: what of the target counts, greys of an eighth of its size (see data/masks.py)
     """
 
     caption: str
@@ -71,13 +84,15 @@ class EncodeInput:
     originals: tuple[Image.Image, ...] = ()
     size: Size | None = None
     unconditional: bool = False
+    mask: Image.Image | None = None
 
 
 @dataclass(frozen=True)
 class Sample:
     """The encoders' words about one item: field name -> tensor without a batch dimension.
 
-    `latent` is the clean target x0, (C, H, W) or (C, T, H, W), dense and normalised as the model sees it.
+    `latent` is the clean target x0, (C, H, W) or (C, T, H, W), dense and normalised as the model sees it. `mask`, of pictures
+    that have one, is how much each place of the latent counts, (H, W) float32 in [0, 1].
     """
 
     item: Item

@@ -77,7 +77,7 @@ def same_data(before: Mapping[str, Any], now: str) -> None:
     """
     if before.get("data_hash", now) != now:
         raise UserError(
-            "the pictures or captions are not those this run began with",
+            "the pictures, captions or masks are not those this run began with",
             where="[data]",
             mend="put them back, or start a new run (another run.name; method.init_from takes the adapter along)",
         )

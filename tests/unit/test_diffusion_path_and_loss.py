@@ -71,9 +71,43 @@ def test_a_mask_takes_the_mean_over_what_counts() -> None:
     masked = sample_losses(prediction, target, mask)
     assert float(masked[0]) == pytest.approx(float((prediction - target)[0, :, :, :2].square().mean()))
     assert float(masked[1]) == 0
-    assert torch.allclose(
-        sample_losses(prediction, target, torch.ones(2, 1, 1, 1)), sample_losses(prediction, target)
-    )
+    mask[0, :, :, 2:] = 0.25  # counts a quarter
+    error = (prediction - target)[0].square()
+    wanted = (error[..., :2].mean() + 0.25 * error[..., 2:].mean()) / 1.25
+    assert float(sample_losses(prediction, target, mask)[0]) == pytest.approx(float(wanted))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (2, 3, 7, 7), (1, 2, 3, 9, 11), (2, 4, 33, 49)])
+def test_a_white_mask_is_no_mask_to_the_bit_gradients_too(shape: tuple[int, ...]) -> None:
+    """Of 49 and 1617 numbers too, whose share 1 / n times n is not 1."""
+    target, found = numbers(*shape, seed=1), []
+    for mask in (None, torch.ones(shape[0], *[1] * (len(shape) - 3), *shape[-2:])):
+        prediction = numbers(*shape).requires_grad_()
+        losses = sample_losses(prediction, target, mask)
+        losses.sum().backward()
+        found.append((losses.detach(), prediction.grad))
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+def test_what_does_not_count_has_no_influence_at_all() -> None:
+    prediction, target = numbers(2, 3, 4, 6).requires_grad_(), numbers(2, 3, 4, 6, seed=1)
+    mask = torch.zeros(2, 1, 4, 6)
+    mask[:, :, 1:3, 2:5] = torch.tensor([0.3, 1.0, 0.7])
+    losses = sample_losses(prediction, target, mask)
+    losses.sum().backward()
+    counts = (mask > 0).expand_as(target)
+    assert prediction.grad is not None
+    assert not prediction.grad[~counts].any() and prediction.grad[counts].all()
+    changed = torch.where(counts, target, numbers(2, 3, 4, 6, seed=2))
+    assert torch.equal(sample_losses(prediction, changed, mask), losses)
+
+
+def test_a_sample_counts_the_same_however_much_of_it_does() -> None:
+    """Errors of 1 all over have loss 1 under every mask."""
+    target = numbers(3, 2, 8, 8)
+    for floor in (0.0, 0.1, 0.5):
+        mask = (numbers(3, 1, 8, 8, seed=4) > 1).float() * (1 - floor) + floor
+        assert torch.allclose(sample_losses(target + 1, target, mask), torch.ones(3), atol=1e-6)
 
 
 def test_losses_are_float32_whatever_the_model_says() -> None:

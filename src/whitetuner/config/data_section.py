@@ -91,6 +91,16 @@ class SetFields(Section):
         None, gt=0, le=1000, description="frame folders: frames a second they were taken at; unset: as fps"
     )
 
+    mask_dir: PathText | None = Field(
+        None, description="folder of masks, same names as the pictures: what is white counts in the loss"
+    )
+    mask_alpha: bool = Field(
+        False, description="the pictures' own alpha channel is their mask: what is opaque counts in the loss"
+    )
+    mask_floor: float = Field(
+        0.1, ge=0, le=1, description="with masks: how much the rest of a picture counts; 0: not at all"
+    )
+
     @property
     def source(self) -> str | None:
         """The folder that this set is named after."""

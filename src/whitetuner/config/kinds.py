@@ -38,6 +38,18 @@ def _wrong(task: str, one: DataSet, where: str) -> UserError | None:
             where=f"{where}.conditions",
             mend='set conditions = ["FOLDER"] (pictures named like their targets), or images = "FOLDER" for text to image',
         )
+    if one.mask_dir is not None and one.mask_alpha:
+        return UserError(
+            "mask_dir and mask_alpha are two masks for one picture",
+            where=f"{where}.mask_alpha",
+            mend="take one of the two out",
+        )
+    if one.videos is not None and (one.mask_dir is not None or one.mask_alpha):
+        return UserError(
+            "masks are for pictures, but this set has videos",
+            where=f"{where}.{'mask_dir' if one.mask_dir is not None else 'mask_alpha'}",
+            mend="take the mask out of this set, or write it in those of [[data.sets]] that have pictures",
+        )
     if task == "i2v" and one.videos is None:
         return UserError(
             "an i2v task learns how a first frame goes on, but this set has no videos",

@@ -35,10 +35,12 @@ FREE = (
     "data.target",
     "data.conditions",
     "data.videos",
+    "data.mask_dir",
     "data.sets.images",
     "data.sets.target",
     "data.sets.conditions",
     "data.sets.videos",
+    "data.sets.mask_dir",
 )
 #: May change as well when another run begins there: order, noise and measure are its own.
 FREE_IN_FORK = (

@@ -24,6 +24,7 @@ import torch
 from whitetuner.data.entries import read_entry, write_entry
 from whitetuner.data.folders import CACHE_TAG
 from whitetuner.data.inputs import Facts, Inputs
+from whitetuner.data.mask_fields import counting
 from whitetuner.data.video_stream import FrameStream
 from whitetuner.errors import EXIT_ENVIRONMENT, EXIT_FAILED, FULL, UserError, UserErrors
 from whitetuner.family import BuildFn, Encoder, Layout
@@ -88,6 +89,8 @@ class Cached:
                     code=EXIT_FAILED,
                 )
             found.update(tensors)
+        if inputs.mask is not None:
+            found["mask"] = counting(found["mask"], inputs.mask.floor, found["latent"])
         return found
 
     def sample(self, item: Item, visit: int, uncond: bool = False) -> Sample:
@@ -102,7 +105,7 @@ class Cached:
     def _stacked(self, inputs: Inputs) -> tuple[tuple[str, tuple[int, ...]], ...]:
         found = []
         for encoder in self.encoders:
-            if encoder.applies(inputs):
+            if encoder.applies(inputs) and "mask" not in encoder.reads:  # the latent tells its shape
                 shapes = self._shapes[encoder.key(inputs)]
                 found += [(name, shape) for name, shape in shapes.items() if encoder.fields[name] == "stack"]
         return tuple(sorted(found))

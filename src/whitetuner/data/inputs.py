@@ -13,6 +13,7 @@ from PIL import Image
 
 from whitetuner.data.buckets import fit
 from whitetuner.data.digests import digest_of, file_digest
+from whitetuner.data.masks import mask_cells
 from whitetuner.data.media import CUT_VERSION, cut, naming, picture, read
 from whitetuner.data.probe import probe
 from whitetuner.data.video import CLIP_VERSION, VIDEOS, frame_files, frames_of, is_clip, look
@@ -20,7 +21,7 @@ from whitetuner.data.video_folders import content_digests
 from whitetuner.data.video_stream import FrameStream
 from whitetuner.errors import UserError
 from whitetuner.family import Encoder, Layout, Reads, prompts_only
-from whitetuner.records import EncodeInput, Item, Size
+from whitetuner.records import EncodeInput, Item, Mask, Size
 
 #: Part of every key: raised when entries written before must not be used any more.
 CODE_VERSION = 1
@@ -39,6 +40,7 @@ class Inputs:
     condition_sizes: tuple[Size, ...] = ()
     clip: tuple[int, ...] = ()
     unconditional: bool = False
+    mask: Mask | None = None
 
     @classmethod
     def of(cls, item: Item, *, uncond: bool = False, visit: int = 0) -> Inputs:
@@ -53,6 +55,7 @@ class Inputs:
             item.condition_sizes,
             item.clips[visit % len(item.clips)] if item.clips else (),
             uncond,
+            item.mask,
         )
 
     @classmethod
@@ -128,6 +131,7 @@ class Facts:
         """A prompt without target has nothing for an encoder that reads targets only; some are asked about prompts alone."""
         return not (self.prompts_only and inputs.target is not None) and (
             "caption" in self.reads
+            or ("mask" in self.reads and inputs.mask is not None)
             or ("target" in self.reads and inputs.target is not None)
             or ("conditions" in self.reads and bool(inputs.conditions or inputs.clip))
         )
@@ -140,6 +144,8 @@ class Facts:
             parts.append(["clip", inputs.digest, inputs.clip, inputs.size, CUT_VERSION, CLIP_VERSION])
         elif "target" in self.reads:
             parts.append(["target", inputs.digest, inputs.size, CUT_VERSION])
+        if "mask" in self.reads and inputs.mask is not None:
+            parts.append(["mask", inputs.mask.digest, inputs.mask.alpha, inputs.size, CUT_VERSION])
         if "frames" in self.reads:
             parts.append(["frames", inputs.size])
         if "unconditional" in self.reads:
@@ -177,7 +183,11 @@ class Facts:
             conditions, originals = inputs.pictures()
         caption = inputs.caption if "caption" in self.reads else ""
         unconditional = "unconditional" in self.reads and inputs.unconditional
-        return EncodeInput(caption, target, conditions, originals, size, unconditional)
+        mask = None
+        if "mask" in self.reads and inputs.mask is not None and inputs.size is not None:
+            path = inputs.mask.path
+            mask = mask_cells(path, inputs.mask.alpha, inputs.size, _content(path, inputs.mask.digest))
+        return EncodeInput(caption, target, conditions, originals, size, unconditional, mask)
 
 
 def _size_of(path: Path, resolution: int, stride_px: int) -> Size:

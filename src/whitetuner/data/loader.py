@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from whitetuner.data.cache import Cached
+from whitetuner.data.mask_fields import all_counts
 from whitetuner.data.order import ALL, MicroBatch, Order, Shares
 from whitetuner.diffusion.sigmas import generator_for
 from whitetuner.records import Batch, Item, Sample, StepBatches
@@ -112,9 +113,15 @@ def drops(seed: int, item: Item, visit: int, chance: float) -> bool:
 
 
 def stack(samples: Sequence[Sample], cached: Cached) -> Batch:
-    """Samples of one shape key side by side: stacked fields (B, ...), ragged ones as lists."""
+    """Samples of one shape key side by side: stacked fields (B, ...), ragged ones as lists.
+
+    Beside a sample with a mask, one without counts as a whole.
+    """
     fields: dict[str, torch.Tensor | list[torch.Tensor]] = {}
-    for name in samples[0].fields:
-        values = [sample.fields[name] for sample in samples]
+    given = [sample.fields for sample in samples]
+    if any("mask" in one for one in given):
+        given = [{"mask": all_counts(one["latent"]), **one} for one in given]
+    for name in given[0]:
+        values = [one[name] for one in given]
         fields[name] = torch.stack(values) if cached.layouts[name] == "stack" else values
     return Batch(tuple(sample.item for sample in samples), tuple(sample.visit for sample in samples), fields)

@@ -74,9 +74,39 @@ def read(path: Path, cover: Size | None = None, data: bytes | None = None) -> Im
     with opened(path, data) as image:
         if cover is not None and image.format in ("JPEG", "MPO"):
             image.draft(None, _at_least(image.size, cover, turned=orientation(image) >= 5))
-        image.load()  # PNG may keep its EXIF behind the pixels
-        turn = orientation(image)
-        return _rgb(image.transpose(_TURNS[turn]) if turn != 1 else image)
+        return _rgb(_upright(image))
+
+
+def read_mask(path: Path, alpha: bool, data: bytes | None = None) -> Image.Image:
+    """Upright greys ("L"), 255 where a picture counts: a mask's brightness (what is transparent in it is black), or, alpha, how
+    opaque the picture is.
+
+    Raises UserError as `read` does, and for a picture without an alpha channel.
+    """
+    with opened(path, data) as image:
+        image = _upright(image)
+        if alpha:
+            if not image.has_transparency_data:
+                raise no_alpha(path)
+            return image.convert("RGBA").getchannel("A")
+        if image.has_transparency_data:
+            black = Image.new("RGBA", image.size, "black")
+            image = Image.alpha_composite(black, image.convert("RGBA"))
+        return _rgb(image).convert("L")
+
+
+def no_alpha(path: Path) -> UserError:
+    return UserError(
+        "the picture has no alpha channel to take a mask from",
+        where=str(path),
+        mend="save it as png or webp with transparency, or name a folder of masks (mask_dir)",
+    )
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()  # PNG may keep its EXIF behind the pixels
+    turn = orientation(image)
+    return image.transpose(_TURNS[turn]) if turn != 1 else image
 
 
 def crop_box(source: Size, size: Size) -> tuple[float, float, float, float]:

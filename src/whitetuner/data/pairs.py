@@ -34,8 +34,8 @@ class Pairing:
 
 def pair(targets: Listing, folders: Sequence[Path], recursive: bool = False) -> Pairing:
     """Raises nothing: what does not match is among the problems. recursive: sub-folders are matched by name, too."""
-    problems = _twice(targets.pictures, [_key(path, targets.folder) for path in targets.pictures])
-    keys = {_key(path, targets.folder): index for index, path in enumerate(targets.pictures)}
+    problems = _twice(targets.pictures, [stem_key(path, targets.folder) for path in targets.pictures])
+    keys = {stem_key(path, targets.folder): index for index, path in enumerate(targets.pictures)}
     conditions: list[list[Path]] = [[] for _ in targets.pictures]
     lacking: list[tuple[Path, int]] = []
     listings = []
@@ -64,7 +64,7 @@ def pair(targets: Listing, folders: Sequence[Path], recursive: bool = False) -> 
     problems += [
         Problem("no condition", "error", path, _without(path, folders))
         for index, (path, own) in enumerate(zip(targets.pictures, conditions))
-        if not own and keys[_key(path, targets.folder)] == index  # its twin is told above
+        if not own and keys[stem_key(path, targets.folder)] == index  # its twin is told above
     ]
     problems += [
         Problem(
@@ -90,7 +90,7 @@ def _match(listing: Listing, keys: dict[str, int]) -> tuple[list[tuple[int, int,
     """((target, number, picture) of those that belong to a target; the others)."""
     matched, orphans = [], []
     for path in listing.pictures:
-        key = _key(path, listing.folder)
+        key = stem_key(path, listing.folder)
         numbered = _NUMBERED.match(key)
         if key in keys:
             matched.append((keys[key], _PLAIN, path))
@@ -101,7 +101,8 @@ def _match(listing: Listing, keys: dict[str, int]) -> tuple[list[tuple[int, int,
     return matched, orphans
 
 
-def _key(path: Path, folder: Path) -> str:
+def stem_key(path: Path, folder: Path) -> str:
+    """What files that belong together have in common: the path inside their folder, without ending, capitals folded."""
     return fold(path.relative_to(folder).with_suffix("").as_posix())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from whitetuner.data.survey import Found, PictureSet, caption_files, survey
 from whitetuner.data.video_clips import ClipRules, Clips, choose_clips, clip_lengths, too_short
 from whitetuner.data.video_folders import content_digests
 from whitetuner.errors import UserError
-from whitetuner.records import Item, Size
+from whitetuner.records import Item, Mask, Size
 
 __all__ = ["PictureSet", "Scan", "SetOptions", "caption_files", "place", "place_conditions", "scan"]
 
@@ -98,7 +98,13 @@ def scan(
             sized.append((found, size, conditions))
     folder = looked.sets[0].folder if len({one.folder for one in looked.sets}) == 1 else None
     refuse(problems, folder)
-    paths = list(dict.fromkeys(path for found, _, _ in sized for path in (found.path, *found.conditions)))
+    paths = list(
+        dict.fromkeys(
+            path
+            for found, _, _ in sized
+            for path in (found.path, *found.conditions, found.mask or found.path)
+        )
+    )
     hashes = dict(zip(paths, content_digests(paths, index_folder, progress=progress), strict=True))
     seen: Counter[str] = Counter()
     items: list[Item] = []
@@ -126,6 +132,7 @@ def scan(
                 conditions,
                 set_index=found.set_index,
                 loss_weight=looked.sets[found.set_index].options.loss_weight,
+                mask=_mask(found, looked.sets[found.set_index].options, hashes),
             )
         )
         seen[digest] += 1
@@ -137,6 +144,12 @@ def scan(
             mend='lower data.num_frames, or set data.too_short = "pad" to hold the last frame of short ones',
         )
     return Scan(tuple(items), looked.sets, tuple(problem for problem in problems if problem.level != "error"))
+
+
+def _mask(found: Found, options: SetOptions, hashes: Mapping[Path, str]) -> Mask | None:
+    if found.mask is None:
+        return None
+    return Mask(found.mask, hashes[found.mask], options.mask_alpha, options.mask_floor)
 
 
 def clips_of(found: Found, of: PictureSet, films: Films, digest: str) -> tuple[Clips | None, Problem | None]:
@@ -246,7 +259,8 @@ def _set_apart(options: SetOptions) -> list[object]:
 
 
 def _given(item: Item) -> list[object]:
-    """What an edit item or a clip has besides; nothing for others, whose digests stay what they were."""
+    """What an edit item, a clip or a masked one has besides; nothing for others, whose digests stay what they were."""
     if item.clips:
         return [[item.clips, item.condition_sizes]]
-    return [[item.condition_digests, item.condition_sizes]] if item.conditions else []
+    given: list[object] = [[item.condition_digests, item.condition_sizes]] if item.conditions else []
+    return given if item.mask is None else [*given, {"mask": item.mask[1:]}]

@@ -14,6 +14,7 @@ from typing import Literal
 
 from whitetuner.data.captions import read_caption, tidy, with_trigger
 from whitetuner.data.folders import Listing, kohya_folders, list_folder, not_a_folder, nothing_found
+from whitetuner.data.masks import mask_fault, masks_of
 from whitetuner.data.pairs import pair
 from whitetuner.data.probe import Probe, probe
 from whitetuner.data.problems import Problem
@@ -37,7 +38,8 @@ class PictureSet:
 
 @dataclass(frozen=True)
 class Found:
-    """One picture as it was met: caption None where it has none that can be used; conditions: the pictures given for it."""
+    """One picture as it was met: caption None where it has none that can be used; conditions: the pictures given for it; mask:
+    the file that says what of it counts (itself, where its alpha channel does)."""
 
     path: Path
     set_index: int
@@ -45,6 +47,7 @@ class Found:
     probe: Probe
     conditions: tuple[Path, ...] = ()
     condition_probes: tuple[Probe, ...] = ()
+    mask: Path | None = None
 
     @property
     def readable(self) -> bool:
@@ -76,7 +79,7 @@ def survey(
     """
     sets: list[PictureSet] = []
     problems: list[Problem] = []
-    jobs: list[tuple[int, Path, Path | None, tuple[Path, ...]]] = []
+    jobs: list[tuple[int, Path, Path | None, tuple[Path, ...], Path | None]] = []
     given = [SetOptions.of(section) for section in sections]
     weighted = any(options.weight is not None for options in given)
     for options in given:
@@ -107,8 +110,12 @@ def survey(
                 problems += pairing.problems
                 for other in pairing.listings:
                     problems += _unread_problems(other)
-            jobs += [(index, *row) for row in zip(listing.pictures, listing.captions, given_for, strict=True)]
-    pictures = list(dict.fromkeys(path for _, target, _, rest in jobs for path in (target, *rest)))
+            masks, wrong = masks_of(listing, own)
+            problems += wrong
+            rows = zip(listing.pictures, listing.captions, given_for, masks, strict=True)
+            jobs += [(index, *row) for row in rows]
+    files = [(target, *rest, *(() if mask is None else (mask,))) for _, target, _, rest, mask in jobs]
+    pictures = list(dict.fromkeys(path for row in files for path in row))
     probes: dict[Path, Probe] = {}
     with ThreadPoolExecutor() as pool:
         for path, looked in zip(pictures, pool.map(lambda path: _look(path, deep), pictures), strict=True):
@@ -119,10 +126,11 @@ def survey(
                 progress(len(probes), len(pictures))
         texts = list(pool.map(lambda job: _caption(job[2], sets[job[0]].options), jobs))
     found = []
-    for (index, path, _, rest), (caption, problem) in zip(jobs, texts, strict=True):
-        if problem is not None:
-            problems.append(problem)
-        found.append(Found(path, index, caption, probes[path], rest, tuple(probes[one] for one in rest)))
+    for (index, path, _, rest, mask), (caption, problem) in zip(jobs, texts, strict=True):
+        fault = None if mask is None else mask_fault(path, probes[path], mask, probes[mask], deep)
+        problems += [one for one in (problem, fault) if one is not None]
+        given_probes = tuple(probes[one] for one in rest)
+        found.append(Found(path, index, caption, probes[path], rest, given_probes, mask))
     return Survey(tuple(sets), tuple(found), tuple(problems))
 
 
@@ -132,6 +140,7 @@ def _look(path: Path, deep: bool) -> Probe:
 
 def _listings(options: SetOptions) -> list[tuple[Listing, int, str | None]]:
     """The folders of one set with their repeats, and the words of a kohya folder where they stand in for captions."""
+    masks = [] if options.mask_dir is None else [options.mask_dir]
     if options.videos is not None:
         (folder,) = _folders([options.videos])
         videos = list_videos(folder, options.caption_ext, options.recursive)
@@ -140,9 +149,8 @@ def _listings(options: SetOptions) -> list[tuple[Listing, int, str | None]]:
         return [(videos, options.repeats, None)]
     if options.target is not None:
         (folder,) = _folders([options.target])
-        targets = list_folder(
-            folder, options.caption_ext, options.recursive, frozenset(_folders(options.conditions))
-        )
+        apart = _folders([*options.conditions, *masks])
+        targets = list_folder(folder, options.caption_ext, options.recursive, frozenset(apart))
         if not (targets.pictures or targets.misnamed):
             raise nothing_found(folder)
         return [(targets, options.repeats, None)]
@@ -156,9 +164,8 @@ def _listings(options: SetOptions) -> list[tuple[Listing, int, str | None]]:
     if not folder.is_dir():
         raise not_a_folder(folder)
     inner = kohya_folders(folder)
-    rest = list_folder(
-        folder, options.caption_ext, options.recursive, frozenset(path for path, _, _ in inner)
-    )
+    apart = [*(path for path, _, _ in inner), *_folders(masks)]
+    rest = list_folder(folder, options.caption_ext, options.recursive, frozenset(apart))
     listings: list[tuple[Listing, int, str | None]] = (
         [(rest, options.repeats, None)] if rest.pictures or rest.misnamed else []
     )

@@ -22,14 +22,18 @@ def sample_losses(
 ) -> torch.Tensor:
     """Mean squared error of each sample, (B,), float32. prediction, target: (B, C, ...).
 
-    mask: broadcastable to them, what counts (1) and what not (0); the mean is over what counts. A sample in
-    which nothing counts has loss 0.
+    mask: broadcastable to them, how much each number counts, from 0 to 1; the mean is weighted by it, so that a sample counts the
+    same however much of it does: sum(mask error) / sum(mask). Where all is 1 the result is that without a mask, to the
+    bit. A sample in which nothing counts has loss 0.
     """
     error = (prediction.float() - target.float()).square()
-    if mask is None:
-        return error.flatten(1).mean(1)
-    counts = mask.float().expand_as(error).flatten(1)
-    return (error.flatten(1) * counts).sum(1) / counts.sum(1).clamp(min=1.0)
+    if mask is not None:
+        counts = mask.float().flatten(1)
+        mean = (
+            counts.sum(1) / counts.shape[1]
+        )  # not .mean(), which may multiply by 1 / n: of ones it must be 1
+        error = error * (counts / mean.clamp(min=1e-12)[:, None]).view(mask.shape)
+    return error.flatten(1).mean(1)
 
 
 def weighting(kind: LossWeighting, sigma: torch.Tensor, gamma: float = 5.0) -> torch.Tensor:

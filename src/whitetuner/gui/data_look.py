@@ -165,7 +165,7 @@ class Looks:
 
     def _look(self, sections: Sequence[SetOptions], stride_px: int, **more: Any) -> Look:
         for one in sections:
-            for folder in (one.source, *one.conditions):
+            for folder in (one.source, one.mask_dir, *one.conditions):
                 if folder is not None:
                     self.roots.path(str(folder))
         report = check_sets(sections, stride_px, **more)

@@ -3,7 +3,8 @@
 x_t = (1 - sigma) x0 + sigma noise; the model says a velocity; the loss is the squared distance to noise - x0, a mean per
 sample first and over the samples after, so that a sample counts the same in every batch (Lipman et al. 2023, arXiv 2210.02747).
 A data set's loss_weight is a factor of its samples' losses; what they are divided by is the number of samples all the same, as
-for the regularisation pictures of DreamBooth (Ruiz et al. 2022, arXiv 2208.12242, equation 2).
+for the regularisation pictures of DreamBooth (Ruiz et al. 2022, arXiv 2208.12242, equation 2). Of a sample with a mask the
+mean is over what counts.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class StepLoss:
-    """weighted: (B,) float32 with gradient, what is learned from; plain: (B,) without weights, what is shown; sigma: (B,)."""
+    """weighted: (B,) float32 with gradient, what is learned from; plain: (B,) without weights (of a masked sample: over what
+    counts), what is shown; sigma: (B,)."""
 
     weighted: torch.Tensor
     plain: torch.Tensor
@@ -75,7 +77,11 @@ def loss_at(
     assert isinstance(x0, torch.Tensor), "the target's latent is a stacked field"
     x0, sigma, noise = x0.float(), sigma.to(device), noise.to(device)
     prediction = family.predict(modules, part, batch, noisy(x0, noise, sigma), sigma)
-    plain = sample_losses(prediction, velocity(x0, noise))
+    mask = batch.fields.get("mask")
+    if mask is not None:
+        assert isinstance(mask, torch.Tensor), "masks are stacked"
+        mask = mask.view(len(mask), *[1] * (x0.ndim - 3), *mask.shape[1:])
+    plain = sample_losses(prediction, velocity(x0, noise), mask)
     weights = weighting(settings.loss_weighting, sigma, settings.min_snr_gamma) * loss_weight(
         settings.sigmas, sigma
     )
