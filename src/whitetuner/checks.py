@@ -19,6 +19,7 @@ from whitetuner.data.check import CheckReport, caption_files, check_sets
 from whitetuner.data.check_page import write_check_html
 from whitetuner.data.pairs import edit_layout
 from whitetuner.data.scan import Films, SetOptions
+from whitetuner.data.tags import orders_of
 from whitetuner.data.video_folders import holds_videos
 from whitetuner.errors import UserError, UserErrors
 from whitetuner.families import registry
@@ -231,6 +232,7 @@ def _cached(config: Config, family: Family, report: CheckReport) -> list[str]:
             one.size,
             (one.size._replace(frames=1),) if config.model.task == "i2v" else tuple(one.condition_sizes),
             1 if one.film is None else len(one.film.clips),
+            1 + len(_shuffled(one.caption, report.sets[one.set_index].options)),
         )
         for one in report.pictures
         if one.size is not None and one.caption is not None
@@ -238,11 +240,21 @@ def _cached(config: Config, family: Family, report: CheckReport) -> list[str]:
     if not placed:
         return []
     dtype = choose_dtype(config.memory.dtype, choose_device(config.memory.device))
-    each = cache_bytes(family, dtype, [(size, given) for size, given, _ in placed])
-    whole = sum(size * clips for size, (_, _, clips) in zip(each, placed))
-    return [
+    texts = [count for *_, count in placed]
+    shuffled = texts if max(texts) > 1 else ()
+    shapes = [(size, given) for size, given, _, _ in placed]
+    each = cache_bytes(family, dtype, shapes, config.model.task, shuffled)
+    whole = sum(size * clips for size, (_, _, clips, _) in zip(each, placed))
+    told = [
         f"in the cache: at most {max(each) / 1e6:.3g} MB of a picture or clip, {whole / 1e6:.3g} MB in all"
     ]
+    if shuffled:
+        told.append(f"shuffled captions: {sum(texts)} texts are encoded for {len(texts)} captions")
+    return told
+
+
+def _shuffled(caption: str, options: SetOptions) -> tuple[str, ...]:
+    return orders_of(caption, options.caption_shuffles, options.caption_keep)
 
 
 def _enough(config: Config, report: CheckReport) -> list[str]:

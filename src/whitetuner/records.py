@@ -47,6 +47,7 @@ class Item:
                 equal length) visit after visit takes the next. Empty for a picture
     loss_weight: factor of its loss in what is learned, as its data set says
     mask:       what of the target counts; None: all of it
+    orders:     the caption with its tags in other orders; a visit takes the caption or one of them (see data/tags.py)
     """
 
     id: str
@@ -62,6 +63,7 @@ class Item:
     clips: tuple[tuple[int, ...], ...] = ()
     loss_weight: float = 1.0
     mask: Mask | None = None
+    orders: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

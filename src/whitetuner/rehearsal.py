@@ -59,23 +59,35 @@ def rehearse(config: Config, family: Family, *, here: bool = True) -> None:
 
 
 def cache_bytes(
-    family: Family, dtype: torch.dtype, shapes: Sequence[tuple[Size, tuple[Size, ...]]]
+    family: Family,
+    dtype: torch.dtype,
+    shapes: Sequence[tuple[Size, tuple[Size, ...]]],
+    task: str = "",
+    texts: Sequence[int] = (),
 ) -> list[int]:
     """What the cache holds of a sample of each (size, sizes of given pictures), on disk, its text at its longest.
 
-    dtype: that encoders are made in, and so what they say is kept in. Reads headers and config files only.
+    dtype: that encoders are made in, and so what they say is kept in; texts: of each sample, where captions are shuffled in
+    this task. Reads headers and config files only.
     """
     module = family.load(rehearse_module)[family.spec.parts(family.options)[0].name]
     sketch, stride, wide = registry.sketch(family.spec.name), family.stride(), dtype.itemsize
-    found: dict[tuple[Size, tuple[Size, ...]], int] = {}
+    encoders = family.encoders(task) if texts else []
+    spoken = {name for one in encoders if "caption" in one.reads for name in one.fields}
+    found: dict[tuple[Size, tuple[Size, ...]], tuple[int, int]] = {}
     for size, given in shapes:
         if (size, given) not in found:
             fields = sketch.blank(module, family.options, size, stride, given)
-            found[size, given] = sum(
-                one.numel() * (wide if one.is_floating_point() else one.element_size())
-                for one in fields.values()
+            sizes = {
+                name: one.numel() * (wide if one.is_floating_point() else one.element_size())
+                for name, one in fields.items()
+            }
+            found[size, given] = (
+                sum(sizes.values()),
+                sum(many for name, many in sizes.items() if name in spoken),
             )
-    return [found[shape] for shape in shapes]
+    more = [count - 1 for count in texts] or [0] * len(shapes)
+    return [found[shape][0] + extra * found[shape][1] for shape, extra in zip(shapes, more, strict=True)]
 
 
 def check_weights(family: Family) -> None:

@@ -51,6 +51,19 @@ class SetFields(Section):
         le=1,
         description="share of visits with an empty caption; 0.05 to 0.1 keeps guidance (cfg) working",
     )
+    caption_shuffles: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="captions of tags between commas: so many shuffled orders are encoded beside the written one, and every "
+        "visit takes one of all by lot; 0: as written",
+    )
+    caption_keep: int = Field(
+        1,
+        ge=0,
+        le=1000,
+        description="with caption_shuffles: tags at the beginning that stay there (a trigger)",
+    )
     trigger: str | None = Field(None, description="word put before captions that do not hold it")
     resolution: Annotated[int | list[int], AfterValidator(_sides)] = Field(
         1024,

@@ -93,9 +93,9 @@ class Cached:
             found["mask"] = counting(found["mask"], inputs.mask.floor, found["latent"])
         return found
 
-    def sample(self, item: Item, visit: int, uncond: bool = False) -> Sample:
-        """uncond: encoded with an empty caption (build_cache(..., uncond=True) keeps those)."""
-        return Sample(item, visit, self.fields(Inputs.of(item, uncond=uncond, visit=visit)))
+    def sample(self, item: Item, visit: int, uncond: bool = False, order: int = 0) -> Sample:
+        """uncond: encoded with an empty caption (build_cache(..., uncond=True) keeps those); order: see Inputs.of."""
+        return Sample(item, visit, self.fields(Inputs.of(item, uncond=uncond, visit=visit, order=order)))
 
     def shape_key(self, item: Item) -> tuple[object, ...]:
         """Items with equal keys can share a batch: sizes of target and conditions, and shapes of all stacked fields."""
@@ -168,21 +168,19 @@ def build_cache(
         cached.told.append(Told(known.name, len(mine), len(jobs) - len(mine), time.perf_counter() - began))
         left = [key for key in jobs if key not in cached._shapes]
         assert not left, f"{known.name}: {len(left)} inputs were encoded by no rank"
-    if uncond:
-        for item in items:
-            with_text, without = (
-                cached._stacked(Inputs.of(item)),
-                cached._stacked(Inputs.of(item, uncond=True)),
-            )
-            assert with_text == without, (
-                f"a stacked field changes its shape with the caption: {with_text} {without}"
-            )
+    for item in items if uncond else [item for item in items if item.orders]:
+        asked = [Inputs.of(item, order=order) for order in range(1 + len(item.orders))]
+        alike = {
+            cached._stacked(one) for one in (*asked, *([Inputs.of(item, uncond=True)] if uncond else []))
+        }
+        assert len(alike) == 1, f"a stacked field changes its shape with the caption: {alike}"
     return cached
 
 
 def _visits(item: Item, uncond: bool = False) -> list[Inputs]:
-    """All that visits of the item can ask for: one, or its clips in turn."""
-    return [Inputs.of(item, uncond=uncond, visit=visit) for visit in range(max(1, len(item.clips)))]
+    """All that visits of the item can ask for: its clips in turn, its caption in every order."""
+    clips, orders = range(max(1, len(item.clips))), range(1 if uncond else 1 + len(item.orders))
+    return [Inputs.of(item, uncond=uncond, visit=clip, order=order) for clip in clips for order in orders]
 
 
 def _encode(

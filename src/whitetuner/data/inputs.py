@@ -43,10 +43,12 @@ class Inputs:
     mask: Mask | None = None
 
     @classmethod
-    def of(cls, item: Item, *, uncond: bool = False, visit: int = 0) -> Inputs:
-        """uncond: the same with an empty caption, for visits whose text is dropped; visit: chooses among a video's clips."""
+    def of(cls, item: Item, *, uncond: bool = False, visit: int = 0, order: int = 0) -> Inputs:
+        """uncond: the same with an empty caption, for visits whose text is dropped; visit: chooses among a video's clips; order:
+        0: the caption as written, else with its tags in the order of that number.
+        """
         return cls(
-            "" if uncond else item.caption,
+            "" if uncond else (item.caption, *item.orders)[order],
             item.target,
             item.digest,
             item.size,

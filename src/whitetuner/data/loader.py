@@ -48,7 +48,7 @@ class Loader(Iterator[StepBatches]):
     ) -> None:
         self._cached, self._items, self._order, self._sets = cached, items, order, sets
         self._next, self._shares, self._most_ahead = start, shares, ahead
-        self._kept: dict[tuple[int, int, bool], Mapping[str, torch.Tensor]] = {}
+        self._kept: dict[tuple[int, int, bool, int], Mapping[str, torch.Tensor]] = {}
         self._kept_bytes = 0
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._ahead: deque[tuple[list[Future[Batch]], tuple[int, ...]]] = deque()
@@ -82,25 +82,26 @@ class Loader(Iterator[StepBatches]):
             self._ahead.append((futures, portion.sizes))
 
     def read(self, draws: MicroBatch) -> Batch:
-        """One micro-batch, its dropped captions decided by (seed, item, visit)."""
+        """One micro-batch, its dropped and shuffled captions decided by (seed, item, visit)."""
         samples = []
         for number, visit in draws:
             item = self._items[number]
             uncond = drops(self._order.seed, item, visit, self._sets[item.set_index].caption_dropout)
-            samples.append(Sample(item, visit, self._fields(number, visit, uncond)))
+            order = 0 if uncond else chosen_order(self._order.seed, item, visit)
+            samples.append(Sample(item, visit, self._fields(number, visit, uncond, order)))
         return stack(samples, self._cached)
 
-    def _fields(self, number: int, visit: int, uncond: bool) -> Mapping[str, torch.Tensor]:
+    def _fields(self, number: int, visit: int, uncond: bool, order: int) -> Mapping[str, torch.Tensor]:
         """What the encoders said, from the disk or, while there is room, from memory: a small set is read once."""
         item = self._items[number]
         clip = visit % max(1, len(item.clips))
-        kept = self._kept.get((number, clip, uncond))
+        kept = self._kept.get((number, clip, uncond, order))
         if kept is not None:
             return kept
-        fields = self._cached.sample(item, clip, uncond=uncond).fields
+        fields = self._cached.sample(item, clip, uncond=uncond, order=order).fields
         size = sum(tensor.numel() * tensor.element_size() for tensor in fields.values())
         if self._kept_bytes + size <= KEPT_BYTES:
-            self._kept[number, clip, uncond] = fields
+            self._kept[number, clip, uncond, order] = fields
             self._kept_bytes += size
         return fields
 
@@ -110,6 +111,14 @@ def drops(seed: int, item: Item, visit: int, chance: float) -> bool:
     if chance <= 0:
         return False
     return torch.rand((), generator=generator_for(seed, item.id, visit, "caption_dropout")).item() < chance
+
+
+def chosen_order(seed: int, item: Item, visit: int) -> int:
+    """In which order this visit has the caption's tags: 0 as written, n: item.orders[n - 1], all of them equally often."""
+    if not item.orders:
+        return 0
+    generator = generator_for(seed, item.id, visit, "caption_order")
+    return int(torch.randint(1 + len(item.orders), (), generator=generator))
 
 
 def stack(samples: Sequence[Sample], cached: Cached) -> Batch:

@@ -13,6 +13,7 @@ from whitetuner.data.buckets import bucketing, choose, fit
 from whitetuner.data.problems import Problem, merged, refuse
 from whitetuner.data.set_options import SetOptions
 from whitetuner.data.survey import Found, PictureSet, caption_files, survey
+from whitetuner.data.tags import orders_of
 from whitetuner.data.video_clips import ClipRules, Clips, choose_clips, clip_lengths, too_short
 from whitetuner.data.video_folders import content_digests
 from whitetuner.errors import UserError
@@ -114,9 +115,10 @@ def scan(
         if found.probe.times:
             clips, problem = clips_of(found, looked.sets[found.set_index], films, digest)
             problems += [] if problem is None else [problem]
+            options = looked.sets[found.set_index].options
             for of_visit in () if clips is None else by_item(clips, looked.sets[found.set_index].options):
                 one = _clip_item(found, digest, seen[digest], size, of_visit, films)
-                items.append(replace(one, loss_weight=looked.sets[found.set_index].options.loss_weight))
+                items.append(replace(one, loss_weight=options.loss_weight, orders=_orders(found, options)))
                 seen[digest] += 1
             continue
         items.append(
@@ -133,6 +135,7 @@ def scan(
                 set_index=found.set_index,
                 loss_weight=looked.sets[found.set_index].options.loss_weight,
                 mask=_mask(found, looked.sets[found.set_index].options, hashes),
+                orders=_orders(found, looked.sets[found.set_index].options),
             )
         )
         seen[digest] += 1
@@ -144,6 +147,10 @@ def scan(
             mend='lower data.num_frames, or set data.too_short = "pad" to hold the last frame of short ones',
         )
     return Scan(tuple(items), looked.sets, tuple(problem for problem in problems if problem.level != "error"))
+
+
+def _orders(found: Found, options: SetOptions) -> tuple[str, ...]:
+    return orders_of(found.caption or "", options.caption_shuffles, options.caption_keep)
 
 
 def _mask(found: Found, options: SetOptions, hashes: Mapping[Path, str]) -> Mask | None:
@@ -259,8 +266,15 @@ def _set_apart(options: SetOptions) -> list[object]:
 
 
 def _given(item: Item) -> list[object]:
-    """What an edit item, a clip or a masked one has besides; nothing for others, whose digests stay what they were."""
+    """What an item has besides: given pictures, clips, a mask, shuffled captions; nothing for others, whose digests stay what
+    they were."""
+    given: list[object] = []
     if item.clips:
-        return [[item.clips, item.condition_sizes]]
-    given: list[object] = [[item.condition_digests, item.condition_sizes]] if item.conditions else []
-    return given if item.mask is None else [*given, {"mask": item.mask[1:]}]
+        given.append([item.clips, item.condition_sizes])
+    elif item.conditions:
+        given.append([item.condition_digests, item.condition_sizes])
+    if item.mask is not None:
+        given.append({"mask": item.mask[1:]})
+    if item.orders:
+        given.append({"orders": item.orders})
+    return given

@@ -21,7 +21,8 @@ class SetOptions:
     prompt: one caption for all, files are not looked at;
     too_small: what becomes of pictures below the model's least size; condition_resolution: side in pixels of a square of
     the area that conditions are read at, None: the largest resolution; num_frames, fps, clips, clips_per_video, too_short,
-    frames_fps: of videos, see data/video_clips.py (ClipRules); mask_dir, mask_alpha, mask_floor: see data/masks.py
+    frames_fps: of videos, see data/video_clips.py (ClipRules); mask_dir, mask_alpha, mask_floor: see data/masks.py;
+    caption_shuffles, caption_keep: see data/tags.py
     """
 
     images: str | Path | None = None
@@ -40,6 +41,8 @@ class SetOptions:
     repeats: int = 1
     weight: float | None = None
     loss_weight: float = 1.0
+    caption_shuffles: int = 0
+    caption_keep: int = 1
     mask_dir: str | Path | None = None
     mask_alpha: bool = False
     mask_floor: float = 0.1

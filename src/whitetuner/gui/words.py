@@ -28,6 +28,8 @@ _LABELS = {
     "data.prompt": "One prompt for all",
     "data.videos": "Video folder",
     "data.caption_ext": "Caption file ending",
+    "data.caption_shuffles": "Shuffled orders of tags",
+    "data.caption_keep": "Tags that stay first",
     "data.trigger": "Trigger word",
     "data.recursive": "Sub-folders too",
     "data.upscale": "Enlarge small pictures",
