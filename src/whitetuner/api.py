@@ -72,7 +72,7 @@ class Trainer:
         return self._ready().save()
 
     def load_checkpoint(self, path: Path | str = "latest") -> None:
-        """Goes on from a checkpoint of this run ("latest" or its folder); before or instead of `load_models`."""
+        """Goes on from a checkpoint of this run ("latest", "best" or its folder); before or instead of `load_models`."""
         self.close()
         self.resume = str(path)
         self.load_models()

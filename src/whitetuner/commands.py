@@ -82,7 +82,7 @@ def _train(loaded: Loaded, config: Path, resume: str | None, place: Place | None
     return 0
 
 
-def fork(run: Path, at: int | None, overrides: Sequence[str], gpus: str | None, *, start: bool) -> int:
+def fork(run: Path, at: int | str | None, overrides: Sequence[str], gpus: str | None, *, start: bool) -> int:
     """Makes a run that begins at a checkpoint of another, and trains it (unless start is False)."""
     from whitetuner.forking import fork as make
 
@@ -236,6 +236,7 @@ def sample(given: argparse.Namespace) -> int:
     path = drawing.sample(
         given.model,
         adapter=given.adapter,
+        checkpoint=given.checkpoint,
         strength=given.strength,
         prompt=given.prompt,
         negative=given.negative,

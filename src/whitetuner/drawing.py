@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from whitetuner.encoding import card_bytes, encoding_on
 from whitetuner.errors import EXIT_ENVIRONMENT, EXIT_FAILED, UserError, require_text
 from whitetuner.families import registry
 from whitetuner.family import BuildFn, Family, FamilySpec, ModelPaths
+from whitetuner.learned import adapter_files, learned_files, no_run
 from whitetuner.memory.build import Build, rehearse_module
 from whitetuner.memory.phases import PhaseBuild, device_budget
 from whitetuner.models import check_model, check_size, family_of, folder_paths, model_paths, wishes_of
@@ -50,6 +52,7 @@ def sample(
     model: str,
     *,
     adapter: Path | None = None,
+    checkpoint: int | str | None = None,
     strength: float = 1.0,
     prompt: str = "",
     negative: str = "",
@@ -65,6 +68,7 @@ def sample(
     """Draws one picture, or with a video model a clip of so many frames, and writes it.
 
     model: run folder, model folder or builtin:nano; strength: factor of the adapter
+    checkpoint: of a run, instead of its final files: "best", "latest" or a step
     images: given pictures (edit), read as the run's own were; the first one's size is drawn at where none is named.
     In an i2v task the one image is the first frame: a picture, or a video whose first frame is taken.
     A clip goes into an .mp4 (PyAV is needed), or as a contact sheet into a picture file.
@@ -73,15 +77,16 @@ def sample(
     check_place(out)
     for where, text in (("--prompt", prompt), ("--negative", negative)):
         require_text(text, where)
-    subject = subject_of(model, adapter, family_name)
-    family, spec = subject.family, subject.family.spec
+    with TemporaryDirectory() as beside:
+        subject = subject_of(model, adapter, family_name, checkpoint, Path(beside))
+        family, spec = subject.family, subject.family.spec
+        given = {part: load_adapter(file, family.keys) for part, file in subject.adapters.items()}
     variant = spec.variant_of(family.options, family.paths)
     task = task_for(spec, variant, bool(images), subject.trained)
     for text in (prompt, negative):
         refuse_faulty(family, text)
     check_given(images, family, "--image")
     check_weights(family)
-    given = {part: load_adapter(file, family.keys) for part, file in subject.adapters.items()}
     check_fits(family, given, subject.adapters)
     size = size_to_draw(subject, size, frames, images)
     asked = asked_of(subject, (prompt, negative), images, size)
@@ -127,11 +132,22 @@ class Subject:
     encoder_base: str = "auto"
 
 
-def subject_of(model: str, adapter: Path | None, family_name: str | None) -> Subject:
-    """From a run folder or a model folder, and an adapter file. Raises UserError for what is not there or does not fit."""
+def subject_of(
+    model: str,
+    adapter: Path | None,
+    family_name: str | None,
+    checkpoint: int | str | None = None,
+    beside: Path = Path(),
+) -> Subject:
+    """From a run folder or a model folder, and an adapter file. Raises UserError for what is not there or does not fit.
+
+    checkpoint, beside: see `learned_files`
+    """
     run = RunFolder(Path(model))
     if run.is_run():
-        return _of_run(run, adapter)
+        return _of_run(run, adapter, checkpoint, beside)
+    if checkpoint is not None:
+        raise no_run(model)
     paths = folder_paths(model)
     assert paths.folder is not None
     spec = registry.spec(family_name or family_of(paths.folder))
@@ -143,8 +159,8 @@ def subject_of(model: str, adapter: Path | None, family_name: str | None) -> Sub
     return Subject(family, adapter_files(adapter, family), usual, side, side)
 
 
-def _of_run(run: RunFolder, adapter: Path | None) -> Subject:
-    """The run's model, all of it, with the final files of what it learned (or with the file that is given)."""
+def _of_run(run: RunFolder, adapter: Path | None, checkpoint: int | str | None, beside: Path) -> Subject:
+    """The run's model, all of it, with the files of what it learned (or with the file that is given)."""
     config = load_config(run.config_file).config
     spec, given = registry.spec(config.model.family), model_paths(config)
     options, whole = config.model_options(), spec.whole(config.model_options())
@@ -152,11 +168,12 @@ def _of_run(run: RunFolder, adapter: Path | None) -> Subject:
     check_model(spec, family.paths, family.options)
     kind, learned = config.method.kind, spec.parts(registry.load(spec.name, options, family.paths).options)
     files = {} if adapter is None else adapter_files(adapter, family)
-    if adapter is None and kind == "full":
-        own = {part.name: run.final_model(part.name) for part in learned}
-        family = registry.load(spec.name, whole, ModelPaths(given.folder, {**given.single, **own}))
-    elif adapter is None:
-        files = {part.name: run.final_adapter(kind, part.file(kind)) for part in learned}
+    if adapter is None:
+        own = learned_files(run, learned, kind, checkpoint, beside)
+        if kind == "full":
+            family = registry.load(spec.name, whole, ModelPaths(given.folder, {**given.single, **own}))
+        else:
+            files = own
     usual, frames = wishes_of(given.folder).size or spec.default_size, config.data.num_frames
     if frames is not None and spec.frames:
         usual = usual._replace(frames=max(frames) if isinstance(frames, list) else frames)
@@ -228,30 +245,6 @@ def _drawn(
     if drawn[0].convert("RGB").getbbox() is None:  # black all over, as NaN becomes
         check_finite({**modules, "vae": decoder}, scenes[0])
     return drawn
-
-
-def adapter_files(adapter: Path | None, family: Family) -> dict[str, Path]:
-    """Part name -> the file given for it. Of one expert's file the name tells which, and its companion is looked for beside.
-
-    Raises UserError when it cannot be told.
-    """
-    parts = family.spec.parts(family.options)
-    if adapter is None:
-        return {}
-    if len(parts) == 1:
-        return {parts[0].name: adapter}
-    mine = [part for part in parts if part.suffix in adapter.stem]
-    if len(mine) != 1:
-        raise UserError(
-            "which expert this file is for cannot be told from its name",
-            where=f"--adapter {adapter}",
-            mend="name it as it was written, with one of: {suffixes}",
-            suffixes=", ".join(part.suffix for part in parts),
-        )
-    beside = {
-        part.name: adapter.with_name(adapter.name.replace(mine[0].suffix, part.suffix)) for part in parts
-    }
-    return {name: path for name, path in beside.items() if path == adapter or path.is_file()}
 
 
 def check_kind(out: Path, film: bool) -> None:

@@ -12,7 +12,8 @@ from whitetuner.tongue import say
 
 
 def _export(given: argparse.Namespace) -> int:
-    say(file_words.export(given.source, given.target, given.to, given.family, given.dtype))
+    to = (given.target, given.to, given.family, given.dtype)
+    say(file_words.export(given.source, *to, checkpoint=given.checkpoint))
     return 0
 
 

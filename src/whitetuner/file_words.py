@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor
@@ -20,17 +21,39 @@ from whitetuner.checkpoint.export import Exported, export_adapter
 from whitetuner.checkpoint.factor import factors_of
 from whitetuner.checkpoint.inspect import inspect_file
 from whitetuner.checkpoint.plain import deltas_of
+from whitetuner.config.load import load_config
 from whitetuner.denoisers import Denoiser, open_denoiser, plain, write_denoiser
 from whitetuner.errors import UserError
 from whitetuner.families import registry
 from whitetuner.families.part_files import PART_FILES
+from whitetuner.learned import learned_files, no_run
 from whitetuner.memory.weights import read_header
+from whitetuner.models import model_paths
+from whitetuner.runs.folder import RunFolder
 
 Say = Callable[[str], None]
 
 
-def export(source: Path, target: Path, naming: Naming, family: str | None, dtype: str | None) -> str:
-    """An adapter file or a whole denoiser in the names of another program; -> what was done."""
+def export(
+    source: Path,
+    target: Path,
+    naming: Naming,
+    family: str | None,
+    dtype: str | None,
+    *,
+    checkpoint: int | str | None = None,
+) -> str:
+    """An adapter file or a whole denoiser in the names of another program; -> what was done.
+
+    source: file or folder, or a run's folder: then what it has learned, in the end or (checkpoint) at "best", "latest", a step
+    """
+    run = RunFolder(source)
+    if run.is_run():
+        with TemporaryDirectory() as beside:
+            learned = _learned(run, checkpoint, Path(beside))
+            return export(learned, target, naming, family, dtype)
+    if checkpoint is not None:
+        raise no_run(str(source))
     _apart(target, source)
     found = {} if source.is_dir() else inspect_file(source, registry.keymaps())
     if found.get("what") == "adapter":
@@ -54,6 +77,21 @@ def export(source: Path, target: Path, naming: Naming, family: str | None, dtype
     return (
         f"wrote {done_model.path} ({naming} layout, {done_model.known} of {done_model.tensors} names known)"
     )
+
+
+def _learned(run: RunFolder, checkpoint: int | str | None, beside: Path) -> Path:
+    config = load_config(run.config_file).config
+    options = config.model_options()
+    family = registry.load(config.model.family, options, model_paths(config))
+    parts = registry.spec(config.model.family).parts(family.options)
+    if len(parts) > 1:
+        raise UserError(
+            "one file is asked for, and this run has one for each expert",
+            where=str(run.path),
+            mend="export them one by one: {files}",
+            files=", ".join(f"{config.method.kind}/{part.file(config.method.kind)}" for part in parts),
+        )
+    return learned_files(run, parts, config.method.kind, checkpoint, beside)[parts[0].name]
 
 
 def merge(base: Path, adapter: Path, target: Path, strength: float, dtype: str | None, part: str) -> str:

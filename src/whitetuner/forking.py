@@ -12,28 +12,28 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from whitetuner.checkpoint.store import Checkpoint, Store, read
+from whitetuner.checkpoint.store import Store
 from whitetuner.config.load import Loaded, dump_config, load_config
-from whitetuner.config.migrate import CONFIG_FORMAT, refuse_newer
 from whitetuner.config.resume import check_fork
-from whitetuner.errors import EXIT_FAILED, UserError
+from whitetuner.errors import UserError
+from whitetuner.resuming import checkpoint_at
 from whitetuner.runs.folder import RunFolder
 
 #: What `auto` came to in the other run and hangs on data and noise: the new run finds its own.
 _NOT_TAKEN = ("data_hash", "shift", "items", "sizes", "batches_per_epoch", "steps")
 
 
-def fork(run: Path, at: int | None, overrides: Sequence[str] = ()) -> tuple[Loaded, list[str]]:
+def fork(run: Path, at: int | str | None, overrides: Sequence[str] = ()) -> tuple[Loaded, list[str]]:
     """Makes the new run's folder, ready for `--resume latest`; (its config, what was changed in words).
 
-    run: the other run's folder; at: the step of one of its checkpoints, None: the newest; overrides: as of --set; without
-    run.name the name is the other's with -fork-STEP.
+    run: the other run's folder; at: see `checkpoint_at`; overrides: as of --set; without run.name the name is the other's with
+    -fork-STEP.
     Raises UserError for no such checkpoint, a damaged one, changes that a checkpoint cannot take, a folder that is in use.
     """
     source = RunFolder(run)
     source.require()
     document = source.document()
-    found = _checkpoint(source, str(document["run_id"]), at)
+    found = checkpoint_at(source, at, "--at")
     given = {one.partition("=")[0].strip() for one in overrides}
     # Beside the other run, wherever this is typed. JSON's texts are TOML's, backslashes of Windows included.
     own = {"run.name": _free(run, found.step), "run.output_dir": str(run.parent)}
@@ -72,36 +72,6 @@ def fork(run: Path, at: int | None, overrides: Sequence[str] = ()) -> tuple[Load
             resolved=resolved,
         )
     return replace(loaded, path=folder.config_file), changed
-
-
-def _checkpoint(source: RunFolder, run_id: str, at: int | None) -> Checkpoint:
-    store = Store(source.checkpoints, run_id, 0)
-    there = [int(path.name.rpartition("-")[2]) for path in store.found()]
-    if not there:
-        raise UserError(
-            "this run has saved nothing yet",
-            where=str(source.path),
-            mend="let it reach its first checkpoint (save.every), then fork it",
-        )
-    step = there[-1] if at is None else at
-    if step not in there:
-        raise UserError(
-            "there is no checkpoint of step {step}",
-            where="--at",
-            mend="this run has: {there}",
-            step=step,
-            there=", ".join(map(str, there)),
-        )
-    found = read(source.checkpoints / f"checkpoint-{step}", run_id)
-    if not isinstance(found.state.get("config"), dict):
-        raise UserError(
-            "the checkpoint does not tell the config it was trained with",
-            where=str(found.path),
-            mend="it is damaged; give --at another step",
-            code=EXIT_FAILED,
-        )
-    refuse_newer(found.state.get(CONFIG_FORMAT, 1), str(found.path))
-    return found
 
 
 def _free(run: Path, step: int) -> str:

@@ -117,7 +117,9 @@ def make_parser() -> argparse.ArgumentParser:
     train = add("train", "train")
     train.add_argument("config", type=Path)
     train.add_argument(
-        "--resume", metavar="latest|DIR", help="go on from the newest checkpoint, or from this one"
+        "--resume",
+        metavar="latest|best|DIR",
+        help="go on from the newest checkpoint, from the one of the least held-out loss, or from this one",
     )
     train.add_argument(
         "--gpus",
@@ -129,7 +131,10 @@ def make_parser() -> argparse.ArgumentParser:
     fork = add("fork", "begin another run at a checkpoint of a run, with changed settings")
     fork.add_argument("run_folder", type=Path, metavar="RUN")
     fork.add_argument(
-        "--at", type=int, metavar="STEP", help="of one of its checkpoints (default: the newest)"
+        "--at",
+        type=_step_or_name,
+        metavar="STEP|latest|best",
+        help="one of its checkpoints (default: the newest)",
     )
     fork.add_argument("--gpus", help="as for train")
     fork.add_argument("--no-start", action="store_true", help="make the folder, do not train yet")
@@ -165,6 +170,12 @@ def make_parser() -> argparse.ArgumentParser:
     sample = add("sample", "draw with a model, a model and an adapter file, or a run")
     sample.add_argument("model", metavar="RUN_OR_MODEL", help="run folder, model folder or builtin:nano")
     sample.add_argument("--adapter", type=Path)
+    sample.add_argument(
+        "--checkpoint",
+        type=_step_or_name,
+        metavar="best|latest|STEP",
+        help="of a run, instead of its final files",
+    )
     sample.add_argument("--strength", type=float, default=1.0)
     sample.add_argument("--prompt", default="")
     sample.add_argument("--negative", default="")
@@ -241,7 +252,18 @@ def _files(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
     namings, kinds = ("comfyui", "diffusers", "lycoris"), ("fp32", "bf16", "fp16")
 
     export = add("export", "write an adapter or a whole model in the names of another program")
-    export.add_argument("source", type=Path, metavar="IN", help="adapter file, model file or model folder")
+    export.add_argument(
+        "source",
+        type=Path,
+        metavar="IN",
+        help="adapter file, model file or model folder; a run's folder: what it has learned",
+    )
+    export.add_argument(
+        "--checkpoint",
+        type=_step_or_name,
+        metavar="best|latest|STEP",
+        help="of a run, instead of its final files",
+    )
     export.add_argument(
         "target", type=Path, metavar="OUT", help="file; --to diffusers: for a model a folder, too"
     )
@@ -287,6 +309,16 @@ def _files(add: Callable[[str, str], argparse.ArgumentParser]) -> None:
     inspect = add("inspect", "say what a safetensors file is, and which programs load it")
     inspect.add_argument("file", type=Path)
     inspect.add_argument("--json", action="store_true")
+
+
+def _step_or_name(text: str) -> int | str:
+    """Of a checkpoint: a step, or a word for one."""
+    if text in ("latest", "best"):
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a step nor latest nor best") from None
 
 
 def _settings(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from whitetuner import sharing
 from whitetuner.assemble import assemble, step_settings
-from whitetuner.between import is_due, previews_of, shared_previews, validation_of
+from whitetuner.between import is_due, previews_of, shared_previews
 from whitetuner.checkpoint.store import Store
 from whitetuner.config.load import Loaded, dump_config
 from whitetuner.data.loader import Loader
@@ -36,6 +36,7 @@ from whitetuner.signals import Signals, Stopped
 from whitetuner.train.distributed import Ranks
 from whitetuner.train.loop import ALONE, Hooks, LoopSettings, train
 from whitetuner.train.optim import lr_factor
+from whitetuner.validating import Validating
 
 #: Seconds between progress events: ten thousand pictures must not make ten thousand lines.
 PROGRESS_EVERY_S = 0.25
@@ -91,6 +92,7 @@ class Session:
         self.build = phase_build(loaded.config, resolved, lambda text: self._message("info", text))
         self.decoder: torch.nn.Module | None = None
         self.board: Board | None = None
+        self.validating: Validating | None = None
         self.step = 0
         self.begun = False
         self._closing = ExitStack()
@@ -261,8 +263,10 @@ class Session:
             self._closing.callback(self.board.close)
         self.tell(events.Phase(name="train", total=self.data.steps))
         self._began_at = self.step
-        if self.step == 0 and self.takes_part and config.validation.every:
-            self._validate(0)
+        if self.takes_part:
+            where = (self.data, self.folder, self.device, self.company, self.tell)
+            self.validating = Validating(config, self.family, self.team, *where)
+            self.validating.begin(self.step)
         if self.step == 0 and config.preview.every and config.preview.at_start:
             self._preview(0, of_all=True)
 
@@ -321,8 +325,8 @@ class Session:
 
     def _due(self, step: int, due: Callable[[int], bool]) -> None:
         config, asked = self.config, lambda word: self.company.from_first(partial(self.folder.take, word))
-        if due(config.validation.every):
-            self._validate(step)
+        if self.validating is not None and self.validating.due(step):
+            self.validating.now(step)
         if asked("preview") or due(config.preview.every):
             self._preview(step, of_all=due(config.preview.every))
         if asked("save") or due(config.save.every) or step == self.data.steps:
@@ -335,18 +339,12 @@ class Session:
         if not self.ranks.first:
             return self.folder.path
         self.folder.sync_events()
-        path = self.store.save(self.step, tensors, documents, self.loaded.state(), self.loaded.metadata())
+        measured = {} if self.validating is None else self.validating.held_out_loss(self.step)
+        state = {**self.loaded.state(), **measured}
+        path = self.store.save(self.step, tensors, documents, state, self.loaded.metadata())
         where = path.relative_to(self.folder.path).as_posix()
         self.tell(events.Saved(step=self.step, path=where, seconds=time.perf_counter() - began))
         return path
-
-    def _validate(self, step: int) -> None:
-        count = self.config.validation.sigmas
-        settings = partial(step_settings, self.config, self.data.shift)
-        where = (self.data, settings, count, self.device, self.company)
-        event = validation_of(step, self.family, self.team, *where)
-        if event is not None:
-            self.tell(event)
 
     def _preview(self, step: int, of_all: bool) -> None:
         """of_all: all ranks know of it, and replicas draw a share each."""
@@ -393,5 +391,7 @@ class Session:
         self.folder.append(event)
         for listener in self.listeners:
             listener(event)
+        if self.validating is not None:
+            self.validating.hear(event)
         if self.board is not None:
             self.board(event)

@@ -7,13 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from whitetuner.checkpoint.store import STATE_FILE, Checkpoint, Store, read
+from whitetuner.checkpoint.store import Checkpoint, Store, read
 from whitetuner.config.migrate import CONFIG_FORMAT, refuse_newer
 from whitetuner.config.resume import check_resume
 from whitetuner.config.schema import Config
 from whitetuner.errors import EXIT_FAILED, UserError
 from whitetuner.runs import events
+from whitetuner.runs.best import STATE_FILE, measured
 from whitetuner.runs.folder import RunFolder
+
+#: Words that stand for one of a run's own checkpoints.
+NAMED = ("latest", "best")
 
 
 def find_checkpoint(
@@ -21,13 +25,16 @@ def find_checkpoint(
 ) -> tuple[Checkpoint | None, list[events.Event]]:
     """(the checkpoint, None where nothing is saved yet; what is to be said of it).
 
-    resume: "latest" or a checkpoint's folder; earlier: run.json as it is, empty for a new run
+    resume: "latest", "best" or a checkpoint's folder; earlier: run.json as it is, empty for a new run
     Raises UserError for no checkpoint, a damaged one, another run's, and for changes of the config that a resume cannot take.
     """
     told: list[events.Event] = []
-    if resume == "latest":
+    if resume in NAMED:
         store = Store(folder.checkpoints, earlier.get("run_id", ""), config.save.keep)
-        found = store.latest(lambda error: told.append(events.Message(level="warning", text=str(error))))
+        look = store.best if resume == "best" else store.latest
+        found = look(lambda error: told.append(events.Message(level="warning", text=str(error))))
+        if found is None and resume == "best" and store.found():
+            raise none_measured(str(folder.path), "--resume latest")
         if found is None:
             told.append(
                 events.Message(level="info", text="nothing is saved in this folder yet: the run starts anew")
@@ -52,6 +59,55 @@ def find_checkpoint(
     refuse_newer(found.state.get(CONFIG_FORMAT, 1), str(found.path))
     told += [events.Message(level="info", text=text) for text in check_resume(before, config)]
     return found, told
+
+
+def checkpoint_at(run: RunFolder, at: int | str | None, where: str) -> Checkpoint:
+    """One checkpoint of a run, whole. at: its step, or "best"; None or "latest": the newest. where: what named it.
+
+    Raises UserError for none, or a damaged one.
+    """
+    run_id = str(run.document()["run_id"])
+    there = [int(path.name.rpartition("-")[2]) for path in Store(run.checkpoints, run_id, 0).found()]
+    if not there:
+        raise UserError(
+            "this run has saved nothing yet",
+            where=str(run.path),
+            mend="let it reach its first checkpoint (save.every)",
+        )
+    step = there[-1] if at in (None, "latest") else at
+    if at == "best":
+        best = next(iter(measured(run.checkpoints, run_id)), None)
+        if best is None:
+            raise none_measured(str(run.path), f"{where} {there[-1]}")
+        step = best.step
+    if step not in there:
+        raise UserError(
+            "there is no checkpoint of step {step}",
+            where=where,
+            mend="this run has: {there}",
+            step=step,
+            there=", ".join(map(str, there)),
+        )
+    found = read(run.checkpoints / f"checkpoint-{step}", run_id)
+    if not isinstance(found.state.get("config"), dict):
+        raise UserError(
+            "the checkpoint does not tell the config it was trained with",
+            where=str(found.path),
+            mend="it is damaged; take another step",
+            code=EXIT_FAILED,
+        )
+    refuse_newer(found.state.get(CONFIG_FORMAT, 1), str(found.path))
+    return found
+
+
+def none_measured(where: str, instead: str) -> UserError:
+    """That "best" stands for nothing here. instead: what to give."""
+    return UserError(
+        "no checkpoint of this run was measured on held-out pictures, so none is the best",
+        where=where,
+        mend="give {instead}; a run with validation.share = 0.1 (or more) measures those that are saved where it validates",
+        instead=instead,
+    )
 
 
 def _named(resume: str, folder: RunFolder) -> Path:

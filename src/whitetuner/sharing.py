@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from whitetuner.checkpoint.store import STATE_FILE, Checkpoint, read
+from whitetuner.checkpoint.store import Checkpoint, read
 from whitetuner.config.full import refuse_wrong_full
 from whitetuner.config.landed import refuse_not_landed
 from whitetuner.config.load import differences
@@ -29,6 +29,7 @@ from whitetuner.prepared import Progress, data_hash, find_items
 from whitetuner.resolve import Resolved
 from whitetuner.resuming import find_checkpoint
 from whitetuner.runs import events
+from whitetuner.runs.best import STATE_FILE
 from whitetuner.runs.folder import RunFolder
 from whitetuner.train.distributed import Ranks
 from whitetuner.train.team import Team

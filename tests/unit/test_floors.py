@@ -38,6 +38,8 @@ FLOORS = [
         "final_notes",
         "resolve",
         "resuming",
+        "learned",
+        "validating",
         "forking",
         "checks",
         "models",

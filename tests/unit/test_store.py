@@ -6,13 +6,17 @@ import json
 import os
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from whitetuner.checkpoint import store as store_module
 from whitetuner.checkpoint.store import DamagedCheckpoint, Store, read
 from whitetuner.errors import UserError
+from whitetuner.runs.best import HELD_OUT_LOSS, POINTER, measured
 
 
 def tensors(step: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -23,10 +27,75 @@ def tensors(step: int) -> dict[str, dict[str, torch.Tensor]]:
     }
 
 
-def save(store: Store, step: int) -> Path:
-    return store.save(
-        step, tensors(step), {"accelerate_state/optimizer.json": {"step": step}}, {"config": {"a": 1}}
-    )
+def save(store: Store, step: int, loss: float | None = None) -> Path:
+    state = {"config": {"a": 1}, HELD_OUT_LOSS: loss}
+    return store.save(step, tensors(step), {"accelerate_state/optimizer.json": {"step": step}}, state)
+
+
+def pointed(folder: Path) -> int | None:
+    """The step that best.json names, which must be there and whole."""
+    if not (folder / POINTER).is_file():
+        return None
+    facts = json.loads((folder / POINTER).read_text(encoding="utf-8"))
+    found = read(folder / facts["path"], "run")
+    assert found.step == facts["step"] and found.state[HELD_OUT_LOSS] == facts[HELD_OUT_LOSS]
+    return found.step
+
+
+def failing(error: UserError) -> None:
+    pytest.fail(str(error))
+
+
+LOSSES = st.lists(
+    st.one_of(st.none(), st.sampled_from([0.1, 0.2, 0.3, float("nan")]), st.floats(0, 1)),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(LOSSES, st.integers(0, 3))
+def test_the_best_and_the_newest_stay_whatever_was_measured(losses: list[float | None], keep: int) -> None:
+    """After every save: the least loss of all that was ever saved (the first of equals) is there, pointed at and found; beside
+    it so many of the newest as `keep` says."""
+    with TemporaryDirectory() as place:
+        store = Store(Path(place), "run", keep)
+        for step, loss in enumerate(losses, 1):
+            save(store, step, loss)
+            known = [(one, at) for at, one in enumerate(losses[:step], 1) if one is not None and one == one]
+            best = min(known)[1] if known else None
+            found = store.best(failing)
+            assert (None if found is None else found.step) == best == pointed(Path(place))
+            newest = set(range(1, step + 1) if keep == 0 else range(max(1, step - keep + 1), step + 1))
+            there = {int(path.name.rpartition("-")[2]) for path in store.found()}
+            assert there == newest | ({best} if best else set())
+
+
+def test_best_is_of_this_run_and_a_damaged_one_is_passed_over(tmp_path: Path) -> None:
+    save(Store(tmp_path, "other", 0), 1, 0.01)
+    store = Store(tmp_path, "run", 0)
+    assert store.best(failing) is None
+    for step, loss in ((2, 0.3), (3, 0.1), (4, 0.2)):
+        save(store, step, loss)
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-5" / "training_state.json").write_text("[" * 100_000, encoding="utf-8")
+    assert [one.step for one in measured(tmp_path, "run")] == [3, 4, 2]
+    os.truncate(tmp_path / "checkpoint-3" / "lokr" / "lokr.safetensors", 10)
+    told: list[UserError] = []
+    found = store.best(told.append)
+    assert found is not None and found.step == 4 and "torn" in str(told[0])
+
+
+def test_going_back_points_at_the_best_that_is_left_and_a_fork_knows_none(tmp_path: Path) -> None:
+    store = Store(tmp_path / "run", "run", 0)
+    for step, loss in ((1, 0.3), (2, 0.2), (3, 0.1)):
+        save(store, step, loss)
+    assert pointed(tmp_path / "run") == 3
+    store.set_aside_after(2)
+    assert pointed(tmp_path / "run") == 2
+    other = Store(tmp_path / "fork", "fork", 0)
+    other.adopt(read(tmp_path / "run" / "checkpoint-2"), {"config": {}}, {})
+    assert other.best(failing) is None and not (tmp_path / "fork" / POINTER).exists()
 
 
 def test_what_is_saved_is_read_back_to_the_bit(tmp_path: Path) -> None:
@@ -143,7 +212,8 @@ def test_left_overs_of_an_interrupted_save_are_swept_and_never_read(tmp_path: Pa
 def test_every_way_to_be_killed_while_saving_leaves_a_whole_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each call that touches the disk raises in turn, as a kill would end it; the newest whole one is always found."""
+    """Each call that touches the disk raises in turn, as a kill would end it; the newest whole one is always found, and so is the
+    best, which best.json names a step late at most, until the run goes on."""
 
     class Killed(BaseException):
         pass
@@ -170,14 +240,21 @@ def test_every_way_to_be_killed_while_saving_leaves_a_whole_checkpoint(
         folder = tmp_path / str(at)
         store = Store(folder, "run", keep=1)
         calls.update(n=0, at=0)
-        save(store, 1)
+        save(store, 1, 0.2)
+        save(store, 2, 0.3)
         calls.update(n=0, at=at)
+        newest_loss = 0.1 if at % 2 else 0.4
         try:
-            save(store, 2)
+            save(store, 3, newest_loss)
         except Killed:
             calls.update(n=0, at=0)
-            found = Store(folder, "run", keep=1).latest(lambda error: pytest.fail(str(error)))
-            assert found is not None and found.step in (1, 2)
+            again = Store(folder, "run", keep=1)
+            found, best = again.latest(failing), again.best(failing)
+            assert found is not None and found.step in (2, 3)
+            assert best is not None and best.step == (3 if found.step == 3 and newest_loss < 0.2 else 1)
+            assert pointed(folder) in (1, best.step)
+            again.set_aside_after(found.step)
+            assert pointed(folder) == best.step
             continue
         break
     assert at > 8  # the kill really came at many places

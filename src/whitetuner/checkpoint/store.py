@@ -27,8 +27,8 @@ from whitetuner.checkpoint.tensorfile import write_whole
 from whitetuner.errors import EXIT_FAILED, FULL, UserError
 from whitetuner.memory.relaid import entries_of
 from whitetuner.memory.weights import read_header
+from whitetuner.runs.best import HELD_OUT_LOSS, POINTER, STATE_FILE, measured, point_at_best, state_of
 
-STATE_FILE = "training_state.json"
 FORMAT = 1
 #: Key of the document's hash over all its other values.
 OWN_HASH = "sha256"
@@ -75,7 +75,8 @@ class DamagedCheckpoint(UserError):
 class Store:
     """The checkpoints of one run.
 
-    folder: OUTPUT/NAME/checkpoints; run_id: only checkpoints of this run are counted and rotated; keep: how many stay (0: all)
+    folder: OUTPUT/NAME/checkpoints; run_id: only checkpoints of this run are counted and rotated; keep: how many of the newest
+    stay (0: all), and beside them the best
     """
 
     def __init__(self, folder: Path, run_id: str, keep: int) -> None:
@@ -89,8 +90,9 @@ class Store:
         state: Mapping[str, Any],
         metadata: Mapping[str, str] | None = None,
     ) -> Path:
-        """Writes checkpoint-STEP atomically, then removes the oldest beyond `keep`.
+        """Writes checkpoint-STEP atomically, then removes the oldest beyond `keep`, never the best.
 
+        state: more of its state document; HELD_OUT_LOSS there: the loss on held-out pictures at this step, or None
         Raises UserError (exit code 1) when the disk is full or not writable; what was saved before stays as it was.
         """
         final, temporary = self.folder / f"checkpoint-{step}", self.folder / f".checkpoint-{step}.writing"
@@ -130,6 +132,7 @@ class Store:
             temporary.rename(final)
             _sync(self.folder)
             shutil.rmtree(replaced, ignore_errors=True)
+            point_at_best(self.folder, self.run_id)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             if _is_disk_full(error):
@@ -155,6 +158,7 @@ class Store:
     def adopt(self, checkpoint: Checkpoint, state: Mapping[str, Any], metadata: Mapping[str, str]) -> Path:
         """A copy of another run's checkpoint, from now on this run's; state: what of its state document is another now.
 
+        What the other run measured is none of this one's, whose pictures and noise may be others.
         Raises UserError as `save`.
         """
         kept = {
@@ -163,7 +167,11 @@ class Store:
             if key not in ("files", "run_id", "format", "step", OWN_HASH)
         }
         return self.save(
-            checkpoint.step, checkpoint.tensors, checkpoint.documents, {**kept, **state}, metadata
+            checkpoint.step,
+            checkpoint.tensors,
+            checkpoint.documents,
+            {**kept, HELD_OUT_LOSS: None, **state},
+            metadata,
         )
 
     def found(self) -> list[Path]:
@@ -185,6 +193,15 @@ class Store:
                 warn(error)
         return None
 
+    def best(self, warn: Callable[[UserError], None]) -> Checkpoint | None:
+        """The whole checkpoint with the least held-out loss; damaged ones as in `latest`. None if none was measured."""
+        for one in measured(self.folder, self.run_id):
+            try:
+                return read(one.path, self.run_id)
+            except DamagedCheckpoint as error:
+                warn(error)
+        return None
+
     def set_aside_after(self, step: int) -> list[Path]:
         """Renames this run's checkpoints beyond `step`: a run that goes on from an earlier one leaves them behind, and
         "latest" must not come back to them. Nothing is deleted. Returns their new places.
@@ -199,13 +216,17 @@ class Store:
                     number += 1
                 path.rename(target)
                 moved.append(target)
+        point_at_best(self.folder, self.run_id)
         return moved
 
     def _rotate(self, newest: Path) -> None:
         if self.keep <= 0:
             return
         own = [path for path in self.found() if path != newest and _run_id(path) == self.run_id]
+        best = [one.path for one in measured(self.folder, self.run_id)[:1]]
         for path in own[: max(0, len(own) - (self.keep - 1))]:
+            if path in best:
+                continue
             gone = path.with_name(f".{path.name}.removing")
             path.rename(
                 gone
@@ -214,6 +235,8 @@ class Store:
 
     def _sweep(self) -> None:
         """Removes what an interrupted save or rotation left."""
+        for path in self.folder.glob(f".{POINTER}.*.writing"):
+            path.unlink(missing_ok=True)
         for path in self.folder.glob(".checkpoint-*"):
             if path.suffix in (".writing", ".replaced", ".removing"):
                 shutil.rmtree(path, ignore_errors=True)
@@ -280,10 +303,7 @@ def _own_hash(state: Mapping[str, Any]) -> str:
 
 
 def _run_id(path: Path) -> str | None:
-    try:
-        return json.loads((path / STATE_FILE).read_text(encoding="utf-8")).get("run_id")
-    except (OSError, ValueError, AttributeError):
-        return None  # not one of ours to count or remove
+    return state_of(path).get("run_id")  # None: not one of ours to count or remove
 
 
 def _sha256(path: Path) -> str:

@@ -32,7 +32,9 @@ class Run(Section):
     epochs: int | None = Field(
         None, ge=1, le=1_000_000, description="passes over the data sets, instead of steps"
     )
-    resume: PathText | None = Field(None, description='"latest" or a checkpoint folder: go on from there')
+    resume: PathText | None = Field(
+        None, description='"latest", "best" or a checkpoint folder: go on from there'
+    )
 
     @field_validator("name")
     @classmethod
@@ -150,7 +152,9 @@ class Save(Section):
     """[save]: checkpoints and final files."""
 
     every: int = Field(500, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep: int = Field(5, ge=0, description="checkpoints that stay, the newest; 0: all")
+    keep: int = Field(
+        5, ge=0, description="checkpoints that stay, the newest, and beside them the best; 0: all"
+    )
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="of the final files; bf16: half the size")
 
 
@@ -190,7 +194,11 @@ class Preview(Section):
 class Validation(Section):
     """[validation]: the loss at fixed noise and noise levels, so that only learning moves it."""
 
-    every: int = Field(250, ge=0, description="steps between validations; 0: none")
+    every: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
+        "auto",
+        description="steps between validations; auto: as often as 3 % of the time allow, at saved steps (measured once, in the "
+        "first steps); 0: none",
+    )
     share: float = Field(
         0.0,
         ge=0,

@@ -279,7 +279,7 @@ def _of_path(field: FormField, key: str, values: Mapping[str, Any]) -> list[tupl
         for one in given
         if isinstance(one, str)
         and one
-        and not (one.startswith("builtin:") or (key == "run.resume" and one == "latest"))
+        and not (one.startswith("builtin:") or (key == "run.resume" and one in ("latest", "best")))
     ]
 
 

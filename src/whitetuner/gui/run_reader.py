@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from whitetuner.errors import UserError
 from whitetuner.runs import events
+from whitetuner.runs.best import measured
 from whitetuner.runs.console import duration, phase
 from whitetuner.runs.curves import smooth
 from whitetuner.runs.folder import RunFolder
@@ -55,6 +57,7 @@ class Reader:
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
         self._lock = threading.Lock()
+        self._best: tuple[int, int | None] | None = None
         self._clear()
 
     def _clear(self) -> None:
@@ -199,9 +202,15 @@ class Reader:
         return {"step": found["step"], "smooth": found["smooth"]}
 
     def best(self) -> int | None:
-        """The saved step with the least validation loss on pictures that are not trained on; None without such a measure."""
-        measured = {s: one.loss for s, one in self.validations.items() if one.held_out and s in self.saved}
-        return min(measured, key=lambda step: measured[step]) if measured else None
+        """The step of the best checkpoint (runs/best.py), None where none was measured; looked for when one comes or goes."""
+        try:
+            changed = self.folder.checkpoints.stat().st_mtime_ns
+            if self._best is None or self._best[0] != changed:
+                found = measured(self.folder.checkpoints, self.folder.document()["run_id"])
+                self._best = (changed, found[0].step if found else None)
+        except (UserError, OSError):  # nothing is saved yet, or may not be read
+            return None
+        return self._best[1]
 
 
 def log_lines(file: Path, most: int = LINES, block: int = 1 << 16) -> list[str]:

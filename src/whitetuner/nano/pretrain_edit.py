@@ -147,7 +147,8 @@ def _encoded(pipeline: Flux2KleinPipeline, count: int, seed: int) -> dict[str, T
     said = instructions()
     number = {words: i for i, words in enumerate(said)}
     rng = np.random.default_rng((seed, 2))
-    drawn, pairs = [], []
+    drawn: list[Scene] = []
+    pairs = []
     for scene, _ in zip(scenes(seed + 1), range(count), strict=False):
         ways = [edited(scene, kind, rng) for kind in KINDS]
         at = len(drawn)

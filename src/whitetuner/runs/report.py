@@ -15,6 +15,7 @@ from markupsafe import Markup
 from PIL import Image, UnidentifiedImageError
 
 from whitetuner.runs import events
+from whitetuner.runs.best import measured
 from whitetuner.runs.console import duration
 from whitetuner.runs.curves import Line, chart, smooth, thin
 from whitetuner.runs.files import inside, write_atomically
@@ -61,7 +62,7 @@ def write_report(path: Path, status: str | None = None) -> Path:
         status=STATUS[status or folder.status()],
         began=_clock(document["began"]) if "began" in document else "",
         random=document.get("resolved", {}).get("random_weights", False),
-        facts=_facts(steps, validation),
+        facts=[*_facts(steps, validation), *_best(folder, document)],
         failure=last.reason if isinstance(last, events.Failed) else "",
         loss=_loss(
             steps,
@@ -114,6 +115,19 @@ def _facts(
     if gap is not None:
         facts.append(("training minus validation", "训练损失减验证损失", f"{gap:+.4f}"))
     return facts
+
+
+def _best(folder: RunFolder, document: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """A tile for the best checkpoint; none where none was measured."""
+    found = measured(folder.checkpoints, str(document.get("run_id")))[:1]
+    return [
+        (
+            f"best checkpoint, held-out loss {one.loss:.4f}",
+            f"最佳检查点，验证损失 {one.loss:.4f}",
+            one.path.name,
+        )
+        for one in found
+    ]
 
 
 def _gap(steps: Sequence[events.StepDone], validation: Sequence[events.Validation]) -> float | None:

@@ -203,7 +203,8 @@ class Learner:
         documents = {f"{self._state('optimizer')}.json": scalars}
         if self.ema is not None:
             files[f"{self._state('ema')}.safetensors"] = self.ema.state_tensors()
-            documents[f"{self._state('ema')}.json"] = {"updates": self.ema.updates}
+            names = [name for name, _ in self.named_parameters()]
+            documents[f"{self._state('ema')}.json"] = {"updates": self.ema.updates, "names": names}
         return files, documents
 
     @property
