@@ -5,6 +5,11 @@ layers differs: White Tuner's LoRA and LoKr, PEFT's LoRA and LoKr, lycoris-lora'
 layers. A rival begins as its library begins it (from the same seed), or, "our start", with the very numbers that ours has.
 Layers this small say nothing about time: benchmarks/cpu/adapter_layer.py times them at real width.
 
+With DIFFUSERS_DIR, the folder of a diffusers checkout, its examples/dreambooth/train_dreambooth_lora_flux2_klein.py is one
+more: its own loop, layers and optimizer over the same model and pictures (both sets in equal parts), at our rank, rate, batch,
+steps, caption dropout, warm-up and noise levels. It knows no average of the weights, and holds no pictures out. Seen with
+commit 58eb52c.
+
     python -m benchmarks.learning.rivals [--seeds 3] [--steps 200] [--concept zorp|duo|nook] [--minutes 15]
 
 The table may be killed and goes on; `python -m benchmarks.learning.laboratory --write-docs` shows it.
@@ -13,10 +18,14 @@ The table may be killed and goes on; `python -m benchmarks.learning.laboratory -
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +39,8 @@ from torch import Tensor, nn
 
 from whitetuner import recipe
 from whitetuner.adapters.attach import Adapter
+from whitetuner.errors import UserError
+from whitetuner.nano.builtin import MAX_SEQUENCE_LENGTH, builtin_path
 from whitetuner.rehearsal import optimizer_for
 from whitetuner.train.ema import Ema
 from whitetuner.train.learner import Learner
@@ -106,6 +117,89 @@ RIVALS = {
 }
 
 
+SCRIPT = "LoRA 16: diffusers' script"
+_SCRIPT_FILE = "examples/dreambooth/train_dreambooth_lora_flux2_klein.py"
+
+
+def cells() -> dict[str, dict[str, Any]]:
+    """The script is a cell where its checkout is named."""
+    found = {name: rival.told() for name, rival in RIVALS.items()}
+    if "DIFFUSERS_DIR" in os.environ:
+        found[SCRIPT] = {**_LORA, "adapter": "the script's own loop"}
+    return found
+
+
+def script_words(lesson: Lesson, seed: int, out: Path) -> list[str]:
+    """What the script is told. Its noise level is 1 - u of a logit-normal u: the mean's sign is the other way round.
+
+    Its text layers are not the released pipeline's (10, 20, 30 by default), so they are given.
+    """
+    config = lesson.config("rival", seed, _LORA).config
+    noise, optimizer, layers = config.noise, config.optimizer, config.model_options().text_encoder_out_layers  # type: ignore[attr-defined]
+    given: dict[str, Any] = {
+        "pretrained_model_name_or_path": builtin_path(),
+        "dataset_name": lesson.folder / "data",
+        "image_column": "image",
+        "caption_column": "text",
+        "instance_prompt": "unused",
+        "output_dir": out,
+        "seed": seed,
+        "resolution": 64,
+        "rank": RANK,
+        "lora_alpha": RANK,
+        "learning_rate": optimizer.lr,
+        "adam_beta1": optimizer.betas[0],
+        "adam_beta2": optimizer.betas[1],
+        "adam_weight_decay": optimizer.weight_decay,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "lr_scheduler": "linear",
+        "lr_warmup_steps": optimizer.warmup_steps,
+        "train_batch_size": lesson.batch,
+        "max_train_steps": lesson.steps,
+        "checkpointing_steps": lesson.steps + 1,
+        "caption_dropout": config.data.caption_dropout,
+        "weighting_scheme": "logit_normal",
+        "logit_mean": -noise.sigmoid_bias,
+        "logit_std": noise.sigmoid_scale,
+        "max_sequence_length": MAX_SEQUENCE_LENGTH,
+        "mixed_precision": "no",
+    }
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    return [
+        *words,
+        "--text_encoder_out_layers",
+        *map(str, layers),
+        "--cache_latents",
+        "--skip_final_inference",
+    ]
+
+
+def script_taught(lesson: Lesson, seed: int) -> dict[str, Any]:
+    """Runs it and judges the adapter that it wrote. Raises UserError with its last line where it fails."""
+    script = Path(os.environ["DIFFUSERS_DIR"]) / _SCRIPT_FILE
+    if not script.is_file():
+        raise UserError("there is no {script}", where="DIFFUSERS_DIR", script=script)
+    out = lesson.folder / "script"
+    shutil.rmtree(out, ignore_errors=True)
+    began = time.perf_counter()
+    words = [
+        sys.executable,
+        "-m",
+        "benchmarks.learning.theirs",
+        str(script),
+        *script_words(lesson, seed, out),
+    ]
+    done = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace")
+    seconds = time.perf_counter() - began
+    if done.returncode:
+        raise UserError(
+            "the script failed: {last}", last=(done.stderr.strip().splitlines() or ["no word"])[-1]
+        )
+    row = judged(lesson, lambda pipeline: pipeline.load_lora_weights(str(out)))
+    shutil.rmtree(out)
+    return {**row, "seconds_whole": round(seconds, 1)}
+
+
 class Foreign:
     """Another library's parameters, as the loop wants an adapter."""
 
@@ -178,14 +272,16 @@ def run(given: argparse.Namespace) -> Table:
     lesson = lesson_of(given)
     table = Table(
         result_of(given, "rivals"),
-        {name: rival.told() for name, rival in RIVALS.items()},
+        cells(),
         {"suite": "rivals", **lesson.settings()},
         seeds_of(given),
     )
     begin(table, lesson, command_of(given, "benchmarks.learning.rivals"))
     began = time.monotonic()
     table.fill(
-        lambda cell, seed: taught(lesson, RIVALS[cell], seed),
+        lambda cell, seed: (
+            script_taught(lesson, seed) if cell == SCRIPT else taught(lesson, RIVALS[cell], seed)
+        ),
         lambda: time.monotonic() - began > 60 * given.minutes,
         given.only,
     )

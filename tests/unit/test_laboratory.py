@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from benchmarks.learning.suites import ASKS, SUITES
 from benchmarks.learning.table import Table
 from benchmarks.learning.teach import Lesson
 from diffusers import AutoencoderKLFlux2
+from PIL import Image
 
 from whitetuner.config.full import refuse_wrong_full
 from whitetuner.errors import UserError
@@ -151,3 +156,55 @@ def test_rivals_that_start_with_our_numbers_learn_what_ours_learn(folder: Path) 
         same = [loss for name, loss in losses.items() if name.startswith(kind)]
         assert max(same) - min(same) <= 2e-5, losses  # told to five digits
         assert min(abs(loss - rows[0]["validation_before"]) for loss in same) > 1e-4, "nothing was learned"
+
+
+THEIR_SCRIPT = """
+import sys
+import numpy as np
+import torch
+from datasets import load_dataset
+from PIL import Image
+from torchvision import transforms
+from torchvision.transforms import functional as TF
+
+table = load_dataset(sys.argv[1])["train"]
+assert len(table["image"]) == len(table["text"]) == 8 and len(set(table["text"])) == 5, table["text"]
+image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
+assert TF.resize(image, [8, 6], interpolation=transforms.InterpolationMode.BILINEAR).size == (6, 8)
+top, left, height, width = transforms.RandomCrop.get_params(image, output_size=(2, 3))
+assert TF.crop(image, top, left, height, width).size == (3, 2) == TF.center_crop(image, (2, 3)).size
+pixels = TF.normalize(TF.to_tensor(TF.hflip(image)), [0.5], [0.5])
+assert pixels.shape == (3, 4, 4) and torch.equal(pixels[:, 0, 3], torch.tensor([0.0, 1.0, 2.0]) / 127.5 - 1)
+"""
+
+
+def test_the_stand_ins_do_what_a_foreign_script_asks_of_them(tmp_path: Path) -> None:
+    """The script itself is run by hand, where a checkout of diffusers is: docs of benchmarks/learning/rivals.py."""
+    for name, count in (("new", 1), ("old", 4)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (4, 4)).save(tmp_path / "data" / name / f"{number}.png")
+            (tmp_path / "data" / name / f"{number}.txt").write_text(f"{name} {number}\n", encoding="utf-8")
+    script = tmp_path / "script.py"
+    script.write_text(THEIR_SCRIPT, encoding="utf-8")
+    words = [sys.executable, "-m", "benchmarks.learning.theirs", str(script), str(tmp_path / "data")]
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join([str(root), str(root / "src")])
+    done = subprocess.run(
+        words, env={**os.environ, "PYTHONPATH": path}, capture_output=True, encoding="utf-8"
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_script_is_told_our_settings(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rivals.SCRIPT not in rivals.cells()
+    monkeypatch.setenv("DIFFUSERS_DIR", str(folder))
+    assert rivals.SCRIPT in rivals.cells()
+    lesson = laboratory.lesson_of(options(folder, "rivals"))
+    lesson.folder.mkdir(parents=True, exist_ok=True)
+    words = rivals.script_words(lesson, 42, folder / "out")
+    given = dict(pairwise(words))
+    assert given["--logit_mean"] == "-0.6" and given["--learning_rate"] == "0.004" and given["--rank"] == "16"
+    assert given["--lr_warmup_steps"] == str(min(20, lesson.steps // 10))
+    with pytest.raises(UserError, match="there is no"):
+        rivals.script_taught(lesson, 42)
