@@ -116,6 +116,46 @@ def test_white_masks_are_no_masks_to_the_bit(place: dict[str, Any]) -> None:
     assert same(all_floor, without)
 
 
+@pytest.mark.parametrize(("name", "task"), [("flux2-klein", "edit"), ("wan", "t2v")])
+def test_masks_are_the_targets_in_an_edit_task_and_lie_on_the_latents_of_clips_of_one_frame(
+    tmp_path: Path, name: str, task: str
+) -> None:
+    torch.set_num_threads(1)
+    variant = ("t2v-2.1",) if name == "wan" else ()
+    registry.make_tiny(name, str(tmp_path / "model"), *variant)
+    folders = ("target", "condition_1") if task == "edit" else ("data",)
+    for folder in (*folders, "white", "painted"):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+    for index, size in enumerate([(64, 96), (96, 64)]):
+        for folder in folders:  # given pictures of another shape than the target, and so than its mask
+            shape = (*(size if folder != "condition_1" else (64, 64)), 3)
+            pixels = np.random.default_rng(index).integers(0, 255, shape, dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "set" / folder / f"{index}.png")
+        (tmp_path / "set" / folders[0] / f"{index}.txt").write_text("a cat", encoding="utf-8")
+        for folder, grey in (("white", 255), ("painted", 0)):
+            pixels = np.full(size, grey, dtype=np.uint8)
+            pixels[:32, :32] = 255
+            Image.fromarray(pixels).save(tmp_path / "set" / folder / f"{index}.png")
+    data = tmp_path / "set" if task == "edit" else tmp_path / "set" / "data"
+    values = {
+        **tiny_values(name, tmp_path / "model", data, tmp_path / "runs", task, *variant),
+        "run.steps": 2,
+        "preview.every": 0,
+        "validation.every": 0,
+        "log.tensorboard": False,
+    }
+    if name == "wan":
+        values["data.images"] = values.pop("data.videos")
+    else:
+        values["data.conditions"] = [str(tmp_path / "set" / "condition_1")]
+    found = []
+    for masks in ("", "white", "painted"):
+        told = {"data.mask_dir": str(tmp_path / "set" / masks)} if masks else {}
+        folder = recipe.run(load_config(None, base={**values, **told, "run.name": f"r{masks}"})).folder
+        found.append((losses(folder), digest(checkpoint(folder, 2))))
+    assert found[0] == found[1] and found[2][1] != found[0][1] and found[2][0] != found[0][0]
+
+
 def test_a_set_without_masks_beside_one_with_them_counts_as_a_whole(place: dict[str, Any]) -> None:
     """In one batch, too: white masks for half of the pictures change nothing."""
     folder = Path(place["run.output_dir"]).parent
