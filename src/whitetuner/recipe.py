@@ -31,6 +31,7 @@ from whitetuner.resuming import same_data, same_resolved
 from whitetuner.runs import events
 from whitetuner.runs.board import Board
 from whitetuner.runs.folder import Guest, RunFolder
+from whitetuner.runs.follow import Follower, followers
 from whitetuner.runs.report import write_report
 from whitetuner.signals import Signals, Stopped
 from whitetuner.train.distributed import Ranks
@@ -91,7 +92,7 @@ class Session:
         self.listeners = listeners if ranks.first else ()
         self.build = phase_build(loaded.config, resolved, lambda text: self._message("info", text))
         self.decoder: torch.nn.Module | None = None
-        self.board: Board | None = None
+        self.boards: list[Board | Follower] = []
         self.validating: Validating | None = None
         self.step = 0
         self.begun = False
@@ -257,10 +258,13 @@ class Session:
     def _begin_training(self) -> None:
         config = self.config
         self._batches = self._closing.enter_context(self.data.loader(self.step))
-        if config.log.tensorboard and self.ranks.first:
-            warn = partial(self._message, "warning")
-            self.board = Board(self.folder.tensorboard, self.data.steps, self.ranks.world, warn)
-            self._closing.callback(self.board.close)
+        warn, path = partial(self._message, "warning"), self.folder.path
+        if self.ranks.first:
+            self.boards += followers(config.log.elsewhere, config.log.project, config.log.python, path, warn)
+            if config.log.tensorboard:
+                self.boards.append(Board(self.folder.tensorboard, self.data.steps, self.ranks.world, warn))
+        for board in self.boards:
+            self._closing.callback(board.close)
         self.tell(events.Phase(name="train", total=self.data.steps))
         self._began_at = self.step
         if self.takes_part:
@@ -389,9 +393,7 @@ class Session:
 
     def tell(self, event: events.Event) -> None:
         self.folder.append(event)
-        for listener in self.listeners:
+        for listener in (*self.listeners, *self.boards):
             listener(event)
         if self.validating is not None:
             self.validating.hear(event)
-        if self.board is not None:
-            self.board(event)

@@ -27,6 +27,7 @@ from whitetuner.memory.build import rehearse_module
 from whitetuner.memory.kernels import backend_named, set_attention
 from whitetuner.memory.weights import read_header, weight_files
 from whitetuner.records import Size
+from whitetuner.runs.follow import refuse_missing
 from whitetuner.scenes import check_previews
 from whitetuner.train.optim import make_optimizer
 
@@ -37,6 +38,8 @@ def rehearse(config: Config, family: Family, *, here: bool = True) -> None:
     here: on this machine, not only planned on it for another: its packages and devices count, too
     """
     backend_named(config.memory.attention)
+    if here:
+        refuse_missing(config.log.elsewhere, config.log.python)
     if config.memory.shard and len(family.spec.parts(family.options)) > 1:
         raise UserError(
             "two experts that take turns cannot be sharded",

@@ -213,9 +213,28 @@ class Log(Section):
     """[log]: what is shown while training."""
 
     tensorboard: bool = Field(True, description="write TensorBoard files")
+    wandb: Literal["off", "offline", "online"] = Field(
+        "off",
+        description="curves for wandb: offline, in the run's folder (`wandb sync` sends them), or at once with WANDB_API_KEY",
+    )
+    swanlab: Literal["off", "offline", "online"] = Field(
+        "off",
+        description="curves for SwanLab: offline, in the run's folder (`swanlab sync`), or at once with SWANLAB_API_KEY",
+    )
+    python: PathText | None = Field(
+        None, description="the Python that has wandb or SwanLab; unset: White Tuner's own"
+    )
+    project: str = Field(
+        "whitetuner", description="of wandb and SwanLab: where runs are gathered; empty: theirs"
+    )
     console_every: int = Field(
         1, ge=1, description="steps between console lines where there is no live display"
     )
+
+    @property
+    def elsewhere(self) -> dict[str, str]:
+        """Library -> off, offline or online."""
+        return {"wandb": self.wandb, "swanlab": self.swanlab}
 
 
 class Config(Section):

@@ -84,6 +84,10 @@ _LABELS = {
     "validation.items": "Pictures",
     "validation.sigmas": "Noise levels per picture",
     "log.tensorboard": "TensorBoard",
+    "log.wandb": "wandb",
+    "log.swanlab": "SwanLab",
+    "log.python": "Python of wandb, SwanLab",
+    "log.project": "Project (wandb, SwanLab)",
     "log.console_every": "Console line every",
 }
 _CHOICES = {

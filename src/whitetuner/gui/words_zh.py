@@ -157,6 +157,19 @@ FIELDS: dict[str, tuple[str, str]] = {
     "validation.items": ("验证图片数", "最多用几张"),
     "validation.sigmas": ("每图噪声档数", "每张图在几个噪声强度上验证"),
     "log.tensorboard": ("TensorBoard", "写 TensorBoard 文件"),
+    "log.wandb": (
+        "wandb",
+        "把曲线交给 wandb：offline 存在训练文件夹里（之后 wandb sync）；online 需要 WANDB_API_KEY",
+    ),
+    "log.swanlab": (
+        "SwanLab",
+        "把曲线交给 SwanLab：offline 存在训练文件夹里（之后 swanlab sync）；online 需要 SWANLAB_API_KEY",
+    ),
+    "log.python": (
+        "wandb、SwanLab 的 Python",
+        "装有 wandb 或 SwanLab 的 Python；不填则用 White Tuner 自己的",
+    ),
+    "log.project": ("项目名", "wandb 和 SwanLab 里归到哪个项目"),
     "log.console_every": ("日志间隔", "没有动态显示的终端里，每隔几步打印一行"),
     # the families' own
     "model.options.variant": ("模型版本", "auto：从模型文件夹判断；填其他值会与文件夹核对"),

@@ -15,9 +15,8 @@ from typing import Any
 
 from whitetuner.errors import UserError
 from whitetuner.runs import events
+from whitetuner.runs.scalars import scalars
 
-#: Loss is also shown by noise level, in so many equal parts of [0, 1].
-SIGMA_PARTS = 5
 #: Seconds until what is written can be seen; a kill loses so much of the curves (never of events.jsonl).
 FLUSH_S = 5
 
@@ -40,24 +39,9 @@ class Board:
 
     def __call__(self, event: events.Event) -> None:
         """Raises OSError when the disk does not take it; nothing more is written then."""
-        if isinstance(event, events.StepDone):
-            self._write(
-                event,
-                {
-                    "train/loss": event.loss,
-                    "train/learning_rate": event.lr,
-                    "train/grad_norm": event.grad_norm,
-                    "train/weight_change": event.weight_change,
-                    "train/memory_mb": event.memory_mb,
-                    "train/step_time": event.seconds,
-                    **self._by_sigma(event),
-                },
-            )
-        elif isinstance(event, events.Validation):
-            by_sigma = {
-                f"validation/sigma_{float(level):.2f}": loss for level, loss in event.by_sigma.items()
-            }
-            self._write(event, {"validation/loss": event.loss, **by_sigma})
+        point = scalars(event)
+        if point is not None:
+            self._write(event, *point)
         elif isinstance(event, (events.Ended, events.Failed)):
             self.close()
 
@@ -80,16 +64,7 @@ class Board:
             self._lost, self.writer = True, None
             raise
 
-    def _by_sigma(self, event: events.StepDone) -> dict[str, float]:
-        found: dict[str, list[float]] = {}
-        for sigma, loss in zip(event.sigmas, event.losses):
-            part = min(SIGMA_PARTS - 1, int(sigma * SIGMA_PARTS))
-            found.setdefault(
-                f"loss_by_sigma/{part / SIGMA_PARTS:.1f}-{(part + 1) / SIGMA_PARTS:.1f}", []
-            ).append(loss)
-        return {name: sum(losses) / len(losses) for name, losses in found.items()}
-
-    def _write(self, event: events.StepDone | events.Validation, values: dict[str, float]) -> None:
+    def _write(self, event: events.Event, step: int, values: dict[str, float]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -101,7 +76,7 @@ class Board:
                 self.writer = self._begun()
                 first = Event(wall_time=event.time, file_version="brain.Event:2")
                 self.writer.write(first.SerializeToString())
-            line = Event(step=event.step, wall_time=event.time, summary=summary)
+            line = Event(step=step, wall_time=event.time, summary=summary)
             self.writer.write(line.SerializeToString())
             now = time.monotonic()
             if now - self._flushed >= FLUSH_S:
