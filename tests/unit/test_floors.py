@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -286,3 +287,22 @@ def test_a_file_is_short_well_named_and_catches_only_what_it_can_answer(file: Pa
         passed_on = isinstance(node.body[-1], ast.Raise)
         assert caught not in ("", "Exception"), f"{file}:{node.lineno}"
         assert caught != "BaseException" or passed_on, f"{file}:{node.lineno}"
+
+
+def test_the_page_of_the_architecture_names_every_room_on_its_floor() -> None:
+    page = (SOURCE.parents[1] / "docs/architecture.md").read_text(encoding="utf-8")
+    table = page.partition("| floor | rooms |")[2].partition("## ")[0]
+    rows = [set(re.findall(r"`(\w+)`", line)) for line in table.splitlines() if line.startswith("| ")]
+    unseen = {"__main__", "__init__"}
+    words = {"sample"}  # of the command line
+    assert [rooms - words for rooms in rows] == [rooms - unseen for rooms in FLOORS]
+
+
+def test_what_the_seeds_names_became_is_there() -> None:
+    page = (SOURCE.parents[1] / "docs/architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .* \| (.*) \|$", page.partition("| the seed | here |")[2], re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`([\w/]+(?:\.py|/))`", row)]
+    assert len(named) > 20
+    assert [
+        name for name in named if not any((place / name).exists() for place in (SOURCE, SOURCE.parents[1]))
+    ] == []

@@ -31,8 +31,8 @@ from whitetuner.family import WISHES
 from whitetuner.nano import dit, vae
 from whitetuner.nano.builtin import MAX_SEQUENCE_LENGTH, STEPS
 from whitetuner.nano.card import EDIT, Training, write_small_card
-from whitetuner.nano.draw import SIZE_PX, Scene
-from whitetuner.nano.edits import KINDS, NEW_KIND, Edit, edited, instructions, pictures, right, scenes
+from whitetuner.nano.draw import SIZE_PX
+from whitetuner.nano.edits import KINDS, NEW_KIND, Edit, Scene, edited, instructions, pictures, right, scenes
 from whitetuner.nano.edits import edits as edits_of
 from whitetuner.nano.fit import Fit, Plan
 from whitetuner.nano.pretrain import arguments, begin
