@@ -180,6 +180,14 @@ def test_shell_lines_can_be_typed(page: Path) -> None:
                 assert not re.search("[“”‘’]", line), line
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs/zh").glob("*.md")), ids=lambda page: str(page.name))
+def test_chinese_lines_are_not_broken_where_a_reader_would_see_a_blank(page: Path) -> None:
+    """Markdown makes a blank of a line's end, which Chinese does not have between its words."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    found = re.search(r".*[\u4e00-\u9fff\u3001-\u3011\uff00-\uffef]\n *[\u4e00-\u9fff].*", text)
+    assert found is None, found[0][:200]
+
+
 def test_these_tests_see_what_they_look_for() -> None:
     assert sum(1 for page in PAGES for _ in quoted(page)) > 60
     assert len(KEYS) > 60 and len(OPTIONS) > 5
