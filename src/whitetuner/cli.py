@@ -210,6 +210,13 @@ def _inspect(given: argparse.Namespace) -> int:
     return commands.inspect(given.file, as_json=given.json)
 
 
+def _portable(given: argparse.Namespace) -> int:
+    from whitetuner.portable.build import build
+
+    build(given.dest, given.python, given.torch, print)
+    return 0
+
+
 def _jobs(given: argparse.Namespace) -> int:
     from whitetuner import commands
 
@@ -243,6 +250,7 @@ WORDS: dict[str, Word] = {
     "caption": _caption,
     "doctor": _doctor,
     "inspect": _inspect,
+    "portable": _portable,
     "jobs": _jobs,
     "gui": _gui,
 }

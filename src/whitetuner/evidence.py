@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from whitetuner.adapters.attach import Adapter
 from whitetuner.checkpoint.store import read
 from whitetuner.diffusion.sigmas import SigmaSettings
 from whitetuner.family import BuildFn, Family
+from whitetuner.paths import PYTHON
 from whitetuner.records import Batch
 from whitetuner.runs import events
 from whitetuner.train.step import StepSettings, step_loss
@@ -68,7 +68,7 @@ def start_training(config: Path, *more: str) -> subprocess.Popen[bytes]:
     """`whitetuner train` as a process of its own, silent."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "whitetuner", "train", str(config), *more],
+        [*PYTHON, "-m", "whitetuner", "train", str(config), *more],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         stdin=subprocess.DEVNULL,

@@ -13,7 +13,7 @@ GROUPS = {
     "Try": ("demo", "selftest", "tiny", "testdata"),
     "Train": ("init", "check", "plan", "cache", "train", "stop", "fork", "gui"),
     "Look": ("sample", "watch", "jobs", "families", "doctor"),
-    "Files": ("fetch", "export", "merge", "extract", "resize", "inspect", "caption"),
+    "Files": ("fetch", "export", "merge", "extract", "resize", "inspect", "caption", "portable"),
 }
 
 
@@ -222,6 +222,21 @@ def make_parser() -> argparse.ArgumentParser:
     caption.add_argument("--recursive", action="store_true", help="sub-folders too")
     caption.add_argument("--most", type=int, metavar="N", help="at most N, to try the instruction")
     caption.add_argument("--max-tokens", type=int, default=160, help="length at most (default: %(default)s)")
+
+    portable = add("portable", "build a folder for Windows with its own Python, to unpack and start anywhere")
+    portable.add_argument("dest", type=Path, metavar="DEST")
+    portable.add_argument(
+        "--python",
+        required=True,
+        metavar="FILE|URL",
+        help="a Python for Windows x86-64: python.org's embeddable .zip, or python-build-standalone's install_only .tar.gz",
+    )
+    portable.add_argument(
+        "--torch",
+        default="cu130",
+        metavar="NAME|URL",
+        help="where PyTorch is taken from: cpu, cu126, cu130, an address, or pip (as pip is configured) (default: %(default)s)",
+    )
 
     doctor = add("doctor", "check this machine: what stands in the way, and what to do")
     doctor.add_argument("--json", action="store_true")

@@ -1,8 +1,12 @@
-"""A path as people write it into a config: the option type of files and folders, also in a family's own settings."""
+"""A path as people write it into a config: the option type of files and folders, also in a family's own settings.
+
+And the Python that our own programs beside this one are run with.
+"""
 
 from __future__ import annotations
 
 import re
+import sys
 from typing import Annotated
 
 from pydantic import AfterValidator
@@ -24,3 +28,6 @@ def _path(text: str) -> str:
 
 #: Text that names a file or folder.
 PathText = Annotated[str, AfterValidator(_path)]
+
+#: Begins the command of a child of ours. UTF-8 said in words: the Python of a portable Windows folder hears no PYTHONUTF8.
+PYTHON = (sys.executable, "-X", "utf8")

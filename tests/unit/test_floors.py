@@ -68,6 +68,7 @@ FLOORS = [
         "bug_report",
         "evidence",
         "memory_proofs",
+        "portable",
         "selftest",
         "__main__",
         "__init__",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import threading
 from collections import deque
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 from whitetuner.errors import UserError
 from whitetuner.gui.made import child_environment
 from whitetuner.gui.told import translated
+from whitetuner.paths import PYTHON
 
 #: Lines of the child that are remembered, and the longest instruction.
 _LINES, _LONGEST = 400, 2000
@@ -47,7 +47,7 @@ class CaptionRuns:
             raise UserError("the caption is too long", mend="use at most {limit} characters", limit=_LONGEST)
         # Each value is one word of the list and stands behind "=": none is taken for an option, none reaches a shell.
         command = [
-            sys.executable,
+            *PYTHON,
             "-m",
             "whitetuner",
             "caption",

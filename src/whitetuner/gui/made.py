@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from whitetuner.errors import EXIT_FAILED, UserError
 from whitetuner.families import registry
 from whitetuner.gui.pickers import Roots
+from whitetuner.paths import PYTHON
 from whitetuner.tongue import VARIABLE
 
 #: Tiny models train at this size (docs/cli.md, `tiny`).
@@ -63,7 +63,7 @@ def run_word(arguments: list[str]) -> str:
     """Runs a word of the command line; returns what it printed. Raises UserError with what it said when it fails."""
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "whitetuner", *arguments],
+            [*PYTHON, "-m", "whitetuner", *arguments],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             encoding="utf-8",

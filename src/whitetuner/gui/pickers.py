@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 from whitetuner.data.media import PICTURES
 from whitetuner.errors import UserError
+from whitetuner.paths import PYTHON
 
 #: Entries of a folder that are shown; a folder of a hundred thousand pictures must not become a page.
 LISTED = 500
@@ -136,7 +138,9 @@ def listing(roots: Roots, text: str) -> dict[str, Any]:
 
 def can_ask() -> bool:
     """Whether a dialog of this machine can be shown: a desktop is there, and what draws it."""
-    if sys.platform in ("win32", "darwin"):
+    if sys.platform == "win32":  # python.org's embeddable Python has no tkinter
+        return importlib.util.find_spec("tkinter") is not None
+    if sys.platform == "darwin":
         return True
     if not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         return False
@@ -176,7 +180,7 @@ def _dialog(wants: Wants, start: str) -> list[str]:
         )
         return ["osascript", "-e", script, start]
     if os.name == "nt":
-        return [sys.executable, "-m", "whitetuner.gui.dialog", "file" if wants == "file" else "folder", start]
+        return [*PYTHON, "-m", "whitetuner.gui.dialog", "file" if wants == "file" else "folder", start]
     if shutil.which("zenity"):
         folder = [] if wants == "file" else ["--directory"]
         return ["zenity", "--file-selection", *folder, f"--filename={start}/"]

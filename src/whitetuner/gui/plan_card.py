@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Lock
@@ -16,6 +15,7 @@ from whitetuner.errors import EXIT_FAILED, UserError
 from whitetuner.gui.made import child_environment
 from whitetuner.gui.told import translated
 from whitetuner.gui.words import texts
+from whitetuner.paths import PYTHON
 from whitetuner.runs.files import write_atomically
 
 GIB = 1 << 30
@@ -74,7 +74,7 @@ def _asked(subject: list[str], vram_gb: float | None) -> dict[str, Any]:
     vram = [] if vram_gb is None else ["--vram", f"{vram_gb:g}"]
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "whitetuner", "plan", *subject, "--json", *vram],
+            [*PYTHON, "-m", "whitetuner", "plan", *subject, "--json", *vram],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             encoding="utf-8",

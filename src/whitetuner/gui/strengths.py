@@ -18,6 +18,7 @@ import psutil
 from whitetuner.config.load import load_config
 from whitetuner.config.schema import Config
 from whitetuner.errors import UserError
+from whitetuner.paths import PYTHON
 from whitetuner.runs.devices import Held, devices, wish_of
 from whitetuner.runs.files import write_atomically
 from whitetuner.runs.folder import RunFolder
@@ -51,7 +52,7 @@ def begin(job: Job, number: int) -> None:
     log = folder.logs / "strengths.log"
     log.parent.mkdir(exist_ok=True)
     with log.open("wb") as output:
-        command = [sys.executable, "-m", "whitetuner.gui.strengths", job.run, str(number)]
+        command = [*PYTHON, "-m", "whitetuner.gui.strengths", job.run, str(number)]
         process = detached(command, Path(job.cwd), output, log)
     state = {
         "prompt": prompts[number].text,
@@ -115,7 +116,7 @@ def main(run: Path, number: int) -> int:
         time.sleep(_LOOK_EVERY_S)
     try:
         for words in commands(run, number):
-            done = subprocess.run([sys.executable, "-m", "whitetuner", *words])
+            done = subprocess.run([*PYTHON, "-m", "whitetuner", *words])
             if done.returncode != 0:
                 return done.returncode
         return 0

@@ -11,7 +11,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from whitetuner.errors import EXIT_ENVIRONMENT, UserError
 from whitetuner.gui.asked import whole
 from whitetuner.gui.pickers import Roots
 from whitetuner.gui.settings import Settings
+from whitetuner.paths import PYTHON
 from whitetuner.runs import jobs
 from whitetuner.runs.files import write_atomically
 from whitetuner.runs.state import state_folder
@@ -141,7 +141,7 @@ class Board:
         log = state_folder() / "tensorboard.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         command = [
-            sys.executable,
+            *PYTHON,
             "-m",
             "tensorboard.main",
             f"--logdir={folder}",

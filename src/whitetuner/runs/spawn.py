@@ -10,7 +10,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from types import FrameType
 import psutil
 
 from whitetuner.errors import EXIT_FAILED, EXIT_STOPPED
+from whitetuner.paths import PYTHON
 from whitetuner.runs import events
 from whitetuner.runs.events import Ended, EventLog, Failed, RunStarted, last_of
 from whitetuner.runs.folder import RunFolder
@@ -95,7 +95,7 @@ def _start(
         log.parent.mkdir(parents=True, exist_ok=True)
         output = stack.enter_context(log.open("ab"))
     process = subprocess.Popen(
-        [sys.executable, "-m", "whitetuner", *words],
+        [*PYTHON, "-m", "whitetuner", *words],
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=output,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from whitetuner import tongue
+from whitetuner.paths import PYTHON
 from whitetuner.runs import jobs
 from whitetuner.runs.jobs import Job
 
@@ -52,9 +52,7 @@ def start(
     )
     job.write()
     with log.open("ab") as file:
-        process = detached(
-            [sys.executable, "-m", "whitetuner", *words, "--", str(config.resolve())], cwd, file, log
-        )
+        process = detached([*PYTHON, "-m", "whitetuner", *words, "--", str(config.resolve())], cwd, file, log)
     threading.Thread(target=_await_end, args=(process, job.id), daemon=True).start()
     return job
 
