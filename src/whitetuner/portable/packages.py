@@ -85,7 +85,7 @@ def missing(site: Path, target: Target, root: Path) -> list[str]:
             found.append(f"{by} asks for {one}, there is {'none' if held is None else held.version}")
         elif (name, frozenset(one.extras)) not in seen:
             seen.add((name, frozenset(one.extras)))
-            pythons = held.metadata.get("Requires-Python") or ""
+            pythons = (held.metadata.get_all("Requires-Python") or [""])[0]
             if f"3.{target.minor}.0" not in SpecifierSet(pythons):
                 found.append(f"{name} runs on Python {pythons}, this is 3.{target.minor}")
             more = [Requirement(line) for line in held.requires or ()]
