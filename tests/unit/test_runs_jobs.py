@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from whitetuner.errors import UserError
+from whitetuner.paths import PYTHON
 from whitetuner.runs import events, jobs, start
 from whitetuner.runs.devices import CPU, Device, Held, Wish, read_answer, wish_of
 from whitetuner.runs.folder import RunFolder
@@ -238,7 +239,8 @@ def test_no_value_is_an_option_or_reaches_a_shell(tmp_path: Path, monkeypatch: p
         tmp_path / "--config.toml", run, cwd=tmp_path, overrides=[nasty], resume="--latest", gpus="--any"
     )
     words = seen[0]
-    assert words[:4] == [sys.executable, "-m", "whitetuner", "train"]
+    assert words[:5] == [*PYTHON, "-m", "whitetuner"]
+    assert words[5] == "train"
     assert f"--set={nasty}" in words and "--resume=--latest" in words and "--gpus=--any" in words
     assert words[-2:] == ["--", str((tmp_path / "--config.toml").resolve())]
 
