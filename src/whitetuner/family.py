@@ -1,9 +1,6 @@
 """The contract of a model family: everything the trainer wants to know of a model, and nothing about memory or method.
 
-A family is a folder under families/: `spec.py` (facts, no torch: a FamilySpec named SPEC), `model.py` (a class named Model:
-the verbs of the Family protocol), `keys.py` (a KeyMap named KEYS), `tiny.py` (a random tiny model), `sketch.py` (released
-configs and blank samples, for the plan), `reference.py` and `mutants.py` (what families/contract.py holds it against). One
-line in families/registry.py makes it known.
+A family is a folder under families/ and one line in families/registry.py; docs/adding-a-family.md walks through its files.
 
 Conventions that hold for every family, whatever its own are (they hide inside `predict`, `generate` and the encoders):
     x_t = (1 - sigma) x0 + sigma noise,   velocity = noise - x0,   sigma in [0, 1], 1 = pure noise.
@@ -292,7 +289,11 @@ def passes_of(encoder: Encoder, size: Size) -> int:
 
 
 class KeyMap(Protocol):
-    """Module paths of diffusers <-> names in files of other programs (ComfyUI / original layout / LyCORIS)."""
+    """Module paths of diffusers <-> names in files of other programs (ComfyUI / original layout / LyCORIS).
+
+    The two of full states rename, cut and join rows (the first dimension) and no more: they are asked with row numbers in place
+    of weights (memory/relaid.py), so only the number of rows tells anything.
+    """
 
     def adapter_prefix(self, module_path: str, naming: Naming) -> str:
         """What stands before ".lokr_w1" or ".lora_A.weight" in an adapter file."""
@@ -303,7 +304,6 @@ class KeyMap(Protocol):
         ...
 
     def to_original(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]: ...
-
     def from_original(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]: ...
 
 

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    Flux2Transformer2DModel,
-    QwenImageTransformer2DModel,
-    WanTransformer3DModel,
-    ZImageTransformer2DModel,
-)
-from diffusers.loaders import single_file_utils as diffusers_reads
 from subjects import Subject
 
 from whitetuner.checkpoint.original import from_original, known_names, to_original, write_original
@@ -24,20 +17,6 @@ from whitetuner.memory.relaid import Relaid, trace
 from whitetuner.memory.skeleton import empty_module
 from whitetuner.memory.weights import TensorFiles, read_header
 from whitetuner.released import released
-
-#: diffusers' own reading of single files, by the class of the denoiser. Qwen-Image has none: its names are diffusers'.
-READERS: dict[str, tuple[type, Callable[[dict], dict]]] = {
-    "flux2-klein": (
-        Flux2Transformer2DModel,
-        diffusers_reads.convert_flux2_transformer_checkpoint_to_diffusers,
-    ),
-    "zimage": (
-        ZImageTransformer2DModel,
-        diffusers_reads.convert_z_image_transformer_checkpoint_to_diffusers,
-    ),
-    "qwen-image": (QwenImageTransformer2DModel, lambda state: state),
-    "wan": (WanTransformer3DModel, diffusers_reads.convert_wan_transformer_to_diffusers),
-}
 
 
 class Counted(Mapping[str, torch.Tensor]):
@@ -74,13 +53,14 @@ def test_the_written_file_is_read_by_diffusers_and_comes_back_to_the_bit(
             back = from_original(source, keymap)
             assert set(back) == set(state)
             assert all(torch.equal(back[name], tensor) for name, tensor in state.state.items())
-            if subject.name in READERS:
-                theirs = READERS[subject.name][1](dict(source))
+            reader = registry.original_reader(subject.name)
+            if reader is not None and reader.any_size:
+                theirs = reader.convert(dict(source))
                 theirs.pop("__index_timestep_zero__", None)
                 assert set(theirs) == set(state)
                 assert all(torch.equal(theirs[name], tensor) for name, tensor in state.state.items())
-        if subject.name in READERS:
-            model = READERS[subject.name][0].from_single_file(  # type: ignore[attr-defined]
+        if reader is not None and reader.any_size:
+            model = type(module).from_single_file(
                 str(file), config=str(subject.folder), subfolder=part.name, local_files_only=True
             )
             assert all(torch.equal(t, state.state[name]) for name, t in model.state_dict().items())
@@ -115,16 +95,16 @@ def test_real_sizes_have_the_keys_that_diffusers_converter_turns_into_its_own(
     """Names and shapes of the released sizes, no weights. The other way round is diffusers' own code."""
     model, _ = released(family, variant, tmp_path)
     config = registry.sketch(family).RELEASED[variant][part]
-    cls: Any = READERS[family][0] if family in READERS else _class(config)
-    module = empty_module(cls, model.paths.component(part))
+    module = empty_module(_class(config), model.paths.component(part))
     state = module.state_dict()
     relaid = to_original(state, registry.keys(family), config)
     whole = {
         name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
         for name, entry in relaid.entries.items()
     }
-    convert = READERS[family][1] if family in READERS else (lambda given: given)
-    theirs = {name: tuple(t.shape) for name, t in convert(dict(whole)).items() if 0 not in t.shape}
+    reader = registry.original_reader(family)
+    read = dict(whole) if reader is None else reader.convert(dict(whole))
+    theirs = {name: tuple(t.shape) for name, t in read.items() if 0 not in t.shape}
     assert theirs == {name: tuple(tensor.shape) for name, tensor in state.items()}
     back = from_original(whole, registry.keys(family))
     assert {name: tuple(e.shape) for name, e in back.entries.items()} == theirs

@@ -91,6 +91,18 @@ class Reference(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class OriginalReader:
+    """diffusers' own reading of a denoiser's file in its original layout: `READS_ORIGINAL` in a family's reference.py.
+
+    convert:  tensors by the names in the file -> by those of diffusers
+    any_size: whether it reads tiny models too; some have the released widths written into them
+    """
+
+    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    any_size: bool = True
+
+
 class Bench:
     """A family with its denoisers and encoders loaded: what the equalities are asked of."""
 

@@ -12,7 +12,7 @@ from whitetuner.family import WISHES, Family, FamilySpec, KeyMap, ModelPaths, Op
 from whitetuner.records import Size
 
 if TYPE_CHECKING:
-    from whitetuner.families.contract import Mutant, Reference
+    from whitetuner.families.contract import Mutant, OriginalReader, Reference
     from whitetuner.family import Sketch
 
 #: File in a model folder whose weights are random; runs over it say so.
@@ -102,6 +102,12 @@ def reference(name: str, folder: Path, options: Options) -> Reference:
     """The family's diffusers pipeline, loaded whole from a model folder: what our code is compared with."""
     spec(name)
     return import_module(f"{FAMILIES[name]}.reference").Reference(folder, options)
+
+
+def original_reader(name: str) -> OriginalReader | None:
+    """How diffusers reads the family's original layout; None where no program but ours has one. Imports torch."""
+    spec(name)
+    return getattr(import_module(f"{FAMILIES[name]}.reference"), "READS_ORIGINAL", None)
 
 
 def mutants(name: str) -> dict[str, Mutant]:

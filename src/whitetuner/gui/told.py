@@ -1,6 +1,7 @@
 """What went wrong, in the page's language: a UserError by its templates, and English sentences of a child process by matching.
 
-The table (static/errors_zh.toml; terminal_zh.toml for what is no error) has a line for every literal template in the source:
+The table (static/errors_zh.toml; terminal_zh.toml for what is no error; a family's own words_zh.toml) has a line for every
+literal template in the source:
 English = Chinese, same placeholders.
 """
 
@@ -13,6 +14,7 @@ from functools import cache
 from importlib import resources
 
 from whitetuner.errors import UserError, UserErrors
+from whitetuner.families import registry
 from whitetuner.gui import words
 from whitetuner.gui.words_zh import FIELDS
 from whitetuner.tongue import Phrases
@@ -76,7 +78,8 @@ def table() -> Mapping[str, str]:
     texts = [
         static.joinpath(name).read_text(encoding="utf-8") for name in ("errors_zh.toml", "terminal_zh.toml")
     ]
-    parts = [part for text in texts for part in tomllib.loads(text).values()]
+    families = (words.family_words(name).get("errors", {}) for name in registry.FAMILIES)
+    parts = (*(part for text in texts for part in tomllib.loads(text).values()), *families)
     return {english: chinese for part in parts for english, chinese in part.items()}
 
 

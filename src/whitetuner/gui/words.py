@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -11,6 +13,11 @@ from whitetuner.config.told import field_of
 from whitetuner.families import registry
 from whitetuner.gui import words_zh
 from whitetuner.gui.document import number_text, without_rows
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
 LANGUAGES = ("zh", "en")
 
@@ -167,7 +174,19 @@ def chinese(key: str, family: str = "") -> tuple[str, str] | None:
     """(label, help); None when it is missing, which a test forbids."""
     plain = _shared(key)
     own = f"{family}:{plain.removeprefix('model.options.')}" if plain.startswith("model.options.") else ""
+    if own and (found := family_words(family).get("options", {}).get(own.partition(":")[2])) is not None:
+        return found[0], found[1]
     return words_zh.FIELDS.get(own) or words_zh.FIELDS.get(plain)
+
+
+@cache
+def family_words(family: str) -> Mapping[str, Mapping[str, Any]]:
+    """What a family's folder says in Chinese of its own (words_zh.toml); empty without that file.
+
+    "errors": English template -> Chinese; "options": its name in [model.options] -> [label, help]
+    """
+    file = resources.files(registry.FAMILIES[family]).joinpath("words_zh.toml")
+    return tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def choice(key: str, value: Any, language: str) -> str:

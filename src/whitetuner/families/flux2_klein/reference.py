@@ -12,12 +12,15 @@ from typing import Any
 
 import torch
 from diffusers import Flux2KleinPipeline
+from diffusers.loaders.single_file_utils import convert_flux2_transformer_checkpoint_to_diffusers
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
-from whitetuner.families.contract import Walk, quiet
+from whitetuner.families.contract import OriginalReader, Walk, quiet
 from whitetuner.families.flux2_klein.spec import KleinOptions
 from whitetuner.records import EncodeInput
+
+READS_ORIGINAL = OriginalReader(convert_flux2_transformer_checkpoint_to_diffusers)
 
 
 class Reference:

@@ -21,10 +21,11 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from whitetuner.families.contract import Walk, quiet
+from whitetuner.families.contract import OriginalReader, Walk, quiet
 from whitetuner.families.qwen_image.spec import QwenImageOptions
 from whitetuner.records import EncodeInput
 
+READS_ORIGINAL = OriginalReader(dict)  # its names are diffusers' own
 _EDIT, _PLUS = pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 
 

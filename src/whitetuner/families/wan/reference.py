@@ -11,14 +11,17 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanPipeline
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from torch import Tensor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from whitetuner.families.contract import Walk, quiet
+from whitetuner.families.contract import OriginalReader, Walk, quiet
 from whitetuner.families.wan.encoders import moments_of
 from whitetuner.families.wan.spec import FRAMES_STEP, TEXT_TOKENS, WanOptions, variant_of
 from whitetuner.family import ModelPaths
 from whitetuner.records import EncodeInput
+
+READS_ORIGINAL = OriginalReader(convert_wan_transformer_to_diffusers)
 
 
 class Reference:
