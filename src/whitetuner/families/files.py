@@ -1,10 +1,29 @@
-"""The files that a model's component is, for fingerprints."""
+"""The files that a model's component is, and what its config.json says. No torch."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
+
+from whitetuner.errors import UserError
 
 
 def files_of(component: Path) -> list[Path]:
-    """One, when it is a single file."""
+    """For fingerprints. One, when it is a single file."""
     return [component] if component.is_file() else [path for path in component.iterdir() if path.is_file()]
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A config.json; empty when it holds no table. Raises UserError when it cannot be read."""
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            "{name} cannot be read ({reason})",
+            where=str(file),
+            mend="download this part of the model again",
+            name=file.name,
+            reason=error,
+        ) from error
+    return document if isinstance(document, dict) else {}

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
 from torch import Tensor
 
 from whitetuner.errors import UserError
-from whitetuner.families.files import files_of
+from whitetuner.families.files import files_of, read_config
+from whitetuner.families.picture_latents import PictureLatents
 from whitetuner.families.qwen3_text import KEEP_PRECISE, Qwen3Text, first_layers
-from whitetuner.families.z_image_facts import read_config
-from whitetuner.family import BuildFn, Layout, ModelPaths, Reads, fingerprint_files
+from whitetuner.family import BuildFn, Layout, fingerprint_files
 from whitetuner.records import EncodeInput
 
 
@@ -65,41 +63,13 @@ class TextEncoder(Qwen3Text):
         return states[mask]
 
 
-class LatentEncoder:
+class LatentEncoder(PictureLatents):
     """Target -> `latent` (C, H, W): mode of the VAE, shifted and scaled by the numbers of its config."""
 
-    name = "vae"
-    fields: Mapping[str, Layout] = {"latent": "stack"}
-    reads: frozenset[Reads] = frozenset({"target"})
-
-    def __init__(self, paths: ModelPaths) -> None:
-        self.paths = paths
-        self._vae: AutoencoderKL | None = None
+    kind = AutoencoderKL
 
     def fingerprint(self) -> str:
         return fingerprint_files(files_of(self.paths.component("vae")), extra="z-image vae 1")
 
-    def load(self, build: BuildFn) -> None:
-        self._vae = build(AutoencoderKL, self.paths.component("vae"), keep_precise=("*",))
-
-    @torch.no_grad()
-    def encode(self, given: EncodeInput) -> dict[str, Tensor]:
-        assert self._vae is not None, "encode before load"
-        return {"latent": self.latent(self._vae, given.target[0]).cpu()}
-
-    def latent(self, vae: AutoencoderKL, picture: Image.Image) -> Tensor:
-        """(C, H, W) of one RGB picture whose sides are multiples of the stride."""
-        moments = vae.encode(self.pixels(picture).to(vae.device, vae.dtype)).latent_dist
-        return self.normalise(vae, moments.mode())[0]
-
-    def pixels(self, picture: Image.Image) -> Tensor:
-        """(1, 3, height, width) in [-1, 1]."""
-        # Batch first and then permuted, as diffusers does: other strides choose another convolution, and other last bits.
-        values = torch.from_numpy(np.array(picture.convert("RGB"), dtype=np.float32)[None])
-        return 2.0 * (values / 255.0).permute(0, 3, 1, 2) - 1.0
-
     def normalise(self, vae: AutoencoderKL, latent: Tensor) -> Tensor:
         return (latent - vae.config.shift_factor) * vae.config.scaling_factor
-
-    def free(self) -> None:
-        self._vae = None

@@ -5,14 +5,14 @@ V2 has another denoiser and everything else of Z-Image: text, latents, clock, si
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from whitetuner.errors import UserError
+from whitetuner.families.files import read_config
 from whitetuner.family import ModelPaths, Options, Setting
 from whitetuner.paths import PathText
 
@@ -150,21 +150,6 @@ def stride(paths: ModelPaths) -> int:
             hub=HUB,
         )
     return int(2 ** len(levels))
-
-
-def read_config(file: Path) -> dict[str, Any]:
-    """A config.json. Raises UserError when it cannot be read."""
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            "{name} cannot be read ({reason})",
-            where=str(file),
-            mend="download this part of the model again",
-            name=file.name,
-            reason=error,
-        ) from error
-    return document if isinstance(document, dict) else {}
 
 
 def _folders(paths: ModelPaths) -> list[Path]:

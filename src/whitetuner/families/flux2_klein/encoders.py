@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKLFlux2
 from PIL import Image
@@ -17,8 +16,9 @@ from torch import Tensor
 
 from whitetuner.errors import UserError
 from whitetuner.families.files import files_of
+from whitetuner.families.picture_latents import PictureLatents
 from whitetuner.families.qwen3_text import KEEP_PRECISE, Qwen3Text, first_layers
-from whitetuner.family import BuildFn, Layout, ModelPaths, Reads, fingerprint_files
+from whitetuner.family import BuildFn, Layout, Reads, fingerprint_files
 from whitetuner.records import EncodeInput
 
 
@@ -79,51 +79,26 @@ class TextEncoder(Qwen3Text):
         }
 
 
-class LatentEncoder:
+class LatentEncoder(PictureLatents):
     """Target -> `latent` (C, H, W): mode of the VAE, 2x2 patches as channels, normalised by its batch-norm
     buffers.
     """
 
-    name = "vae"
-    fields: Mapping[str, Layout] = {"latent": "stack"}
-    reads: frozenset[Reads] = frozenset({"target"})
-
-    def __init__(self, paths: ModelPaths) -> None:
-        self.paths = paths
-        self._vae: AutoencoderKLFlux2 | None = None
+    kind = AutoencoderKLFlux2
 
     def fingerprint(self) -> str:
         return fingerprint_files(files_of(self.paths.component("vae")), extra="klein vae 1")
 
-    def load(self, build: BuildFn) -> None:
-        self._vae = build(AutoencoderKLFlux2, self.paths.component("vae"), keep_precise=("*",))
-
-    @torch.no_grad()
-    def encode(self, given: EncodeInput) -> dict[str, Tensor]:
-        assert self._vae is not None, "encode before load"
-        return {"latent": self.latent(self._vae, given.target[0]).cpu()}
-
     def latent(self, vae: AutoencoderKLFlux2, picture: Image.Image) -> Tensor:
-        """(C, H, W) of one RGB picture whose sides are multiples of the stride."""
         moments = vae.encode(self.pixels(picture).to(vae.device, vae.dtype)).latent_dist
         # pixel_unshuffle orders channels as (channel, row, column) of the patch, as the model wants them.
         return self.normalise(vae, torch.nn.functional.pixel_unshuffle(moments.mode(), 2))[0]
-
-    def pixels(self, picture: Image.Image) -> Tensor:
-        """(1, 3, height, width) in [-1, 1]."""
-        # Batch first and then permuted, as diffusers does: other strides choose another convolution, and
-        # other last bits.
-        values = torch.from_numpy(np.array(picture.convert("RGB"), dtype=np.float32)[None])
-        return 2.0 * (values / 255.0).permute(0, 3, 1, 2) - 1.0
 
     def normalise(self, vae: AutoencoderKLFlux2, latent: Tensor) -> Tensor:
         """By the running statistics of the VAE's `bn`, never those of the batch."""
         mean = vae.bn.running_mean.view(1, -1, 1, 1).to(latent)
         deviation = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).to(latent)
         return (latent - mean) / deviation
-
-    def free(self) -> None:
-        self._vae = None
 
 
 class ReferenceEncoder(LatentEncoder):

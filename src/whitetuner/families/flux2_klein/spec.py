@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from whitetuner.errors import UserError
+from whitetuner.families.files import read_config
 from whitetuner.family import FamilySpec, ModelPaths, Options, Part, Setting
 from whitetuner.records import Size
 
@@ -42,7 +41,7 @@ def is_distilled(options: KleinOptions, paths: ModelPaths) -> bool:
     if options.variant == "distilled" or paths.folder is None:
         return options.variant == "distilled"
     index = paths.folder / "model_index.json"
-    return index.is_file() and bool(_read(index).get("is_distilled", False))
+    return index.is_file() and bool(read_config(index).get("is_distilled", False))
 
 
 def _variant(options: KleinOptions, paths: ModelPaths) -> str | None:
@@ -52,7 +51,9 @@ def _variant(options: KleinOptions, paths: ModelPaths) -> str | None:
 
 def _size_of(paths: ModelPaths) -> str | None:
     transformer = paths.component("transformer")
-    heads = None if transformer.is_file() else _read(transformer / "config.json").get("num_attention_heads")
+    heads = (
+        None if transformer.is_file() else read_config(transformer / "config.json").get("num_attention_heads")
+    )
     return _HEADS.get(heads) if isinstance(heads, int) else None
 
 
@@ -63,7 +64,7 @@ def _stride(paths: ModelPaths) -> int:
     vae = paths.component("vae")
     if vae.is_file():
         return 16  # a single file is the released VAE; it carries no config
-    levels = _read(vae / "config.json").get("block_out_channels", ())
+    levels = read_config(vae / "config.json").get("block_out_channels", ())
     if not levels:
         raise UserError(
             "this config.json is not one of a FLUX.2 VAE (it has no block_out_channels)",
@@ -96,20 +97,6 @@ def _advice(options: KleinOptions, paths: ModelPaths) -> tuple[UserError, ...]:
             )
         )
     return tuple(found)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            "{name} cannot be read ({reason})",
-            where=str(file),
-            mend="download this part of the model again",
-            name=file.name,
-            reason=error,
-        ) from error
-    return document if isinstance(document, dict) else {}
 
 
 def _auto_shift(tokens: int) -> float:

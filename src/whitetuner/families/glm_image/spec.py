@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
 from whitetuner.errors import UserError
+from whitetuner.families.files import read_config
 from whitetuner.family import FamilySpec, ModelPaths, Options, Part, Setting
 from whitetuner.records import Size
 
@@ -41,7 +40,7 @@ def _stride(paths: ModelPaths) -> int:
     vae = paths.component("vae")
     if vae.is_file():
         return 32  # a single file is the released VAE; it carries no config
-    levels = _read(vae / "config.json").get("block_out_channels")
+    levels = read_config(vae / "config.json").get("block_out_channels")
     if not isinstance(levels, list):
         raise UserError(
             "this config.json is not one of GLM-Image's VAE (it has no block_out_channels)",
@@ -50,20 +49,6 @@ def _stride(paths: ModelPaths) -> int:
             hub=_HUB,
         )
     return int(2 ** (len(levels) - 1)) * 4
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            "{name} cannot be read ({reason})",
-            where=str(file),
-            mend="download this part of the model again",
-            name=file.name,
-            reason=error,
-        ) from error
-    return document if isinstance(document, dict) else {}
 
 
 def language_model(paths: ModelPaths) -> Path:

@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKLQwenImage
 from PIL import Image
@@ -22,6 +21,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from whitetuner.errors import UserError
 from whitetuner.families.files import files_of
+from whitetuner.families.picture_latents import PictureLatents
 from whitetuner.families.qwen_image.spec import QwenImageOptions
 from whitetuner.family import BuildFn, Layout, ModelPaths, Reads, fingerprint_files
 from whitetuner.records import EncodeInput
@@ -214,48 +214,27 @@ class EditTextEncoder(TextEncoder):
         return self._processor
 
 
-class LatentEncoder:
+class LatentEncoder(PictureLatents):
     """Target -> `latent` (C, H, W): mode of the VAE, normalised by its configured mean and deviation of each channel."""
 
-    name = "vae"
-    fields: Mapping[str, Layout] = {"latent": "stack"}
-    reads: frozenset[Reads] = frozenset({"target"})
-
-    def __init__(self, paths: ModelPaths) -> None:
-        self.paths = paths
-        self._vae: Any = None
+    kind = AutoencoderKLQwenImage
 
     def fingerprint(self) -> str:
         return fingerprint_files(
             files_of(self.paths.component("vae")), extra=f"qwen-image {self.name} 1: {sorted(self.fields)}"
         )
 
-    def load(self, build: BuildFn) -> None:
-        self._vae = build(AutoencoderKLQwenImage, self.paths.component("vae"), keep_precise=("*",))
-
-    @torch.no_grad()
-    def encode(self, given: EncodeInput) -> dict[str, Tensor]:
-        assert self._vae is not None, "encode before load"
-        return {"latent": self.latent(self._vae, given.target[0]).cpu()}
-
     def latent(self, vae: Any, picture: Image.Image) -> Tensor:
-        """(C, H, W) of one RGB picture whose sides are multiples of the stride."""
-        moments = vae.encode(self.pixels(picture).to(vae.device, vae.dtype)).latent_dist
-        return self.normalise(vae, moments.mode())[0, :, 0]
+        return super().latent(vae, picture)[:, 0]
 
     def pixels(self, picture: Image.Image) -> Tensor:
         """(1, 3, 1, height, width) in [-1, 1]: the VAE knows videos, and this is one of one frame."""
-        # Batch first and then permuted, as diffusers does: other strides choose another convolution, and other last bits.
-        values = torch.from_numpy(np.array(picture.convert("RGB"), dtype=np.float32)[None])
-        return (2.0 * (values / 255.0).permute(0, 3, 1, 2) - 1.0).unsqueeze(2)
+        return super().pixels(picture).unsqueeze(2)
 
     def normalise(self, vae: Any, latent: Tensor) -> Tensor:
         """latent: (1, C, 1, H, W)."""
         mean, deviation = moments_of(vae, latent)
         return (latent - mean) / deviation
-
-    def free(self) -> None:
-        self._vae = None
 
 
 class ReferenceEncoder(LatentEncoder):

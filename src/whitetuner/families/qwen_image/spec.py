@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
 from whitetuner.errors import UserError
+from whitetuner.families.files import read_config
 from whitetuner.family import FamilySpec, ModelPaths, Options, Part, Setting
 from whitetuner.records import Size
 
@@ -49,7 +48,7 @@ def held_variant(paths: ModelPaths) -> str | None:
             mend="give the folder of Qwen-Image, Qwen-Image-Edit, -Edit-2509 or -Edit-2511",
         )
     index = None if paths.folder is None else paths.folder / "model_index.json"
-    pipeline = _read(index).get("_class_name") if index is not None and index.is_file() else None
+    pipeline = read_config(index).get("_class_name") if index is not None and index.is_file() else None
     found = _PIPELINES.get(str(pipeline))
     if found != "t2i" and config.get("zero_cond_t"):
         return "edit-2511"
@@ -107,7 +106,7 @@ def _stride(paths: ModelPaths) -> int:
     vae = paths.component("vae")
     if vae.is_file():
         return 16  # a single file is the released VAE; it carries no config
-    levels = _read(vae / "config.json").get("temperal_downsample")
+    levels = read_config(vae / "config.json").get("temperal_downsample")
     if not isinstance(levels, list):
         raise UserError(
             "this config.json is not one of a Qwen-Image VAE (it has no temperal_downsample)",
@@ -120,21 +119,7 @@ def _stride(paths: ModelPaths) -> int:
 
 def _transformer_config(paths: ModelPaths) -> dict[str, Any]:
     folder = paths.component("transformer")
-    return {} if folder.is_file() else _read(folder / "config.json")
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            "{name} cannot be read ({reason})",
-            where=str(file),
-            mend="download this part of the model again",
-            name=file.name,
-            reason=error,
-        ) from error
-    return document if isinstance(document, dict) else {}
+    return {} if folder.is_file() else read_config(folder / "config.json")
 
 
 def _auto_shift(tokens: int) -> float:

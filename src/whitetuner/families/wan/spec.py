@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
 from whitetuner.errors import UserError
+from whitetuner.families.files import read_config
 from whitetuner.family import FamilySpec, ModelPaths, Options, Part, Setting
 from whitetuner.records import Size
 
@@ -149,7 +148,7 @@ def _stride(paths: ModelPaths) -> int:
     vae = paths.component("vae")
     if vae.is_file():
         return 16  # a file that was not looked at yet (whitetuner.single_files makes a folder of it)
-    config = _read(vae / "config.json")
+    config = read_config(vae / "config.json")
     if not isinstance(config.get("temperal_downsample", []), list):
         raise UserError(
             "this config.json is not one of a WAN VAE",
@@ -178,7 +177,7 @@ def _check_vae(variant: str, paths: ModelPaths) -> None:
 
 def _config(paths: ModelPaths, part: str) -> dict[str, Any]:
     folder = paths.component(part)
-    return {} if folder.is_file() else _read(folder / "config.json")
+    return {} if folder.is_file() else read_config(folder / "config.json")
 
 
 def _has(paths: ModelPaths, part: str) -> bool:
@@ -187,21 +186,7 @@ def _has(paths: ModelPaths, part: str) -> bool:
 
 def _index(paths: ModelPaths) -> dict[str, Any]:
     file = None if paths.folder is None else paths.folder / "model_index.json"
-    return _read(file) if file is not None and file.is_file() else {}
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            "{name} cannot be read ({reason})",
-            where=str(file),
-            mend="download this part of the model again",
-            name=file.name,
-            reason=error,
-        ) from error
-    return document if isinstance(document, dict) else {}
+    return read_config(file) if file is not None and file.is_file() else {}
 
 
 def _not_here(kind: str, paths: ModelPaths) -> UserError:

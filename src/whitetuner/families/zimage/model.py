@@ -6,7 +6,7 @@ from diffusers import ZImageTransformer2DModel
 from torch import nn
 
 from whitetuner.families import z_image_merge as merge
-from whitetuner.families.z_image_facts import read_config
+from whitetuner.families.files import read_config
 from whitetuner.families.z_image_family import ZImageFamily
 from whitetuner.families.zimage.keys import KEYS
 from whitetuner.families.zimage.spec import SPEC

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from torch import nn
 
 from whitetuner.families import z_image_merge as merge
-from whitetuner.families.z_image_facts import V1_CLASS, read_config
+from whitetuner.families.files import read_config
+from whitetuner.families.z_image_facts import V1_CLASS
 from whitetuner.families.z_image_family import ZImageFamily
 from whitetuner.families.z_image_keys import V1_KEYS
 from whitetuner.families.zimage_v2.keys import KEYS

@@ -8,7 +8,8 @@ from pydantic import Field
 
 from whitetuner.errors import UserError
 from whitetuner.families import z_image_facts as facts
-from whitetuner.families.z_image_facts import V1_CLASS, ZImageOptions, read_config
+from whitetuner.families.files import read_config
+from whitetuner.families.z_image_facts import V1_CLASS, ZImageOptions
 from whitetuner.family import FamilySpec, ModelPaths, Part
 from whitetuner.records import Size
 
