@@ -15,10 +15,10 @@ from whitetuner.config.migrate import rewrite_file
 from whitetuner.config.schema import Config
 from whitetuner.config.shard import refuse_wrong_shard
 from whitetuner.data.captions import convert_captions
-from whitetuner.data.check import CheckReport, caption_files, check_sets
+from whitetuner.data.check import CheckReport, check_sets
 from whitetuner.data.check_page import write_check_html
 from whitetuner.data.pairs import edit_layout
-from whitetuner.data.scan import Films, SetOptions
+from whitetuner.data.scan import Films, SetOptions, caption_files
 from whitetuner.data.tags import orders_of
 from whitetuner.data.video_folders import holds_videos
 from whitetuner.errors import UserError, UserErrors

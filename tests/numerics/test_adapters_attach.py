@@ -249,7 +249,8 @@ def test_merging_is_the_forward_with_the_adapter(
     adapter = attach(model, ALL, settings, seed=0)
     move(adapter)
     expected = model(x)
-    adapter.materialise()
+    adapter.detach()
+    adapter.merge_into(model)
     assert not any(isinstance(part, Attached) for part in model.modules())
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
 

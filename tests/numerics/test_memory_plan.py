@@ -23,7 +23,7 @@ from whitetuner.families import registry
 from whitetuner.memory.beside import Beside, exchange_s, has_room, turn_steps
 from whitetuner.memory.machine import CONTEXT_BYTES, GIB, Machine, typical_machine
 from whitetuner.memory.measure import BlockCost, StepCost, measure_step
-from whitetuner.memory.plan import Plan, Wishes, corrected, make_plan
+from whitetuner.memory.plan import Plan, Wishes, make_plan
 from whitetuner.memory.quantize import quantize_linears
 from whitetuner.memory.swap.backend import CpuBackend
 from whitetuner.memory.swap.engine import SwapEngine
@@ -187,20 +187,6 @@ def test_impossible_wishes_are_told() -> None:
     text = told(vram=8, base="bf16", host=8)
     assert "host has 8 GB" in text and "nearest" in text
     assert "too little" in told(vram=8, recompute=False)
-
-
-def test_a_plan_is_corrected_by_the_first_steps() -> None:
-    weights, cost = real()
-    first = plan(12)
-    chosen = first.best
-    peak = chosen.peak_bytes + chosen.parts["activations"] // 2
-    cost2, machine2 = corrected(
-        first, cost, forward_s=chosen.computing_s, backward_s=chosen.computing_s, peak_bytes=peak
-    )
-    assert machine2.flops_per_s == pytest.approx(first.machine.flops_per_s / 2) and machine2.measured
-    assert cost2.peak_bytes == pytest.approx(cost.peak_bytes * 1.5, rel=0.01)
-    again = make_plan(weights, cost2, machine2)
-    assert again.best.peak_bytes <= 12 * GIB and len(again.best.plain) < len(chosen.plain)
 
 
 @settings(max_examples=60, deadline=None)

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from whitetuner.data.check import CheckReport, check_sets, convert_sets, suggested_steps, words
+from whitetuner.data.captions import convert_captions
+from whitetuner.data.check import CheckReport, check_sets, suggested_steps, words
 from whitetuner.data.check_page import SHOWN, write_check_html
 from whitetuner.data.media import cut, read
 from whitetuner.data.scan import SetOptions
+from whitetuner.data.survey import caption_files
 from whitetuner.errors import UserError
 from whitetuner.records import Size
 
@@ -136,10 +138,10 @@ def test_suggested_steps_grow_with_the_set_within_bounds() -> None:
 def test_captions_of_a_whole_folder_are_converted(tmp_path: Path) -> None:
     draw(tmp_path / "a.png").with_suffix(".txt").write_bytes("一只黑猫".encode("gbk"))
     draw(tmp_path / "b.png", "schon gut", seed=1)
-    (done,) = convert_sets([SetOptions(images=tmp_path)])
+    (done,) = convert_captions(caption_files([SetOptions(images=tmp_path)]))
     assert done.text == "一只黑猫" and done.path.name == "a.txt" and not look(tmp_path).problems
     with pytest.raises(UserError, match="no such folder"):
-        convert_sets([SetOptions(images=tmp_path / "nowhere")])
+        caption_files([SetOptions(images=tmp_path / "nowhere")])
 
 
 def test_the_page_shows_the_crop_that_training_cuts(tmp_path: Path) -> None:

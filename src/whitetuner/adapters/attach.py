@@ -230,11 +230,6 @@ class Adapter:
             for path, layer in layers.items():
                 layer.weight.copy_(merged(layer.weight, self.deltas[path].weight()))
 
-    def materialise(self) -> None:
-        """Takes the adapter off and merges it into the model it sat on."""
-        self.detach()
-        self.merge_into(self._module)
-
 
 def merged(weight: Tensor, delta: Tensor) -> Tensor:
     """weight + delta, summed in float32 or better and rounded once to the weight's dtype. Both (out, in)."""

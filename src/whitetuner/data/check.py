@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from whitetuner.data.buckets import bucketing, covers, cropped, shapes
-from whitetuner.data.captions import Converted, convert_captions
 from whitetuner.data.check_video import TOLD, FilmPlan, plan_film
 from whitetuner.data.duplicates import duplicates_of
 from whitetuner.data.problems import Problem, merged
 from whitetuner.data.scan import Films, place, place_conditions
 from whitetuner.data.set_options import SetOptions
-from whitetuner.data.survey import Found, PictureSet, Survey, caption_files, survey
+from whitetuner.data.survey import Found, PictureSet, Survey, survey
 from whitetuner.errors import UserError
 from whitetuner.records import Size
 
@@ -277,11 +276,6 @@ def suggested_steps(pictures: int, batch_size: int) -> int:
     """Optimizer steps to begin with: each picture seen sixty times, within sensible bounds, rounded to fifties."""
     wanted = min(MOST_STEPS, max(LEAST_STEPS, VISITS * pictures)) / batch_size
     return max(50, round(wanted / 50) * 50)
-
-
-def convert_sets(sections: Sequence[object], encoding: str | None = None) -> list[Converted]:
-    """Brings every caption of the sets that is not UTF-8 to UTF-8, the originals kept beside. Raises UserError."""
-    return convert_captions(dict.fromkeys(caption_files(sections)), encoding)
 
 
 def _placed(

@@ -49,10 +49,6 @@ class Qwen3Text:
             enable_thinking=self.thinking,
         )
 
-    def count_tokens(self, caption: str) -> int:
-        """Tokens of a caption with its template; what exceeds max_sequence_length is cut. Needs no `load`."""
-        return len(self.tokenizer(self.text(caption))["input_ids"])
-
     def tokens(self, caption: str) -> Any:
         """input_ids and attention_mask (1, max_sequence_length), padded and cut as the pipelines do: another length would give
         other last bits.

@@ -1,18 +1,7 @@
 """The training tabs: one for each family and task that has landed, in the seed's order; the left column of each is its form.
 
-What the page's frame connects (all of it works inside `gr.Blocks`):
-
-    for tab in tabs():
-        with gr.Tab(tab.title(language), id=tab.key):
-            with gr.Row():
-                with gr.Column():
-                    draw_form(tab, language)
-                with gr.Column():
-                    start = gr.Button(...);  text = gr.Textbox(visible=False)
-                    start.click(begin, inputs=[text], outputs=[...], js=text_js(tab))
-
-`text_js` hands over the TOML that the form shows at that moment; `forms.loaded(text, tab)` makes the run's config of it or
-raises UserError(s), which `told.told` puts in the page's language. The form itself talks to `form_api.routes`.
+`draw_form` draws inside `gr.Blocks`; the form itself is static/form.js and talks to `form_api.routes`. `forms.loaded(text, tab)`
+makes the run's config of what it shows.
 """
 
 from __future__ import annotations
@@ -74,6 +63,7 @@ def tabs() -> tuple[Tab, ...]:
 
 
 def tab_of(key: str) -> Tab | None:
+    """The tab of this key, if there is one."""
     return next((tab for tab in tabs() if tab.key == key), None)
 
 
@@ -94,8 +84,3 @@ def draw_form(tab: Tab, language: str) -> None:
         elem_id=f"holder-{tab.key}",
         apply_default_css=False,
     )
-
-
-def text_js(tab: Tab) -> str:
-    """For `js=` of an event with one text input: the TOML that the form shows, after pending changes have been taken in."""
-    return f"async () => [await (await import({json.dumps(SCRIPT)})).text({json.dumps(tab.key)})]"

@@ -363,33 +363,3 @@ def _plain(cost: StepCost, machine: Machine, wishes: Wishes, fixed: int) -> list
         else:
             high = middle - 1
     return order[:low]
-
-
-def corrected(
-    plan: Plan, cost: StepCost, *, forward_s: float, backward_s: float, peak_bytes: int
-) -> tuple[StepCost, Machine]:
-    """What the plan was made from, after its chosen way has been run: the computing speed and activations as seen.
-
-    forward_s, backward_s: median of some steps without waiting for weights (resident, or with the waits taken off)
-    """
-    chosen = plan.best
-    machine = replace(
-        plan.machine,
-        flops_per_s=plan.machine.flops_per_s * chosen.computing_s / (forward_s + backward_s),
-        measured=True,
-    )
-    seen = peak_bytes - (chosen.peak_bytes - chosen.parts["activations"])
-    factor = max(0.25, seen / max(1, chosen.parts["activations"]))
-    blocks = tuple(
-        replace(b, saved_bytes=int(b.saved_bytes * factor), input_bytes=int(b.input_bytes * factor))
-        for b in cost.blocks
-    )
-    return (
-        replace(
-            cost,
-            blocks=blocks,
-            peak_bytes=int(cost.peak_bytes * factor),
-            peak_bytes_plain=int(cost.peak_bytes_plain * factor),
-        ),
-        machine,
-    )
