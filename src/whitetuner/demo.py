@@ -277,6 +277,7 @@ def draw_folder(
 
 
 def write_config(out: Path, steps: int) -> Path:
+    """Writes the demo's config.toml into `out`; the path of it."""
     quote = json.dumps  # a JSON string is a TOML basic string
     prompts = "\n".join(
         f"[[preview.prompts]]\ntext = {quote(text)}\nsize = [64, 64]\nseed = {index}\nsteps = {STEPS}\ncfg = {CFG}"

@@ -309,4 +309,5 @@ def as_json(findings: Sequence[Finding]) -> dict[str, Any]:
 
 
 def exit_code(findings: Sequence[Finding]) -> int:
+    """3 when anything is bad, else 0."""
     return EXIT_ENVIRONMENT if any(one.status == "bad" for one in findings) else 0

@@ -154,6 +154,7 @@ def _trained_at(size: Size | None, stride_px: int) -> Size | None:
 
 
 def as_json(found: dict[str, Any]) -> dict[str, Any]:
+    """The plans as plain values for JSON; a card that is too small has the reason under "refused"."""
     rows = []
     for (machine, plan), encoding in zip(found["plans"], found["encoders"]):
         row: dict[str, Any] = {"card": machine.name, "vram_gb": round(machine.vram_bytes / GIB, 2)}

@@ -295,6 +295,7 @@ def asked_base(config: Config) -> str | None:
 
 
 def name_of(dtype: torch.dtype) -> str:
+    """A dtype as memory.dtype calls it."""
     return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
 
 

@@ -89,6 +89,7 @@ def find_items(config: Config, family: Family, progress: Progress | None = None)
 
 
 def cache_folder(config: Config) -> Path:
+    """Where the encoded data set lies: data.cache_dir, else "cache" beside the runs."""
     return Path(config.data.cache_dir) if config.data.cache_dir else Path(config.run.output_dir) / "cache"
 
 

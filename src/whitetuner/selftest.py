@@ -367,4 +367,5 @@ class Bench:
 
 
 def short(data: bytes) -> str:
+    """Twelve hexadecimal digits by which the bits of two runs are compared on one line."""
     return hashlib.blake2b(data, digest_size=6).hexdigest()

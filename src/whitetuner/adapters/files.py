@@ -164,6 +164,7 @@ def check_file(path: Path) -> None:
 
 
 def torn(path: Path, reason: Exception) -> UserError:
+    """What is told of a file whose header or length is wrong."""
     return UserError(
         "this is no whole safetensors file ({reason}; {size} bytes)",
         where=str(path),

@@ -173,6 +173,7 @@ def _one_naming(found: Mapping[str, Sequence[Target]], keymap: Names) -> bool:
 
 
 def mixed(path: Path, first: str, second: str) -> UserError:
+    """What is told of a file whose modules are named in two ways; first, second: a name of each."""
     return UserError(
         "two ways of naming are mixed in one file (such as {first} and {second})",
         where=str(path),

@@ -280,6 +280,7 @@ def takes_text(annotation: Any) -> bool:
 
 
 def takes_bool(annotation: Any) -> bool:
+    """Whether true and false are among the values of an option of this type."""
     return bool in _parts(annotation)
 
 

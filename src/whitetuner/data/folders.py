@@ -110,6 +110,7 @@ def _meant(path: Path) -> Path:
 
 
 def not_a_folder(folder: Path) -> UserError:
+    """What is told of a path that is no folder, with the nearest folder that is there."""
     if folder.exists():
         return UserError(
             "a file, not a folder", where=str(folder), mend="name the folder that holds the pictures"

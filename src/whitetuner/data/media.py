@@ -195,6 +195,7 @@ def unreadable(path: Path, error: BaseException) -> UserError:
 
 
 def too_large(path: Path, size: Size) -> UserError:
+    """What is told of a picture with more pixels than are decoded."""
     return UserError(
         "{width} x {height} pixels are more than the {limit} megapixels that are decoded",
         where=str(path),

@@ -214,6 +214,7 @@ Answer = tuple[int, bytes, list[tuple[str, str]]]
 
 
 def cookies(headers: dict[str, str]) -> dict[str, str]:
+    """Name -> value, of lower-case request headers; empty for a header that is no cookie."""
     try:
         return {name: morsel.value for name, morsel in SimpleCookie(headers.get("cookie", "")).items()}
     except CookieError:

@@ -28,6 +28,7 @@ def words() -> dict[str, list[str]]:
 
 
 def word(name: str, language: str) -> str:
+    """A word of the page's frame in this language."""
     return words()[name][LANGUAGES.index(language)]
 
 

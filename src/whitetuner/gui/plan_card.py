@@ -195,6 +195,7 @@ def _choice(
 
 
 def translated_part(name: str, say: Mapping[str, str]) -> str:
+    """The part of a model in the words of the page; its own name where they have none."""
     return say.get(f"part:{name}", name)
 
 

@@ -200,6 +200,7 @@ def choice(key: str, value: Any, language: str) -> str:
 
 
 def section(name: str, language: str) -> str:
+    """The title of a config section; the section's own name where it has none."""
     return (words_zh.SECTIONS if language == "zh" else _SECTIONS).get(name, name)
 
 

@@ -110,6 +110,7 @@ _SAVE: Table = {"save_every": ("save.every", int), "max_step_saves_to_keep": ("s
 
 
 def is_one(document: Mapping[str, Any]) -> bool:
+    """Whether a YAML document is a job of ai-toolkit."""
     config = document.get("config")
     return isinstance(config, Mapping) and isinstance(config.get("process"), list)
 

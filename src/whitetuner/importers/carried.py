@@ -53,6 +53,7 @@ class Imported:
 
 
 def same(value: Any) -> Any:
+    """The value as it is."""
     return value
 
 
@@ -93,6 +94,7 @@ def ending(value: Any) -> str:
 
 
 def refuse_model(program: str, name: object, known: Mapping[str, Any]) -> UserError:
+    """What is told of a model that we have not; known: the other program's names of those that we have."""
     return UserError(
         "{program}'s model '{name}' cannot be trained here",
         where="--from",

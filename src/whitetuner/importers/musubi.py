@@ -143,6 +143,7 @@ def _refuse(why: str) -> Any:
 
 
 def is_data(document: Mapping[str, Any]) -> bool:
+    """Whether a TOML document is a data set config of musubi-tuner."""
     return isinstance(document.get("datasets"), list)
 
 

@@ -83,6 +83,7 @@ _IDLE = {
 
 
 def is_one(document: Mapping[str, Any]) -> bool:
+    """Whether a document holds settings of the original White Tuner."""
     if document.get("script") in SCRIPTS:
         return True
     return "num_train_steps" in document and bool(

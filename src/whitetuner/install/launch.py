@@ -64,6 +64,7 @@ def chinese() -> tongue.Phrases:
 
 
 def run(root: Path, arguments: Sequence[str]) -> int:
+    """launch.py: installs what is missing, then runs the words. Their exit code; on POSIX they take this process's place."""
     options, words = split(arguments)
     if words[0] in ("-h", "--help"):
         print(HELP, end="")

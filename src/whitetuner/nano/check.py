@@ -62,6 +62,8 @@ class Seen:
 
 @dataclass(frozen=True)
 class Verdict:
+    """Which of the things that a label asks for the picture shows."""
+
     shape: bool
     colour: bool
     background: bool

@@ -38,6 +38,7 @@ GRID = SIZE_PX // 8
 
 
 def new_transformer(seed: int) -> Flux2Transformer2DModel:
+    """With weights drawn from the seed."""
     torch.manual_seed(seed)
     transformer = Flux2Transformer2DModel(
         patch_size=1,
@@ -63,6 +64,7 @@ def new_transformer(seed: int) -> Flux2Transformer2DModel:
 
 
 def optimizers(transformer: Flux2Transformer2DModel) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for all else."""
     matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, weight in transformer.named_parameters():

@@ -133,6 +133,7 @@ def plain_vae(given: AutoencoderKLFlux2, seed: int) -> AutoencoderKL:
 
 
 def new_transformer(seed: int) -> ZImageTransformer2DModel:
+    """With weights drawn from the seed."""
     torch.manual_seed(seed)
     transformer = ZImageTransformer2DModel(
         in_channels=vae.LATENT_CHANNELS,
@@ -157,6 +158,7 @@ def new_transformer(seed: int) -> ZImageTransformer2DModel:
 
 
 def optimizers(transformer: ZImageTransformer2DModel) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for all else."""
     blocks = ("layers.", "noise_refiner.", "context_refiner.")
     matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []

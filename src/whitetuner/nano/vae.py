@@ -31,6 +31,7 @@ DECODER_LATENT_NOISE = 0.08
 
 
 def new_vae(seed: int) -> AutoencoderKLFlux2:
+    """With weights drawn from the seed."""
     torch.manual_seed(seed)
     depth = len(CHANNELS)
     vae = AutoencoderKLFlux2(
@@ -57,6 +58,7 @@ def new_vae(seed: int) -> AutoencoderKLFlux2:
 
 
 def optimizers(vae: AutoencoderKLFlux2) -> list[torch.optim.Optimizer]:
+    """One, for all of the VAE."""
     return [torch.optim.AdamW(vae.parameters(), LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4)]
 
 
@@ -190,4 +192,5 @@ def _patchified(vae: AutoencoderKLFlux2, pictures: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKLFlux2, pictures: Tensor) -> Tensor:
+    """pictures: (B, 3, H, W) in [-1, 1], encoded by their mode and decoded, 128 at a time."""
     return torch.cat([vae.decode(vae.encode(some).latent_dist.mode()).sample for some in pictures.split(128)])

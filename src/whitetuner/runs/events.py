@@ -33,6 +33,8 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class RunStarted(Event):
+    """resumed_from: step of the checkpoint; steps: of the whole run; pid: of the process that writes."""
+
     kind: ClassVar[str] = "run_started"
     name: str
     resumed_from: int | None = None
@@ -51,6 +53,8 @@ class Phase(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Progress(Event):
+    """done of total, within the phase that was announced."""
+
     kind: ClassVar[str] = "progress"
     phase: str
     done: int
@@ -88,6 +92,8 @@ class Preview(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Saved(Event):
+    """path: of the checkpoint, relative to the run's folder."""
+
     kind: ClassVar[str] = "saved"
     step: int
     path: str
@@ -110,6 +116,8 @@ class Validation(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Message(Event):
+    """A line for the user."""
+
     kind: ClassVar[str] = "message"
     level: Level
     text: str
@@ -117,12 +125,16 @@ class Message(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Failed(Event):
+    """reason: the whole message, as the terminal shows it."""
+
     kind: ClassVar[str] = "failed"
     reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ended(Event):
+    """The last event of a run that ended by itself; step: the last one done."""
+
     kind: ClassVar[str] = "ended"
     status: Ending
     step: int

@@ -368,6 +368,7 @@ def _free_name(path: Path) -> str:
 
 
 def versions() -> dict[str, str]:
+    """Of Python and of the packages that numbers hang on, as far as they are installed."""
     found = {"python": sys.version.split()[0]}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):

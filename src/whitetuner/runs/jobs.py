@@ -89,6 +89,7 @@ class Job:
 
 
 def id_of(run: Path) -> str:
+    """A job's id: the same for the same run folder, and safe as a file's name."""
     return hashlib.sha256(str(run).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 

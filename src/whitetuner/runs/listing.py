@@ -20,6 +20,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def row_of(job: jobs.Job, place: int | None = None) -> dict[str, Any]:
+    """What lists of runs show of a job; place: its place among those that wait, from 1."""
     folder = RunFolder(Path(job.run))
     state = jobs.state_of(job)
     step, facts = _facts(folder.path, jobs.stamp_of(folder))

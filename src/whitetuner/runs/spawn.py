@@ -36,6 +36,8 @@ _CHOSEN = (0, 1, 2, 3, EXIT_STOPPED)
 
 @dataclass
 class Rank:
+    """A process of a run. number: from 0; log: where its words go, None: to the terminal."""
+
     number: int
     device: str
     process: subprocess.Popen[bytes]

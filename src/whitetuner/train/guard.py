@@ -69,6 +69,7 @@ def damaged_weights(module: torch.nn.Module, culprit: str) -> NotFinite | None:
 
 
 def not_finite(step: int, what: str, culprit: str, items: str) -> NotFinite:
+    """What is told when a loss or gradient is not finite; culprit: the module, items: the pictures."""
     return NotFinite(
         "the {quantity} of step {step} is not a finite number; first bad: {culprit}; pictures: {items}. "
         "Nothing of it was applied; the state of step {last} is the last good one",

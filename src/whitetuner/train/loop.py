@@ -45,6 +45,8 @@ class Hooks:
 
 @dataclass
 class Outcome:
+    """step: the last one done; stopped: it was asked to end before its last."""
+
     step: int
     stopped: bool
 

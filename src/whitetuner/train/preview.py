@@ -30,6 +30,8 @@ class Scene:
 
 @dataclass(frozen=True)
 class Drawn:
+    """files: pictures or clips, one a prompt; skipped: prompts left out since the time for previews was over."""
+
     files: list[Path]
     seconds: float
     skipped: int

@@ -158,6 +158,7 @@ class Watch:
 
 
 def lost_error(one: Presence) -> UserError:
+    """What is told of a rank that does not answer any more."""
     return UserError(
         "{rank} is gone: it was killed, crashed, or its machine cannot be reached; what was saved before is intact",
         where="the run's ranks",
@@ -191,6 +192,7 @@ class Elsewhere(UserError):
 
 
 def from_words(text: str, one: Presence) -> UserError:
+    """The error that another rank has left as JSON, told here with that rank's number."""
     told = json.loads(text)
     where = f"rank {one.rank}: {told['where']}" if told["where"] else f"rank {one.rank}"
     return Elsewhere(told["what"], where=where, mend=told["mend"], code=told["code"], **told["values"])

@@ -350,6 +350,7 @@ def refuse_other_state(
 
 
 def refuse_without_average(average: Mapping[str, Tensor] | None) -> None:
+    """Raises UserError when a checkpoint lacks the running average that the config asks for."""
     if average is None:
         raise UserError(
             "the checkpoint holds no running average, but optimizer.ema is set now",
