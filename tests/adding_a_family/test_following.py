@@ -77,7 +77,7 @@ def how_many_pass(tree: Path, *words: str) -> int:
     return int(found[1])
 
 
-def test_the_contracts_quick_how_many_pass(tree: Path) -> None:
+def test_the_contracts_quick_tests_pass(tree: Path) -> None:
     files = (f"tests/families/test_{name}.py" for name in ("contract", "original_layout", "sketch"))
     assert how_many_pass(tree, *files, "-k", "lumina2") >= 36
 
