@@ -38,7 +38,9 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "full_precision.json": ("train/precision.py", "train/whole.py", "train/block_optimizer.py"),
     "nano_edit.json": ("nano", "train/step.py", "families/flux2_klein/model.py"),
     "laboratory_kinds.json": ("adapters/deltas.py", "nano", "train/step.py", "train/whole.py"),
+    "laboratory_batch_lr.json": ("adapters/deltas.py", "nano", "train/step.py"),
     "laboratory_rivals.json": ("adapters/deltas.py", "nano", "train/step.py"),
+    "chaos_disk.json": ("checkpoint/store.py", "recipe.py", "runs/files.py"),
     "chaos_kills.json": (
         "checkpoint/store.py",
         "recipe.py",

@@ -31,17 +31,20 @@ ERRORS = ("UserError", "NotFinite", "Elsewhere", "DamagedCheckpoint")
 TOPICS: dict[tuple[str, str], tuple[str, ...]] = {
     ("Data sets and captions", "数据集与描述文件"): ("data/", "checks.py", "captioning.py", "encoding.py"),
     ("Models and their files", "模型与模型文件"): (
-        "models.py", "single_files.py", "hub.py", "released.py", "family.py", "families/", "denoisers.py", "companions.py",
+        "models.py", "single_files.py", "hub", "hub_names.py", "released.py", "family.py", "families/", "denoisers.py",
+        "companions.py",
         "resolve.py", "checkpoint/", "nano/", "tiny.py", "memory/skeleton.py", "memory/weights.py", "memory/relaid.py",
         "memory/build.py",
     ),
     ("Adapters, export and other programs", "适配器、导出与其他程序"): (
-        "adapters/", "checkpoint/export.py", "checkpoint/factor.py", "file_words.py", "file_commands.py", "final_files.py",
+        "adapters/", "learned.py", "checkpoint/export.py", "checkpoint/factor.py", "file_words.py", "file_commands.py",
+        "final_files.py",
     ),
     ("Memory and speed", "显存、内存与速度"): ("errors.py", "memory/", "plan_view.py", "planning.py", "full_costs.py"),
     ("The config", "配置"): ("config/", "importers/"),
     ("The command line", "命令行"): (
-        "cli.py", "parser.py", "commands.py", "drawing.py", "demo.py", "doctor.py", "bug_report.py", "scenes.py", "diffusion/",
+        "cli.py", "portable/", "parser.py", "commands.py", "config_commands.py", "drawing.py", "demo.py",
+        "doctor.py", "bug_report.py", "scenes.py", "diffusion/",
     ),
     ("A run: start, stop, resume, fork", "训练任务：开始、停止、继续、分支"): (
         "runs/", "train/", "recipe.py", "prepared.py", "rehearsal.py", "resuming.py", "forking.py", "checkpoint/store.py",

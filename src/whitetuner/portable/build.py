@@ -96,7 +96,7 @@ def build(folder: Path, python: str, torch_index: str, say: Say, root: Path | No
         raise UserError(
             "this Python has no pip, which unpacks the packages",
             where=sys.executable,
-            mend="start it as `python launch.py portable ...`, or install pip into this environment",
+            mend="start it as `python launch.py portable DEST --python FILE`, or install pip into this environment",
             code=EXIT_ENVIRONMENT,
         )
     partial = folder.with_name(f".{folder.name}.writing")
