@@ -89,6 +89,11 @@ def pretrain(options: argparse.Namespace, plan: Plan, count: int = SCENES, n: in
     fit.averaged(model)
     folder = options.out / "model"
     pipeline.to(torch.bfloat16).save_pretrained(folder)
+    for file in (folder / "model_index.json", folder / "transformer" / "config.json"):
+        # Where the embedded model lay on this machine is nobody's matter.
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        del settings["_name_or_path"]
+        file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     wishes = {"options": {"max_sequence_length": MAX_SEQUENCE_LENGTH}, "size": [SIZE_PX, SIZE_PX, 1]}
     (folder / WISHES).write_text(json.dumps(wishes, indent=1) + "\n", encoding="utf-8")
     pipeline.to(torch.float32)
@@ -148,7 +153,7 @@ def _encoded(pipeline: Flux2KleinPipeline, count: int, seed: int) -> dict[str, T
     number = {words: i for i, words in enumerate(said)}
     rng = np.random.default_rng((seed, 2))
     drawn: list[Scene] = []
-    pairs = []
+    pairs: list[tuple[int, int, int]] = []
     for scene, _ in zip(scenes(seed + 1), range(count), strict=False):
         ways = [edited(scene, kind, rng) for kind in KINDS]
         at = len(drawn)
