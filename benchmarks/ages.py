@@ -37,6 +37,8 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "swap_schedule.json": ("memory/plan.py", "memory/recompute.py", "memory/swap"),
     "full_precision.json": ("train/precision.py", "train/whole.py", "train/block_optimizer.py"),
     "nano_edit.json": ("nano", "train/step.py", "families/flux2_klein/model.py"),
+    "small_edit.json": ("nano", "train/step.py", "families/flux2_klein/model.py"),
+    "small_zimage.json": ("nano", "train/step.py", "families/zimage/model.py"),
     "laboratory_kinds.json": ("adapters/deltas.py", "nano", "train/step.py", "train/whole.py"),
     "laboratory_batch_lr.json": ("adapters/deltas.py", "nano", "train/step.py"),
     "laboratory_rivals.json": ("adapters/deltas.py", "nano", "train/step.py"),

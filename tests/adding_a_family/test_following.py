@@ -77,11 +77,13 @@ def how_many_pass(tree: Path, *words: str) -> int:
     return int(found[1])
 
 
+@pytest.mark.slow
 def test_the_contracts_quick_tests_pass(tree: Path) -> None:
     files = (f"tests/families/test_{name}.py" for name in ("contract", "original_layout", "sketch"))
     assert how_many_pass(tree, *files, "-k", "lumina2") >= 36
 
 
+@pytest.mark.slow
 def test_the_command_line_knows_it_and_has_a_plan_for_it(tree: Path) -> None:
     assert "Lumina-Image 2.0" in run(tree, "whitetuner", "families")
     assert "30 blocks" in run(tree, "whitetuner", "plan", "lumina2", "--vram", "8")
