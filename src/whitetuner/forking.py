@@ -12,10 +12,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from whitetuner.checkpoint.store import Store
 from whitetuner.config.load import Loaded, dump_config, load_config
 from whitetuner.config.resume import check_fork
 from whitetuner.errors import UserError
+from whitetuner.resolve import choose_dtype
 from whitetuner.resuming import checkpoint_at
 from whitetuner.runs.folder import RunFolder
 
@@ -58,6 +61,15 @@ def fork(run: Path, at: int | str | None, overrides: Sequence[str] = ()) -> tupl
             path=path,
         )
     resolved = {k: v for k, v in document.get("resolved", {}).items() if k not in _NOT_TAKEN}
+    if config.memory.dtype != "auto":  # else the resume would refuse what this made
+        asked = str(choose_dtype(config.memory.dtype, torch.device("cpu"))).removeprefix("torch.")
+        if resolved.get("dtype", asked) != asked:
+            raise UserError(
+                "the other run trains in {old}, and a checkpoint goes on in the numbers it was made in",
+                where="memory.dtype",
+                mend="leave it as it was, or start a new run from the adapter (method.init_from)",
+                old=resolved["dtype"],
+            )
     with RunFolder.open(path, resume=True, config=loaded.path) as folder:
         origin = {"run": os.path.relpath(run.resolve(), path.resolve()), "step": found.step}
         # The checkpoint first: a folder with run.json and nothing to go on from would start anew.

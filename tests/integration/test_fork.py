@@ -95,6 +95,7 @@ def test_other_data_noise_and_rate_are_learned_from_and_resumed(whole: Path) -> 
         (2, ('method.kind="lora"',), "method.kind"),
         (2, ('optimizer.name="adafactor"',), "optimizer.name"),
         (2, ("run.name=whole",), "already"),
+        (2, ('memory.dtype="bf16"',), "memory.dtype"),
         (2, ("run.setps=9",), "run.steps"),
     ],
 )
