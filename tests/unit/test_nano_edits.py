@@ -16,7 +16,7 @@ from whitetuner.nano.draw import NEW_SHAPE, NEW_WORD
 from whitetuner.nano.fit import Plan
 from whitetuner.nano.score import load_pipeline
 
-ALL = (*edits.KINDS, edits.NEW_KIND)
+ALL = (*edits.KINDS, *edits.NEW_KINDS)
 
 
 def test_the_same_seed_gives_the_same_edits() -> None:
@@ -25,7 +25,7 @@ def test_the_same_seed_gives_the_same_edits() -> None:
 
 def test_an_edit_changes_what_it_says_and_nothing_else() -> None:
     changed = {"colour": "colour", "background": "background", "mirror": "x_px", edits.NEW_KIND: "shape"}
-    for edit in edits.edits(80, 5, ALL):
+    for edit in edits.edits(80, 5, (*edits.KINDS, edits.NEW_KIND)):
         key = changed[edit.kind]
         assert edit.wanted == replace(edit.given, **{key: getattr(edit.wanted, key)}) != edit.given
         assert edit.wanted.colour != edit.wanted.background
@@ -33,8 +33,15 @@ def test_an_edit_changes_what_it_says_and_nothing_else() -> None:
     assert words == set(edits.instructions())
 
 
-def test_the_new_edit_is_not_in_the_pretraining() -> None:
-    assert not any(NEW_WORD in words for words in edits.instructions())
+def test_swapping_twice_gives_the_picture_back() -> None:
+    for edit in edits.edits(8, 5, ("swap",)):
+        assert (
+            replace(edit.wanted, colour=edit.wanted.background, background=edit.wanted.colour) == edit.given
+        )
+
+
+def test_the_new_edits_are_not_in_the_pretraining() -> None:
+    assert not any(new in words for words in edits.instructions() for new in (NEW_WORD, "swap"))
     assert all(edit.wanted.shape == NEW_SHAPE for edit in edits.edits(4, 1, (edits.NEW_KIND,)))
 
 
@@ -63,7 +70,7 @@ def test_what_stands_elsewhere_is_wrong() -> None:
 
 def test_every_instruction_fits_the_text_that_the_model_reads() -> None:
     tokenizer = load_pipeline().tokenizer
-    for words in (*edits.instructions(), f"{NEW_WORD} it"):
+    for words in (*edits.instructions(), f"{NEW_WORD} it", "swap it"):
         message = [{"role": "user", "content": words}]
         text = tokenizer.apply_chat_template(
             message, tokenize=False, add_generation_prompt=True, enable_thinking=False

@@ -3,7 +3,8 @@
     make it red               the shape's colour; shape, place and background stay
     make the background red   the other way round
     mirror it                 left is right; shapes are symmetric, so those that are mirrored stand to one side
-    zorp it                   never in the pretraining: the shape becomes a heart, colours and place stay
+    swap it                   never in the pretraining: shape and background exchange their colours
+    zorp it                   nor this: the shape becomes a heart, colours and place stay
 
 numpy only.
 """
@@ -32,9 +33,10 @@ from whitetuner.nano.draw import (
     paint,
 )
 
-#: What the small edit model knows; the new one is what it can be taught.
+#: What the small edit model knows; the new ones are what it can be taught.
 KINDS = ("colour", "background", "mirror")
 NEW_KIND = NEW_WORD
+NEW_KINDS = (NEW_KIND, "swap")
 #: How far from the middle a shape stands that can be mirrored.
 ASIDE_PX = (7.0, 14.0)
 #: An edited shape may be this far from where it should be, each way.
@@ -104,6 +106,9 @@ def edited(scene: Scene, kind: str, rng: np.random.Generator) -> Edit:
         return Edit(kind, f"make the background {colour}", scene, replace(scene, background=colour))
     if kind == "mirror":
         return Edit(kind, "mirror it", scene, replace(scene, x_px=SIZE_PX - scene.x_px))
+    if kind == "swap":
+        wanted = replace(scene, colour=scene.background, background=scene.colour)
+        return Edit(kind, "swap it", scene, wanted)
     return Edit(kind, f"{NEW_WORD} it", scene, replace(scene, shape=NEW_SHAPE))
 
 
