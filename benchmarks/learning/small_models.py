@@ -1,7 +1,7 @@
 """Whether the other embedded models learn a word too: the one that edits, and the one that is a Z-Image.
 
-    python -m benchmarks.learning.small_models edit [--steps 600] [--out FOLDER]
-    python -m benchmarks.learning.small_models edit_swap [--steps 600] [--out FOLDER]
+    python -m benchmarks.learning.small_models edit [--steps 800] [--out FOLDER]
+    python -m benchmarks.learning.small_models edit_swap [--steps 400] [--out FOLDER]
     python -m benchmarks.learning.small_models zimage [--steps 250] [--out FOLDER]
 
 Each is taught something by our trainer beside 256 pictures of what it knows already: the small edit model, from 256 pairs, that
@@ -80,10 +80,10 @@ Drawn = tuple[list[Image.Image], list[bool]]
 class EditModel:
     """`builtin:nano-edit`, by the diffusers pipeline."""
 
-    family, task, path, steps = "flux2-klein", "edit", "builtin:nano-edit", 600
+    family, task, path = "flux2-klein", "edit", "builtin:nano-edit"
 
     def __init__(self, kind: str) -> None:
-        self.kind = kind
+        self.kind, self.steps = kind, 800 if kind == NEW_KIND else 400
         paths = folder_paths(self.path)
         transformer = Flux2Transformer2DModel.from_pretrained(
             paths.component("transformer"), torch_dtype=torch.float32
