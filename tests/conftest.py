@@ -65,8 +65,13 @@ LEFT_TO_SLOW = {
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Whatever a test made of torch's threads ends with it: sums stay in one order for those behind it."""
+    """Whatever a test made of torch's threads ends with it: sums stay in one order for those behind it.
+
+    None leaves this process in the real-time class: a browser that was started out of it held both cores for minutes.
+    """
     yield
+    if hasattr(os, "sched_getscheduler"):
+        assert os.sched_getscheduler(0) == os.SCHED_OTHER
     torch = sys.modules.get("torch")
     if torch is not None and torch.get_num_threads() != 1:
         torch.set_num_threads(1)

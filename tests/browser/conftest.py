@@ -14,7 +14,7 @@ expect.set_options(timeout=30_000)  # a busy machine is no defect of the page
 FLAGS = [
     "--headless",
     "--no-sandbox",
-    "--no-zygote",  # two of them, reaping their children at once, were seen to spin in the kernel for minutes
+    "--no-zygote",  # fewer processes
     "--disable-gpu",
     "--disable-background-networking",
     "--disable-component-update",

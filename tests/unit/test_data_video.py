@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -75,6 +76,9 @@ def film(
                 frame.pts, frame.time_base = times[number], Fraction(1, 1000)
             container.mux(track.encode(frame))
         container.mux(track.encode(None))
+    if codec == "libsvtav1" and hasattr(os, "sched_setscheduler"):
+        # Run by root it puts the caller's own thread into the real-time class, and all that this starts later.
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     if rotate:
         turned(path, rotate)
     return path
