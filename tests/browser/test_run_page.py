@@ -63,7 +63,7 @@ def test_a_run_is_followed_in_two_browsers_stopped_and_saved(server: Server, wat
         )
 
     view.locator("[data-wish=save]").click()
-    expect(view.locator(".wr-log")).to_contain_text("saved checkpoints/checkpoint-")
+    expect(view.locator(".wr-log")).to_contain_text("已保存 checkpoints/checkpoint-")
     previews = view.locator(".wr-grid thead th")
     count = previews.count()
     view.locator("[data-wish=preview]").click()

@@ -174,7 +174,11 @@ def chinese(key: str, family: str = "") -> tuple[str, str] | None:
     """(label, help); None when it is missing, which a test forbids."""
     plain = _shared(key)
     own = f"{family}:{plain.removeprefix('model.options.')}" if plain.startswith("model.options.") else ""
-    if own and (found := family_words(family).get("options", {}).get(own.partition(":")[2])) is not None:
+    if (
+        own
+        and family
+        and (found := family_words(family).get("options", {}).get(own.partition(":")[2])) is not None
+    ):
         return found[0], found[1]
     return words_zh.FIELDS.get(own) or words_zh.FIELDS.get(plain)
 
