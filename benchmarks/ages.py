@@ -38,6 +38,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "full_precision.json": ("train/precision.py", "train/whole.py", "train/block_optimizer.py"),
     "nano_edit.json": ("nano", "train/step.py", "families/flux2_klein/model.py"),
     "small_edit.json": ("nano", "train/step.py", "families/flux2_klein/model.py"),
+    "small_edit_swap.json": ("nano", "train/step.py", "families/flux2_klein/model.py"),
     "small_zimage.json": ("nano", "train/step.py", "families/zimage/model.py"),
     "laboratory_kinds.json": ("adapters/deltas.py", "nano", "train/step.py", "train/whole.py"),
     "laboratory_batch_lr.json": ("adapters/deltas.py", "nano", "train/step.py"),
