@@ -58,7 +58,7 @@ def test_from_the_form_to_a_killed_a_resumed_and_a_stopped_run(server: Server, w
     run = server.folder / "output" / name
     pid = int((run / "control" / "pid").read_text(encoding="utf-8"))
     words = psutil.Process(pid).cmdline()
-    assert words[1:4] == ["-m", "whitetuner", "train"] and not (server.folder / "bad").exists()
+    assert words[1:6] == ["-X", "utf8", "-m", "whitetuner", "train"] and not (server.folder / "bad").exists()
     os.kill(pid, signal.SIGKILL)
     expect(view.locator(".wr-head")).to_contain_text("crashed")
     expect(view.locator(".wr-why")).to_contain_text("signal 9")
