@@ -260,7 +260,7 @@ class Session:
         self._batches = self._closing.enter_context(self.data.loader(self.step))
         warn, path = partial(self._message, "warning"), self.folder.path
         if self.ranks.first:
-            self.boards += followers(config.log.elsewhere, config.log.project, config.log.python, path, warn)
+            self.boards += followers(config.log.elsewhere, config.log.project, path, warn)
             if config.log.tensorboard:
                 self.boards.append(Board(self.folder.tensorboard, self.data.steps, self.ranks.world, warn))
         for board in self.boards:

@@ -39,7 +39,7 @@ def rehearse(config: Config, family: Family, *, here: bool = True) -> None:
     """
     backend_named(config.memory.attention)
     if here:
-        refuse_missing(config.log.elsewhere, config.log.python)
+        refuse_missing(config.log.elsewhere)
     if config.memory.shard and len(family.spec.parts(family.options)) > 1:
         raise UserError(
             "two experts that take turns cannot be sharded",

@@ -221,9 +221,6 @@ class Log(Section):
         "off",
         description="curves for SwanLab: offline, in the run's folder (`swanlab sync`), or at once with SWANLAB_API_KEY",
     )
-    python: PathText | None = Field(
-        None, description="the Python that has wandb or SwanLab; unset: White Tuner's own"
-    )
     project: str = Field(
         "whitetuner", description="of wandb and SwanLab: where runs are gathered; empty: theirs"
     )

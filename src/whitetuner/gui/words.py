@@ -93,7 +93,6 @@ _LABELS = {
     "log.tensorboard": "TensorBoard",
     "log.wandb": "wandb",
     "log.swanlab": "SwanLab",
-    "log.python": "Python of wandb, SwanLab",
     "log.project": "Project (wandb, SwanLab)",
     "log.console_every": "Console line every",
 }

@@ -165,10 +165,6 @@ FIELDS: dict[str, tuple[str, str]] = {
         "SwanLab",
         "把曲线交给 SwanLab：offline 存在训练文件夹里（之后 swanlab sync）；online 需要 SWANLAB_API_KEY",
     ),
-    "log.python": (
-        "wandb、SwanLab 的 Python",
-        "装有 wandb 或 SwanLab 的 Python；不填则用 White Tuner 自己的",
-    ),
     "log.project": ("项目名", "wandb 和 SwanLab 里归到哪个项目"),
     "log.console_every": ("日志间隔", "没有动态显示的终端里，每隔几步打印一行"),
     # the families' own

@@ -23,26 +23,27 @@ from whitetuner.runs.scalars import scalars
 
 #: Library -> environment variable of its key, which it needs for sending at once.
 LIBRARIES = {"wandb": "WANDB_API_KEY", "swanlab": "SWANLAB_API_KEY"}
+#: Names the Python that has them, where it is another. Not in the config: one from a stranger must not say what is started here.
+PYTHON = "WHITETUNER_LOG_PYTHON"
 #: Seconds between looks at the events; that a run waits at its end for what is left to be handed on.
 LOOK_S, END_S = 1.0, 60.0
 
 Sink = tuple[Callable[[int, dict[str, float]], object], Callable[[], object]]
 
 
-def refuse_missing(wanted: Mapping[str, str], python: str | None) -> None:
-    """Raises UserError for a library that is not installed, or has no key to send with.
-
-    wanted: name -> off, offline or online; python: that has them, None: this one
-    """
+def refuse_missing(wanted: Mapping[str, str]) -> None:
+    """Raises UserError for a library that is not installed, or has no key to send with. wanted: name -> a mode."""
+    python = os.environ.get(PYTHON)
     for name, mode in wanted.items():
         if mode != "off" and not _has(python, name):
             raise UserError(
                 "log.{name} needs the package {name}, which {python} does not have",
-                where="log.python" if python else f"log.{name}",
-                mend="python -m venv FOLDER, then `pip install {name}` with that folder's pip, and set log.python to its "
+                where=PYTHON if python else f"log.{name}",
+                mend="python -m venv FOLDER, then `pip install {name}` with that folder's pip, and set {place} to its "
                 "python: such packages ask for other versions than White Tuner does; or log.{name} = 'off'",
                 code=EXIT_ENVIRONMENT,
                 name=name,
+                place=PYTHON,
                 python=python or sys.executable,
             )
         if mode == "online" and not os.environ.get(LIBRARIES[name]):
@@ -67,12 +68,10 @@ def _has(python: str | None, name: str) -> bool:
 
 
 def followers(
-    wanted: Mapping[str, str], project: str, python: str | None, folder: Path, warn: Callable[[str], None]
+    wanted: Mapping[str, str], project: str, folder: Path, warn: Callable[[str], None]
 ) -> list[Follower]:
     """One for each library that is not off; see refuse_missing and Follower."""
-    return [
-        Follower(name, mode, project, python, folder, warn) for name, mode in wanted.items() if mode != "off"
-    ]
+    return [Follower(name, mode, project, folder, warn) for name, mode in wanted.items() if mode != "off"]
 
 
 class Follower:
@@ -86,14 +85,21 @@ class Follower:
         name: str,
         mode: str,
         project: str,
-        python: str | None,
         folder: Path,
         warn: Callable[[str], None],
     ) -> None:
         self.name, self.warn, self.told = name, warn, False
         self.log = folder / "logs" / f"{name}.txt"
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        words = [python or sys.executable, "-m", "whitetuner.runs.follow", name, mode, project, str(folder)]
+        words = [
+            os.environ.get(PYTHON) or sys.executable,
+            "-m",
+            "whitetuner.runs.follow",
+            name,
+            mode,
+            project,
+            str(folder),
+        ]
         # Another Python finds this package, too: what the process reads of it needs nothing but the standard library.
         paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(one for one in paths if one)}
