@@ -269,7 +269,7 @@ class Session:
         self._began_at = self.step
         if self.takes_part:
             where = (self.data, self.folder, self.device, self.company, self.tell)
-            self.validating = Validating(config, self.family, self.team, *where)
+            self.validating = Validating(config, self.family, lambda: self.team, *where)
             self.validating.begin(self.step)
         if self.step == 0 and config.preview.every and config.preview.at_start:
             self._preview(0, of_all=True)

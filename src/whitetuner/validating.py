@@ -26,14 +26,14 @@ PACE = "validation_pace"
 class Validating:
     """Asked by the session between steps; it hears every event of the run.
 
-    company: ranks that validate together (a sharded model), in which the first one's clock counts
+    team: who learns at that moment; company: ranks that validate together (a sharded model), in which the first one's clock counts
     """
 
     def __init__(
         self,
         config: Config,
         family: Family,
-        team: Team,
+        team: Callable[[], Team],
         data: Prepared,
         folder: RunFolder,
         device: torch.device,
@@ -45,7 +45,7 @@ class Validating:
         self.cadence = Cadence(config.validation.every, data.steps, config.save.every, pace)
         settings = partial(step_settings, config, data.shift)
         where = (data, settings, config.validation.sigmas, device, company)
-        self._make = lambda step: validation_of(step, family, team, *where)
+        self._make = lambda step: validation_of(step, family, team(), *where)
         last = events.last_of(folder.events, (events.Validation,))
         self.last = last if isinstance(last, events.Validation) else None
         if self.cadence.open and company.first:

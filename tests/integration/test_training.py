@@ -162,7 +162,7 @@ def test_nan_stops_before_it_is_applied_and_names_the_module(
     # What sees the picture first, of our families; of another one: a module of its denoiser.
     sees = dict.fromkeys(("flux2-klein", "zimage", "zimage-v2"), "x_embedder")
     sees |= {"qwen-image": "img_in", "glm-image": "image_projector"}
-    named = re.search(r"first bad: ([\w.]+);", str(caught.value))
+    named = re.search(r"first bad: ([\w.-]+);", str(caught.value))
     assert caught.value.code == 1 and "step 4" in str(caught.value) and named is not None
     assert sees.get(place["model.family"], named[1]) in named[1]
     folder = Path(place["run.output_dir"]) / "nan"
