@@ -26,7 +26,7 @@ PACE = "validation_pace"
 class Validating:
     """Asked by the session between steps; it hears every event of the run.
 
-    team: who learns at that moment; company: ranks that validate together (a sharded model), in which the first one's clock counts
+    team: who learns then; company: ranks that validate together (a sharded model), in which the first one's clock counts
     """
 
     def __init__(
