@@ -48,16 +48,7 @@ def find_checkpoint(
                 where=resume,
                 mend="resume it inside its own run folder, or set method.init_from to begin a new run from its adapter",
             )
-    before = found.state.get("config")
-    if not isinstance(before, dict):
-        raise UserError(
-            "the checkpoint does not tell the config it was trained with",
-            where=str(found.path),
-            mend="it is damaged; give --resume an earlier checkpoint",
-            code=EXIT_FAILED,
-        )
-    refuse_newer(found.state.get(CONFIG_FORMAT, 1), str(found.path))
-    told += [events.Message(level="info", text=text) for text in check_resume(before, config)]
+    told += [events.Message(level="info", text=text) for text in check_resume(_config_of(found), config)]
     return found, told
 
 
@@ -89,7 +80,14 @@ def checkpoint_at(run: RunFolder, at: int | str | None, where: str) -> Checkpoin
             there=", ".join(map(str, there)),
         )
     found = read(run.checkpoints / f"checkpoint-{step}", run_id)
-    if not isinstance(found.state.get("config"), dict):
+    _config_of(found)
+    return found
+
+
+def _config_of(found: Checkpoint) -> Mapping[str, Any]:
+    """The config that it was trained with. Raises UserError where it tells none, or a newer version wrote it."""
+    config = found.state.get("config")
+    if not isinstance(config, dict):
         raise UserError(
             "the checkpoint does not tell the config it was trained with",
             where=str(found.path),
@@ -97,7 +95,7 @@ def checkpoint_at(run: RunFolder, at: int | str | None, where: str) -> Checkpoin
             code=EXIT_FAILED,
         )
     refuse_newer(found.state.get(CONFIG_FORMAT, 1), str(found.path))
-    return found
+    return config
 
 
 def none_measured(where: str, instead: str) -> UserError:

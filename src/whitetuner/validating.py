@@ -78,5 +78,7 @@ class Validating:
 
     def held_out_loss(self, step: int) -> dict[str, float | None]:
         """For the state document of this step's checkpoint."""
-        here = self.last is not None and self.last.step == step and self.last.held_out
-        return {HELD_OUT_LOSS: self.last.loss if here and self.last is not None else None}
+        last = self.last
+        return {
+            HELD_OUT_LOSS: last.loss if last is not None and last.step == step and last.held_out else None
+        }

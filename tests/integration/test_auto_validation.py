@@ -5,31 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
+from tiny_runs import tiny_place
 from whitetuner import recipe
 from whitetuner.config.load import load_config
 from whitetuner.evidence import checkpoint, digest, losses
-from whitetuner.families import registry
 from whitetuner.runs import events
 from whitetuner.runs.cadence import SEEN, SKIPPED, Pace, interval_of
 from whitetuner.runs.folder import RunFolder
-from whitetuner.tiny import tiny_values
 from whitetuner.validating import PACE
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("auto")
-    registry.make_tiny("flux2-klein", str(folder / "model"))
-    (folder / "data").mkdir()
-    for index in range(5):
-        pixels = np.random.default_rng(index).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "data" / f"{index}.png")
-        (folder / "data" / f"{index}.txt").write_text(f"picture {index}", encoding="utf-8")
-    values = tiny_values("flux2-klein", folder / "model", folder / "data", folder / "out")
+    values = tiny_place(folder, 5)
     more = {"validation.share": 0.4, "data.caption_dropout": 0.3, "save.every": 5, "save.keep": 0}
     return {**values, **more}
 

@@ -6,19 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
+from tiny_runs import tiny_place
 from whitetuner import recipe
 from whitetuner.cli import main
 from whitetuner.config.load import load_config
 from whitetuner.drawing import sample
 from whitetuner.errors import UserError
 from whitetuner.evidence import checkpoint, digest, losses
-from whitetuner.families import registry
 from whitetuner.forking import fork
 from whitetuner.gui.run_reader import Reader
 from whitetuner.runs import events
@@ -44,12 +42,7 @@ def run_with(folder: Path, **more: Any) -> Path:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("best")
-    registry.make_tiny("flux2-klein", str(made / "model"))
-    (made / "data").mkdir()
-    for index in range(5):
-        pixels = np.random.default_rng(index).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(made / "data" / f"{index}.png")
-        (made / "data" / f"{index}.txt").write_text(f"picture {index}", encoding="utf-8")
+    tiny_place(made, 5)
     return made
 
 

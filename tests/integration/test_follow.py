@@ -7,18 +7,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
+from tiny_runs import tiny_place
 from whitetuner import recipe
 from whitetuner.config.load import load_config
 from whitetuner.errors import UserError
 from whitetuner.evidence import checkpoint, digest
-from whitetuner.families import registry
 from whitetuner.runs import events, follow
 from whitetuner.runs.scalars import scalars
-from whitetuner.tiny import tiny_values
 
 #: A module in the library's place. What it is given it writes down; its first line says how it goes wrong.
 STAND_IN = """
@@ -39,14 +36,8 @@ finish = Run().finish
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("follow")
-    registry.make_tiny("flux2-klein", str(folder / "model"))
-    (folder / "data").mkdir()
-    for index in range(2):
-        pixels = np.random.default_rng(index).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "data" / f"{index}.png")
-        (folder / "data" / f"{index}.txt").write_text("a", encoding="utf-8")
     more = {"run.steps": 3, "validation.every": 2, "save.every": 3, "log.project": "cats"}
-    return {**tiny_values("flux2-klein", folder / "model", folder / "data", folder / "out"), **more}
+    return {**tiny_place(folder, 2), **more}
 
 
 def train(base: dict[str, Any], name: str, **more: Any) -> Path:

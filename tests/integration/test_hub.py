@@ -103,17 +103,21 @@ class _Answer(BaseHTTPRequestHandler):
             self.wfile.flush()
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("hub") / "served"
+def served(folder: Path, other: str) -> Path:
+    """A tiny model as a hub has it, with files beside that no training reads; other: a folder of none of its components."""
     with quiet():
         registry.make_tiny("flux2-klein", str(folder))
     (folder / "transformer" / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
     (folder / "vae" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"second")
-    (folder / "safety_checker").mkdir()
-    (folder / "safety_checker" / "model.safetensors").write_bytes(b"other")
+    (folder / other).mkdir()
+    (folder / other / "model.safetensors").write_bytes(b"other")
     (folder / "README.md").write_text("words", encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return served(tmp_path_factory.mktemp("hub") / "served", "safety_checker")
 
 
 @pytest.fixture

@@ -17,12 +17,12 @@ from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
+from test_hub import served
 
 from whitetuner.cli import main
 from whitetuner.config.load import load_config
 from whitetuner.errors import EXIT_ENVIRONMENT, UserError
 from whitetuner.families import registry
-from whitetuner.families.contract import quiet
 from whitetuner.gui.told import told
 from whitetuner.hub import modelscope
 from whitetuner.hub.fetching import fetch, fetch_for
@@ -124,15 +124,7 @@ class _Store(_Both):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("hub") / "served"
-    with quiet():
-        registry.make_tiny("flux2-klein", str(folder))
-    (folder / "transformer" / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
-    (folder / "vae" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"second")
-    (folder / "assets").mkdir()
-    (folder / "assets" / "model.safetensors").write_bytes(b"other")
-    (folder / "README.md").write_text("words", encoding="utf-8")
-    return folder
+    return served(tmp_path_factory.mktemp("hub") / "served", "assets")
 
 
 @pytest.fixture

@@ -7,21 +7,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
+from tiny_runs import tiny_place
 from whitetuner import recipe
 from whitetuner.adapters.attach import attach
 from whitetuner.adapters.shapes import AdapterSettings
 from whitetuner.config.load import load_config
 from whitetuner.errors import UserError
 from whitetuner.evidence import checkpoint, digest, losses
-from whitetuner.families import registry
 from whitetuner.rehearsal import adapter_optimizer
-from whitetuner.tiny import tiny_values
 from whitetuner.train.optim import lr_factor, make_optimizer, optimizer_tensors, restore_optimizer, set_lr
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -125,13 +122,7 @@ def test_one_is_the_optimizer_of_before() -> None:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("lora_plus")
-    registry.make_tiny("flux2-klein", str(folder / "model"))
-    (folder / "data").mkdir()
-    for index in range(3):
-        pixels = np.random.default_rng(index).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "data" / f"{index}.png")
-        (folder / "data" / f"{index}.txt").write_text(f"picture {index}", encoding="utf-8")
-    return tiny_values("flux2-klein", folder / "model", folder / "data", folder)
+    return tiny_place(folder, 3, ".")
 
 
 def train(place: Mapping[str, Any], name: str, resume: str | None = None, **more: Any) -> Path:

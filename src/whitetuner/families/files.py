@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,3 +29,12 @@ def read_config(file: Path) -> dict[str, Any]:
             reason=error,
         ) from error
     return document if isinstance(document, dict) else {}
+
+
+def renamed(name: str, rules: Iterable[tuple[str, str]]) -> str:
+    """A tensor's name by the first rule (pattern, replacement) that fits; one that none fits stays."""
+    for pattern, replacement in rules:
+        name, found = re.subn(pattern, replacement, name)
+        if found:
+            break
+    return name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from whitetuner.family import BuildFn, Layout, ModelPaths, Reads
 from whitetuner.records import EncodeInput
 
 
-class PictureLatents:
+class PictureLatents(ABC):
     """Target -> `latent` (C, H, W): the mode of the VAE, normalised. An Encoder but for `fingerprint` and `normalise`.
 
     kind: class of the VAE
@@ -50,9 +51,9 @@ class PictureLatents:
         values = torch.from_numpy(np.array(picture.convert("RGB"), dtype=np.float32)[None])
         return 2.0 * (values / 255.0).permute(0, 3, 1, 2) - 1.0
 
+    @abstractmethod
     def normalise(self, vae: Any, latent: Tensor) -> Tensor:
         """(1, C, H, W), as the denoiser sees it."""
-        raise NotImplementedError
 
     def free(self) -> None:
         """See family.Encoder."""

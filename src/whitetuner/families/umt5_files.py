@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from whitetuner.families.files import renamed
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -38,7 +40,7 @@ def is_umt5(shapes: Shapes) -> bool:
 
 def umt5_config(shapes: Shapes) -> dict[str, Any]:
     """config.json of transformers' UMT5EncoderModel; what shapes cannot tell is google/umt5-xxl's."""
-    named = {_renamed(name): shape for name, shape in shapes.items()}
+    named = {renamed(name, _RENAMED): shape for name, shape in shapes.items()}
     lead = "encoder.block.0.layer.0.SelfAttention."
     buckets, heads = named[f"{lead}relative_attention_bias.weight"]
     tokens, width = named["shared.weight"]
@@ -63,13 +65,4 @@ def umt5_config(shapes: Shapes) -> dict[str, Any]:
 
 def umt5_converted(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Names only: no tensor is taken apart."""
-    return {_renamed(name): tensor for name, tensor in state.items()}
-
-
-def _renamed(name: str) -> str:
-    """transformers' name of a tensor; such a name stays."""
-    for pattern, replacement in _RENAMED:
-        name, found = re.subn(pattern, replacement, name)
-        if found:
-            break
-    return name
+    return {renamed(name, _RENAMED): tensor for name, tensor in state.items()}

@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from whitetuner.families.files import renamed
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -129,14 +131,10 @@ def wan_22_converted(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
 
 def _renamed(name: str) -> str:
     """The class's name of a tensor of the 2.2; a name of the class stays."""
-    for pattern, replacement in _RENAMED:
-        name, found = re.subn(pattern, replacement, name)
-        if found:
-            break
-    lead, _, rest = name.partition(".resnets.")
+    lead, _, rest = renamed(name, _RENAMED).partition(".resnets.")
     for first, ours in _LAYERS.items():
         rest = re.sub(rf"^(\d+)\.{re.escape(first)}\.", rf"\1.{ours}.", rest)
-    return f"{lead}.resnets.{rest}" if rest else name
+    return f"{lead}.resnets.{rest}" if rest else lead
 
 
 def _names(shapes: Shapes) -> str:

@@ -81,6 +81,14 @@ def position_ids() -> tuple[Tensor, Tensor]:
     return image, torch.cartesian_prod(*(torch.arange(k) for k in (1, 1, 1, MAX_SEQUENCE_LENGTH)))
 
 
+def noised(clean: Tensor, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """(tokens of this batch at noise levels of their own, the levels (B), the noise)."""
+    sigma = torch.sigmoid(SIGMA_SHIFT + SIGMA_SPREAD * torch.randn(len(clean), generator=generator))
+    noise = torch.randn(clean.shape, generator=generator)
+    level = sigma[:, None, None]
+    return (1 - level) * clean + level * noise, sigma, noise
+
+
 class Lesson:
     """What the transformer learns from: encoded pictures, their captions' embeddings, and the loss on a batch
     of them.
@@ -110,12 +118,10 @@ class Lesson:
         clean = self.tokens[chosen]
         emptied = torch.rand(BATCH, generator=generator) < EMPTY_CAPTIONS
         captions = torch.where(emptied, self.empty, self.captions[chosen])
-        sigma = torch.sigmoid(SIGMA_SHIFT + SIGMA_SPREAD * torch.randn(BATCH, generator=generator))
-        noise = torch.randn(clean.shape, generator=generator)
-        level = sigma[:, None, None]
+        noisy, sigma, noise = noised(clean, generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             velocity = transformer(
-                hidden_states=(1 - level) * clean + level * noise,
+                hidden_states=noisy,
                 timestep=sigma,
                 guidance=None,
                 encoder_hidden_states=self.embeddings[captions],

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
@@ -45,12 +46,8 @@ SCORE_SEED = 2024
 
 
 def main(words: list[str] | None = None) -> int:
-    try:
-        pretrain(_options(words))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.code
-    return 0
+    options = _options(words)
+    return exit_code(lambda: pretrain(options))
 
 
 def pretrain(options: argparse.Namespace) -> None:
@@ -82,9 +79,7 @@ def pretrain(options: argparse.Namespace) -> None:
         transformer=transformer,
         is_distilled=False,
     )
-    pipeline.to(torch.bfloat16).save_pretrained(folder)
-    wishes = {"options": {"max_sequence_length": MAX_SEQUENCE_LENGTH}, "size": [SIZE_PX, SIZE_PX, 1]}
-    (folder / WISHES).write_text(json.dumps(wishes, indent=1) + "\n", encoding="utf-8")
+    save(pipeline, folder, MAX_SEQUENCE_LENGTH)
     pipeline = load_pipeline(folder)
     drawn_back = reconstruction(pipeline.vae, options.seed)
     print(drawn_back, flush=True)
@@ -208,6 +203,32 @@ def reconstruction(model: AutoencoderKLFlux2, seed: int) -> Reconstruction:
     return Reconstruction(errors[0], *recognised)
 
 
+def exit_code(act: Callable[[], None]) -> int:
+    """0, or the code of what was told on standard error."""
+    try:
+        act()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.code
+    return 0
+
+
+def kept_in(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What was made once and is read from then on."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(make(), path)
+    kept: dict[str, Tensor] = torch.load(path, weights_only=True)
+    return kept
+
+
+def save(pipeline: Any, folder: Path, max_sequence_length: int) -> None:
+    """In bf16, as the package has it, with what a config of it should say."""
+    pipeline.to(torch.bfloat16).save_pretrained(folder)
+    wishes = {"options": {"max_sequence_length": max_sequence_length}, "size": [SIZE_PX, SIZE_PX, 1]}
+    (folder / WISHES).write_text(json.dumps(wishes, indent=1) + "\n", encoding="utf-8")
+
+
 def begin(options: argparse.Namespace) -> None:
     """The threads that were asked for. Raises UserError for a folder with a training in it and no --resume."""
     torch.set_num_threads(options.threads)
@@ -228,6 +249,12 @@ def arguments(module: str, description: str) -> argparse.ArgumentParser:
     option("--threads", type=int, default=2)
     option("--seed", type=int, default=0)
     option("--resume", action="store_true", help="go on from the state in --out")
+    option(
+        "--float32",
+        dest="half",
+        action="store_false",
+        help="for processors without bf16 arithmetic: the same, slower",
+    )
     return parser
 
 
@@ -235,12 +262,6 @@ def _options(words: list[str] | None) -> argparse.Namespace:
     parser = arguments("whitetuner.nano.pretrain", "Train the embedded model from nothing.")
     option = parser.add_argument
     option("--stage", choices=("vae", "decoder", "dit", "edges", "all"), default="all")
-    option(
-        "--float32",
-        dest="half",
-        action="store_false",
-        help="for processors without bf16 arithmetic: the same, slower",
-    )
     option(
         "--compile",
         action="store_true",

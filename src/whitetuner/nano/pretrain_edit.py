@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,6 @@ from PIL import Image as images_of
 from PIL.Image import Image
 from torch import Generator, Tensor
 
-from whitetuner.errors import UserError
-from whitetuner.family import WISHES
 from whitetuner.nano import dit, vae
 from whitetuner.nano.builtin import MAX_SEQUENCE_LENGTH, STEPS
 from whitetuner.nano.card import EDIT, Training, write_small_card
@@ -35,7 +32,7 @@ from whitetuner.nano.draw import SIZE_PX
 from whitetuner.nano.edits import KINDS, NEW_KIND, Edit, Scene, edited, instructions, pictures, right, scenes
 from whitetuner.nano.edits import edits as edits_of
 from whitetuner.nano.fit import Fit, Plan
-from whitetuner.nano.pretrain import arguments, begin
+from whitetuner.nano.pretrain import arguments, begin, exit_code, kept_in, save
 from whitetuner.nano.score import load_pipeline
 from whitetuner.nano.text import embed
 
@@ -58,13 +55,8 @@ _ROWS = {
 
 
 def main(words: list[str] | None = None) -> int:
-    try:
-        options = _options(words)
-        pretrain(options, plan_of(options.steps))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.code
-    return 0
+    options = _options(words)
+    return exit_code(lambda: pretrain(options, plan_of(options.steps)))
 
 
 def plan_of(steps: int) -> Plan:
@@ -88,14 +80,12 @@ def pretrain(options: argparse.Namespace, plan: Plan, count: int = SCENES, n: in
     fit.run(lambda generator, step: lesson.loss_of(model, generator, step < border), options.seed, deadline)
     fit.averaged(model)
     folder = options.out / "model"
-    pipeline.to(torch.bfloat16).save_pretrained(folder)
+    save(pipeline, folder, MAX_SEQUENCE_LENGTH)
     for file in (folder / "model_index.json", folder / "transformer" / "config.json"):
         # Where the embedded model lay on this machine is nobody's matter.
         settings = json.loads(file.read_text(encoding="utf-8"))
         del settings["_name_or_path"]
         file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    wishes = {"options": {"max_sequence_length": MAX_SEQUENCE_LENGTH}, "size": [SIZE_PX, SIZE_PX, 1]}
-    (folder / WISHES).write_text(json.dumps(wishes, indent=1) + "\n", encoding="utf-8")
     pipeline.to(torch.float32)
     found = {**scores(pipeline, n, SCORE_SEED), **scores(pipeline, n // 3, SCORE_SEED + 1, (NEW_KIND,))}
     training = Training(fit.name, fit.progress.step, plan.steps, fit.progress.seconds)
@@ -110,10 +100,7 @@ class Lesson:
     """
 
     def __init__(self, pipeline: Flux2KleinPipeline, count: int, seed: int, path: Path) -> None:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(_encoded(pipeline, count, seed), path)
-        kept = torch.load(path, weights_only=True)
+        kept = kept_in(path, lambda: _encoded(pipeline, count, seed))
         self.tokens, self.pairs, self.embeddings = kept["tokens"], kept["pairs"], kept["embeddings"]
         image, self.text_ids = dit.position_ids()
         reference = image.clone()
@@ -126,10 +113,7 @@ class Lesson:
         emptied = torch.rand(BATCH, generator=generator) < dit.EMPTY_CAPTIONS
         said = torch.where(emptied, len(self.embeddings) - 1, said)
         clean = self.tokens[wanted]
-        sigma = torch.sigmoid(dit.SIGMA_SHIFT + dit.SIGMA_SPREAD * torch.randn(BATCH, generator=generator))
-        noise = torch.randn(clean.shape, generator=generator)
-        level = sigma[:, None, None]
-        noisy = (1 - level) * clean + level * noise
+        noisy, sigma, noise = dit.noised(clean, generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             velocity = transformer(
                 hidden_states=torch.cat([noisy, self.tokens[given]], 1),
@@ -235,9 +219,6 @@ class _References(Flux2KleinPipeline):
 def _options(words: list[str] | None) -> argparse.Namespace:
     parser = arguments("whitetuner.nano.pretrain_edit", "Train the embedded model on, to edit.")
     parser.add_argument("--steps", type=int, default=STEPS_PLANNED, help="in all")
-    parser.add_argument(
-        "--float32", dest="half", action="store_false", help="for processors without bf16 arithmetic"
-    )
     return parser.parse_args(words)
 
 

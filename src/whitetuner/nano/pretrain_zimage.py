@@ -10,8 +10,6 @@ with fewer --steps lets the learning rate fall from there.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,14 +27,12 @@ from diffusers import (
 from PIL.Image import Image
 from torch import Generator, Tensor, nn
 
-from whitetuner.errors import UserError
-from whitetuner.family import WISHES
 from whitetuner.nano import dit, vae
 from whitetuner.nano.builtin import CFG, STEPS
 from whitetuner.nano.card import ZIMAGE, Training, write_small_card
 from whitetuner.nano.draw import NEW_SHAPE, NEW_WORD, SIZE_PX, draw_set
 from whitetuner.nano.fit import Fit, Plan
-from whitetuner.nano.pretrain import arguments, begin
+from whitetuner.nano.pretrain import arguments, begin, exit_code, kept_in, save
 from whitetuner.nano.score import evaluation_prompts, load_pipeline, score
 from whitetuner.nano.text import HIDDEN
 from whitetuner.nano.zimage_forward import CAPTION_TOKENS, padded, tokens_of, turns, velocity
@@ -52,13 +48,8 @@ _SEED_STRIDE = 1_000_003
 
 
 def main(words: list[str] | None = None) -> int:
-    try:
-        options = _options(words)
-        pretrain(options, plan_of(options.steps))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return error.code
-    return 0
+    options = _options(words)
+    return exit_code(lambda: pretrain(options, plan_of(options.steps)))
 
 
 def plan_of(steps: int) -> Plan:
@@ -78,9 +69,7 @@ def pretrain(options: argparse.Namespace, plan: Plan, pictures: int = PICTURES, 
     fit.run(lambda generator, step: lesson.loss_of(model, generator, step < border), options.seed, deadline)
     fit.averaged(model)
     folder = options.out / "model"
-    pipeline.to(torch.bfloat16).save_pretrained(folder)
-    wishes = {"options": {"max_sequence_length": CAPTION_TOKENS}, "size": [SIZE_PX, SIZE_PX, 1]}
-    (folder / WISHES).write_text(json.dumps(wishes, indent=1) + "\n", encoding="utf-8")
+    save(pipeline, folder, CAPTION_TOKENS)
     pipeline.to(torch.float32)
     scores: dict[str, float] = {}
     for name, seed, choice in (
@@ -178,10 +167,7 @@ class Lesson:
     """
 
     def __init__(self, pipeline: ZImagePipeline, pictures: int, seed: int, path: Path) -> None:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(_encoded(pipeline, pictures, seed), path)
-        kept = torch.load(path, weights_only=True)
+        kept = kept_in(path, lambda: _encoded(pipeline, pictures, seed))
         self.tokens, self.numbers = kept["tokens"], kept["numbers"]
         self.captions, self.padding = kept["captions"], kept["padding"]
         self.turned = turns(pipeline.transformer, SIZE_PX // 8)
@@ -192,14 +178,11 @@ class Lesson:
         clean = self.tokens[chosen]
         emptied = torch.rand(dit.BATCH, generator=generator) < dit.EMPTY_CAPTIONS
         said = torch.where(emptied, len(self.captions) - 1, self.numbers[chosen])
-        spread = dit.SIGMA_SPREAD * torch.randn(dit.BATCH, generator=generator)
-        sigma = torch.sigmoid(dit.SIGMA_SHIFT + spread)
-        noise = torch.randn(clean.shape, generator=generator)
-        level = sigma[:, None, None]
+        noisy, sigma, noise = dit.noised(clean, generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             drawn = velocity(
                 transformer,
-                (1 - level) * clean + level * noise,
+                noisy,
                 1 - sigma,
                 self.captions[said],
                 self.padding[said],
@@ -267,9 +250,6 @@ def draw_each(pipeline: ZImagePipeline, captions: Sequence[str], seed: int, batc
 def _options(words: list[str] | None) -> argparse.Namespace:
     parser = arguments("whitetuner.nano.pretrain_zimage", "Train a small Z-Image from nothing.")
     parser.add_argument("--steps", type=int, default=STEPS_PLANNED, help="in all")
-    parser.add_argument(
-        "--float32", dest="half", action="store_false", help="for processors without bf16 arithmetic"
-    )
     return parser.parse_args(words)
 
 
