@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ SOURCE = Path(__file__).parents[2] / "src/whitetuner"
 NOT_ON_THE_PAGE = {"install"}
 
 
+@cache
 def templates() -> dict[str, str]:
     """Template -> the file where it stands: of UserError itself, and of shorthands, whose first argument is `what`."""
     found = {}

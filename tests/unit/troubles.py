@@ -67,6 +67,7 @@ class Message:
     file: str
 
 
+@cache
 def messages() -> list[Message]:
     """Every message once, in the order of the source; what several files say alike counts where it stands first."""
     found: dict[str, Message] = {}
