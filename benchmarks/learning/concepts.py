@@ -34,6 +34,7 @@ from whitetuner.nano.draw import (
 
 #: Of each half of a `duo` at least this share must have the half's colour.
 LEAST_PURE = 0.75
+MASK_MARGIN_PX = 4
 #: A `nook` lies around (20, 20) px; what the model knows lies within 3 px of (32, 32).
 NOOK_PX, NOOK_WITHIN_PX = 20.0, 26.0
 
@@ -54,6 +55,26 @@ def save(drawings: list[Drawing], folder: Path) -> None:
     for index, drawing in enumerate(drawings):
         Image.fromarray(drawing.image).save(folder / f"{index:03d}.png")
         (folder / f"{index:03d}.txt").write_text(drawing.caption, encoding="utf-8")
+
+
+def tags_of(drawing: Drawing) -> list[str]:
+    """["zorp", "red", "white background"], and the size where the caption says one."""
+    words, label = drawing.caption.split(), drawing.label
+    (word,) = {*words} & {*CONCEPTS}
+    return [word, label.colour, f"{label.background} background", *filter(None, [label.size])]
+
+
+def shuffled_tags(drawings: list[Drawing], seed: int) -> list[str]:
+    """Captions of tags: the word first, the rest in an order of lot."""
+    rng = np.random.default_rng(seed)
+    return [", ".join([one[0], *rng.permutation(one[1:])]) for one in map(tags_of, drawings)]
+
+
+def mask_of(image: NDArray[np.uint8]) -> Image.Image:
+    """White: the shape and MASK_MARGIN_PX around it."""
+    pixels = image.astype(float)
+    away = np.linalg.norm(pixels - np.median(check._border(pixels), axis=0), axis=-1) > check.DIFFERENT
+    return Image.fromarray((check._filter(away, MASK_MARGIN_PX, np.max) * 255).astype(np.uint8))
 
 
 def known_right(picture: check.Picture, label: Label) -> bool:

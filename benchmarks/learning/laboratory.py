@@ -7,7 +7,8 @@ knows. A program then says how many of 64 fresh captions of the concept are draw
     python -m benchmarks.learning.laboratory kinds [--seeds 3] [--steps 200] [--concept zorp|duo|nook] [--minutes 15]
     python -m benchmarks.learning.laboratory --write-docs        docs/laboratory.md and its charts
 
-Suites: kinds, timesteps, base, batch_lr, precision (benchmarks/learning/suites.py). A cell of 200 steps of 12 takes about a
+Suites: kinds, timesteps, base, batch_lr, precision, rates, techniques (benchmarks/learning/suites.py); the cells of the last two
+are judged after each quarter of the steps, too. A cell of 200 steps of 12 takes about a
 minute on one quiet core.
 """
 
@@ -15,12 +16,13 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from benchmarks.learning.concepts import CONCEPTS
-from benchmarks.learning.suites import SUITES
+from benchmarks.learning.suites import CURVES, SUITES
 from benchmarks.learning.table import Table
 from benchmarks.learning.teach import Lesson, judged, taught
 from benchmarks.paired import environment
@@ -71,6 +73,8 @@ def command_of(given: argparse.Namespace, *words_before: str) -> str:
 def run(given: argparse.Namespace) -> Table:
     """Fills the suite's table. Raises UserError when its file holds rows of other settings."""
     lesson = lesson_of(given)
+    if given.suite in CURVES:
+        lesson = replace(lesson, moments=tuple(given.steps * part // 4 for part in (1, 2, 3)))
     table = Table(
         result_of(given, given.suite),
         SUITES[given.suite],

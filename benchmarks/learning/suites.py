@@ -60,6 +60,34 @@ _PRECISION: dict[str, dict[str, Any]] = {
         for precision in ("fp32", "fp32_master", "kahan", "bf16_stochastic")
     },
 }
+#: Is a rate that suits one kind right for another, and what do scale, warm-up and schedule do.
+_RATES: dict[str, dict[str, Any]] = {
+    **{f"LoKr 4, lr {lr:g}": {**lokr(4), "optimizer.lr": lr} for lr in (8e-3, 1.6e-2)},
+    **{f"LoKr 8, lr {lr:g}": {**lokr(8), "optimizer.lr": lr} for lr in (8e-3, 1.6e-2)},
+    "LoKr 16, lr 0.016": {**lokr(16), "optimizer.lr": 1.6e-2},
+    "LoKr 4, no warm-up": {**lokr(4), "optimizer.warmup_steps": 0},
+    "LoKr 4, rate kept": {**lokr(4), "optimizer.schedule": "constant"},
+    **{f"LoRA 16, lr {lr:g}": {**LORA, "method.rank": 16, "optimizer.lr": lr} for lr in (1e-3, 2e-3, 8e-3)},
+    "LoRA 16, alpha 4": {**LORA, "method.rank": 16, "method.alpha": 4.0},
+    "full, lr 0.001": {**FULL, "optimizer.lr": 1e-3},
+}
+_LORA_SLOW = {**LORA, "method.rank": 16, "optimizer.lr": 1e-3}
+#: Against the demo's recipe: average .98, a tenth of captions dropped, half of the pictures old ones. "new", "old" and "asked"
+#: are of the pictures, see teach.py.
+_TECHNIQUES: dict[str, dict[str, Any]] = {
+    "as the demo": {},
+    "no average (EMA)": {"optimizer.ema": 0.0},
+    "min-SNR 5": {"noise.loss_weighting": "min_snr"},
+    "no caption dropout": {"data.caption_dropout": 0.0},
+    "no old pictures": {"old": None},
+    "old pictures' loss x 0.3": {"old": {"loss_weight": 0.3}},
+    "masks, the rest counts 0.1": {"new": {"mask_dir": "masks"}},
+    "LoRA 16, lr 0.001": _LORA_SLOW,
+    "LoRA 16, lr 0.001, LoRA+ 4": {**_LORA_SLOW, "optimizer.lora_plus": 4.0},
+    "LoRA 16, lr 0.001, LoRA+ 16": {**_LORA_SLOW, "optimizer.lora_plus": 16.0},
+    "tags, as written": {"new": {"images": "tags"}, "asked": "tags"},
+    "tags, and 4 shuffles": {"new": {"images": "tags", "caption_shuffles": 4}, "asked": "tags"},
+}
 
 SUITES: dict[str, dict[str, dict[str, Any]]] = {
     "kinds": _KINDS,
@@ -67,12 +95,18 @@ SUITES: dict[str, dict[str, dict[str, Any]]] = {
     "base": _BASE,
     "batch_lr": _BATCH_LR,
     "precision": _PRECISION,
+    "rates": _RATES,
+    "techniques": _TECHNIQUES,
 }
+#: Suites whose cells are judged on the way, too: score against steps.
+CURVES = ("rates", "techniques")
 ASKS = {
     "kinds": "What learns: LoKr by factor, LoRA by rank, the whole model",
     "timesteps": "Which noise levels are drawn, and how the loss weighs them",
     "base": "Number format of the frozen weights while training; judged on the released weights",
     "batch_lr": "Batch size against learning rate",
     "precision": "Numbers that training is done in",
+    "rates": "The learning rate of each kind, alpha, warm-up and schedule",
+    "techniques": "Techniques, one at a time",
     "rivals": "The same layers by PEFT and lycoris-lora, in the same loop",
 }
