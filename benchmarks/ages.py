@@ -15,6 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 README = Path("benchmarks/README.md")
+#: The embedded model that draws, what judges it, and what it is taught by.
+_NANO = ("nano/model", "nano/draw.py", "nano/check.py", "nano/score.py", "train/step.py")
 #: Result -> what of src/whitetuner its figures hang on; the program that measures is added to each.
 MEASURES: dict[str, tuple[str, ...]] = {
     "adapter_layer.json": ("adapters/deltas.py", "adapters/shapes.py"),
@@ -36,13 +38,32 @@ MEASURES: dict[str, tuple[str, ...]] = {
     ),
     "swap_schedule.json": ("memory/plan.py", "memory/recompute.py", "memory/swap"),
     "full_precision.json": ("train/precision.py", "train/whole.py", "train/block_optimizer.py"),
-    "nano_edit.json": ("nano", "train/step.py", "families/flux2_klein/model.py"),
-    "small_edit.json": ("nano", "train/step.py", "families/flux2_klein/model.py"),
-    "small_edit_swap.json": ("nano", "train/step.py", "families/flux2_klein/model.py"),
-    "small_zimage.json": ("nano", "train/step.py", "families/zimage/model.py"),
-    "laboratory_kinds.json": ("adapters/deltas.py", "nano", "train/step.py", "train/whole.py"),
-    "laboratory_batch_lr.json": ("adapters/deltas.py", "nano", "train/step.py"),
-    "laboratory_rivals.json": ("adapters/deltas.py", "nano", "train/step.py"),
+    "nano_edit.json": ("nano/model", "nano/draw.py", "train/step.py", "families/flux2_klein/model.py"),
+    "small_edit.json": (
+        "nano/edit",
+        "nano/edits.py",
+        "nano/check.py",
+        "train/step.py",
+        "families/flux2_klein/model.py",
+    ),
+    "small_edit_swap.json": (
+        "nano/edit",
+        "nano/edits.py",
+        "nano/check.py",
+        "train/step.py",
+        "families/flux2_klein/model.py",
+    ),
+    "small_zimage.json": (
+        "nano/zimage",
+        "nano/draw.py",
+        "nano/check.py",
+        "train/step.py",
+        "families/zimage/model.py",
+    ),
+    "laboratory_kinds.json": ("adapters/deltas.py", *_NANO, "train/whole.py"),
+    "laboratory_batch_lr.json": ("adapters/deltas.py", *_NANO),
+    "laboratory_rivals.json": ("adapters/deltas.py", *_NANO),
+    "first_step.json": ("adapters/deltas.py",),
     "chaos_disk.json": ("checkpoint/store.py", "recipe.py", "runs/files.py"),
     "chaos_kills.json": (
         "checkpoint/store.py",

@@ -27,15 +27,37 @@ little. The learning rate is the demo's 4e-3 unless a cell says otherwise; each 
 model of 1.6 M parameters need not hold on a released one.
 
 Concepts: `zorp`, an outline (a heart); `duo`, a texture (a disc, its left half coloured, its right half white); `nook`, a layout
-(a disc in the upper left quarter). Suites: `kinds`, `timesteps`, `base`, `batch_lr`, `precision`; one without a section below
-has not been run. The rivals are other libraries' adapters in our loop, and diffusers' own script where its checkout was at hand.
+(a disc in the upper left quarter). Suites: `kinds`, `rates`, `timesteps`, `base`, `batch_lr`, `precision`, `techniques`; one
+without a section below has not been run. The rivals are other libraries' adapters in our loop, and diffusers' own script where
+its checkout was at hand.
 
 Seconds are those of the steps on a busy machine, and layers this small say nothing of time at real width: for that see
 [adapters](adapters.md).
 
 This page is written by `python -m benchmarks.learning.laboratory --write-docs` from `benchmarks/results/laboratory_*.json`.
 """
+FIRST_STEP = """\
+How far AdamW's first step moves the output of a square layer (rms), for inputs of rms 1 and a rate of 1. A rank adds up so many
+numbers, a LoKr and a whole matrix as many as the layer is wide: at the width of these models (128) a LoKr moves about as far as
+a LoRA, at FLUX.2 Klein's (3072) several times as far at the same rate. So the laboratory's rates, and its order of LoRA and LoKr
+at one rate, do not carry over to released models; the presets' rates are those that are published for them.
+"""
 NEW_COLOUR, OLD_COLOUR = "#2a7de1", "#e08600"
+#: Of lines, each told from its neighbours: Tol's muted scheme (personal.sron.nl/~pault), and three more.
+COLOURS = (
+    "#332288",
+    "#117733",
+    "#cc6677",
+    "#88ccee",
+    "#999933",
+    "#aa4499",
+    "#44aa99",
+    "#882255",
+    "#ddaa33",
+    "#555555",
+    "#bb5522",
+    "#2a7de1",
+)
 
 
 def tables() -> dict[Path, dict[str, Any]]:
@@ -48,7 +70,8 @@ def tables() -> dict[Path, dict[str, Any]]:
 
 
 def page() -> str:
-    return HEAD + "".join(section(path.stem, document) for path, document in tables().items())
+    sections = [section(path.stem, document) for path, document in tables().items()]
+    return HEAD + "".join([*sections, first_step()])
 
 
 def section(name: str, document: Mapping[str, Any]) -> str:
@@ -70,7 +93,50 @@ def section(name: str, document: Mapping[str, Any]) -> str:
     if refused:
         lines += ["", "What failed:", ""]
         lines += [f"- {row['cell']}, seed {row['seed']}: {row['failed'].splitlines()[0]}" for row in refused]
-    return "\n".join([*lines, "", f"![{settings['suite']}](img/{name}.png)", ""])
+    lines += ["", f"![{settings['suite']}](img/{name}.png)", ""]
+    return "\n".join([*lines, *curve_table(name, document)])
+
+
+def curves(document: Mapping[str, Any]) -> dict[str, dict[int, float]]:
+    """cell -> {step: mean share of new ones over the seeds}, of the cells that were judged on the way."""
+    found: dict[str, dict[int, float]] = {}
+    for cell in document["cells"]:
+        rows = [row["curve"] for row in document["rows"] if row["cell"] == cell and "curve" in row]
+        if rows:
+            found[cell] = {int(step): spread(rows, step)[0] for step in rows[0]}
+    return found
+
+
+def curve_table(name: str, document: Mapping[str, Any]) -> list[str]:
+    found = curves(document)
+    if not found:
+        return []
+    steps = list(next(iter(found.values())))
+    lines = [
+        "New after so many steps, mean over the seeds:\n",
+        "| | " + " | ".join(map(str, steps)) + " |",
+        "|---" * (len(steps) + 1) + "|",
+    ]
+    for cell, shares in found.items():
+        lines.append(f"| {cell} | " + " | ".join(f"{100 * share:.0f} %" for share in shares.values()) + " |")
+    return [*lines, "", f"![curves](img/{name}_curves.png)", ""]
+
+
+def first_step() -> str:
+    """What a learning rate of one kind is worth in another."""
+    document = json.loads((RESULTS / "first_step.json").read_text(encoding="utf-8"))
+    moved: dict[str, dict[str, float]] = document["moved"]
+    columns = list(next(iter(moved.values())))
+    lines = [
+        "\n## What a learning rate is worth: the first step\n",
+        FIRST_STEP,
+        f"`{document['environment']['command']}`\n",
+        "| | " + " | ".join(columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for kind, figures in moved.items():
+        lines.append(f"| {kind} | " + " | ".join(f"{figures[column]:.1f}" for column in columns) + " |")
+    return "\n".join([*lines, ""])
 
 
 def table_row(cell: str, rows: Sequence[Mapping[str, Any]], seeds: int) -> str:
@@ -128,8 +194,41 @@ def chart(document: Mapping[str, Any]) -> Image.Image:
     return board
 
 
+def curve_chart(document: Mapping[str, Any]) -> Image.Image:
+    """A line for each cell: share of new ones against steps."""
+    found = curves(document)
+    left, top, width, height, names = 50, 20, 520, 360, 250
+    board = Image.new("RGB", (left + width + names, top + height + 40), "white")
+    draw = ImageDraw.Draw(board)
+    most = max(max(shares) for shares in found.values())
+
+    def at(step: int, share: float) -> tuple[float, float]:
+        return left + width * step / most, top + height * (1 - share)
+
+    for part in range(5):
+        draw.line([at(0, part / 4), at(most, part / 4)], fill="#e5e5e5")
+        draw.text((8, at(0, part / 4)[1] - 6), f"{25 * part} %", fill="#666666")
+    for step in next(iter(found.values())):
+        draw.text((at(step, 0)[0] - 8, top + height + 6), str(step), fill="#666666")
+    draw.text((left + width // 2, top + height + 22), "steps", fill="#666666")
+    # names at the ends of their lines, moved apart where lines end close together
+    ends, free = sorted(found, key=lambda cell: -list(found[cell].values())[-1]), 0.0
+    for cell in ends:
+        colour = COLOURS[list(found).index(cell) % len(COLOURS)]
+        points = [at(0, document["before"]["new"]), *(at(*one) for one in found[cell].items())]
+        draw.line(points, fill=colour, width=2)
+        for x, y in points[1:]:
+            draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colour)
+        free = max(free, points[-1][1] - 6)
+        draw.text((left + width + 12, free), cell, fill=colour)
+        free += 14
+    return board
+
+
 def write() -> None:
     for path, document in tables().items():
         chart(document).save(PICTURES / f"{path.stem}.png", optimize=True)
+        if curves(document):
+            curve_chart(document).save(PICTURES / f"{path.stem}_curves.png", optimize=True)
     PAGE.write_text(page(), encoding="utf-8")
     print(PAGE)
