@@ -205,6 +205,36 @@ def test_kohyas_subsets() -> None:
     assert said["data"]["sets"][0]["repeats"] == 10 and said["data"]["sets"][1]["caption_ext"] == ".caption"
 
 
+def test_masks_shuffled_captions_and_regularisation_of_others() -> None:
+    sets = [
+        {"folder_path": "a", "mask_path": "m", "shuffle_tokens": True, "keep_tokens": 2, "invert_mask": True},
+        {"folder_path": "b", "alpha_mask": True, "mask_min_value": 0.3, "is_reg": True},
+    ]
+    train = {"steps": 9, "reg_weight": 0.5}
+    found = import_document(job(datasets=sets, train=train), "x")
+    first, second = values(found)["data"]["sets"]
+    assert (first["mask_dir"], first["mask_floor"], first["caption_keep"]) == ("m", 0.0, 2)
+    assert first["caption_shuffles"] > 0 and first["loss_weight"] == 1
+    assert (second["mask_alpha"], second["mask_floor"], second["loss_weight"]) == (True, 0.3, 0.5)
+    assert second["caption_shuffles"] == 0
+    assert any("invert_mask" in theirs for theirs, _ in found.left)
+    (alone,) = values(import_document(job(datasets=sets[1:], train=train), "x"))["data"]["sets"]
+    assert alone["loss_weight"] == 0.5, "[data] itself has no such key"
+
+    subsets = [
+        {"image_dir": "a", "conditioning_data_dir": "m", "shuffle_caption": True, "keep_tokens": 1},
+        {"image_dir": "b", "is_reg": True, "alpha_mask": True},
+    ]
+    script = {"script": "zimage_train_network.py", "prior_loss_weight": 0.5}
+    document = {"datasets": [{"resolution": 512, "subsets": subsets}]}
+    first, second = values(import_document({**script, "masked_loss": True}, "x", document))["data"]["sets"]
+    assert (first["mask_dir"], first["mask_floor"], first["caption_keep"]) == ("m", 0.0, 1)
+    assert (second["loss_weight"], second["mask_alpha"], second["mask_floor"]) == (0.5, True, 0.0)
+    found = import_document(script, "x", document)
+    assert values(found)["data"]["sets"][0]["mask_dir"] is None, "pictures of conditions, not masks"
+    assert any("conditioning_data_dir" in theirs for theirs, _ in found.left)
+
+
 @pytest.mark.parametrize("script", original.SCRIPTS)
 def test_the_originals_command_lines(tmp_path: Path, script: str) -> None:
     path = tmp_path / "start.sh"

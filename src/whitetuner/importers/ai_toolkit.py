@@ -14,6 +14,8 @@ from whitetuner.importers.carried import (
     one_of,
     refuse_model,
     same,
+    sets_into,
+    shuffles,
 )
 
 NAME = "ai-toolkit"
@@ -96,8 +98,14 @@ _SET: Table = {
     "resolution": ("resolution", same),
     "num_repeats": ("repeats", int),
     "fps": ("fps", float),
+    "mask_path": ("mask_dir", str),
+    "alpha_mask": ("mask_alpha", bool),
+    "shuffle_tokens": ("caption_shuffles", shuffles),
+    "loss_multiplier": ("loss_weight", float),
 }
 _SET_IDLE = {
+    **dict.fromkeys(("keep_tokens", "mask_min_value", "is_reg"), ""),
+    "invert_mask": "white counts here: turn the masks round",
     **dict.fromkeys(
         ("folder_path", "dataset_path", "control_path", "num_frames", "cache_latents_to_disk"), ""
     ),
@@ -128,6 +136,7 @@ def read(document: Mapping[str, Any]) -> Imported:
     _model(found, process.get("model") or {}, sets)
     _method(found, process.get("network"))
     train = dict(process.get("train") or {})
+    regular = float(train.pop("reg_weight", None) or 1.0)
     decay = (train.pop("optimizer_params", None) or {}).get("weight_decay")
     if decay is not None:
         found.put("train.optimizer_params.weight_decay", "optimizer.weight_decay", float(decay))
@@ -139,7 +148,7 @@ def read(document: Mapping[str, Any]) -> Imported:
     for key in ("trigger_word",):
         if process.get(key):
             found.put(key, "data.trigger", str(process[key]))
-    _sets(found, sets)
+    _sets(found, sets, regular)
     _previews(found, process.get("sample") or {})
     return found
 
@@ -196,7 +205,8 @@ def _controls(one: Mapping[str, Any]) -> list[str]:
     return [str(path) for path in (given if isinstance(given, list) else [given]) if path]
 
 
-def _sets(found: Imported, sets: list[Mapping[str, Any]]) -> None:
+def _sets(found: Imported, sets: list[Mapping[str, Any]], regular: float) -> None:
+    """regular: their weight of the loss of regularisation sets."""
     task = found.values["model.task"]
     rows = []
     for number, one in enumerate(sets):
@@ -210,16 +220,19 @@ def _sets(found: Imported, sets: list[Mapping[str, Any]]) -> None:
         if task == "edit":
             mine.put("control_path", "conditions", _controls(one))
         mine.take(one, _SET, _SET_IDLE)
+        if {"mask_dir", "mask_alpha"} & mine.values.keys():
+            mine.put("mask_min_value", "mask_floor", float(one.get("mask_min_value") or 0))
+        if "caption_shuffles" in mine.values:
+            mine.put("keep_tokens", "caption_keep", int(one.get("keep_tokens") or 0))
+        if one.get("is_reg") and regular != 1:
+            mine.put("is_reg", "loss_weight", regular * mine.values.get("loss_weight", 1.0))
         sides = mine.values.get("resolution")
         if isinstance(sides, list):
             mine.values["resolution"] = sorted({int(side) for side in sides})
         rows.append(mine.values)
         found.carried += [(f"datasets[{number}].{theirs}", f"data.{ours}") for theirs, ours in mine.carried]
         found.left += [(f"datasets[{number}].{theirs}", why) for theirs, why in mine.left]
-    if len(rows) == 1 and "repeats" not in rows[0]:
-        found.values.update({f"data.{key}": value for key, value in rows[0].items()})
-    elif rows:
-        found.values["data.sets"] = rows
+    sets_into(found.values, rows)
 
 
 def _previews(found: Imported, sample: Mapping[str, Any]) -> None:

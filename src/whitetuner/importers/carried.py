@@ -88,6 +88,23 @@ SCHEDULES = one_of(
 )
 
 
+#: Of a set that others shuffle anew at every visit: orders that are encoded once here.
+SHUFFLES = 4
+
+
+def shuffles(value: Any) -> int:
+    """Their switch -> `caption_shuffles`."""
+    return SHUFFLES if value else 0
+
+
+def sets_into(values: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Puts data sets into a config: a single one into [data], where it says nothing that only [[data.sets]] can."""
+    if len(rows) == 1 and not {"repeats", "loss_weight"} & rows[0].keys():
+        values.update({f"data.{key}": value for key, value in rows[0].items()})
+    elif rows:
+        values["data.sets"] = rows
+
+
 def ending(value: Any) -> str:
     """ "txt" or ".txt" -> ".txt"."""
     return f".{str(value).lstrip('.')}"

@@ -18,6 +18,8 @@ from whitetuner.importers.carried import (
     one_of,
     refuse_model,
     same,
+    sets_into,
+    shuffles,
 )
 
 NAME = "musubi-tuner / kohya"
@@ -99,6 +101,7 @@ _IDLE = {
     ),
     "preserve_distribution_shape": "noise levels outside of min and max are always drawn again here, which keeps the shape",
     "fused_backward_pass": "full training always updates as the backward ends",
+    **dict.fromkeys(("masked_loss", "prior_loss_weight"), ""),
     "sample_prompts": "write them as [[preview.prompts]]",
     "logging_dir": "TensorBoard files lie in the run's folder",
 }
@@ -111,6 +114,8 @@ _DATA: Table = {
     "num_repeats": ("repeats", int),
     "class_tokens": ("default_caption", str),
     "caption_dropout_rate": ("caption_dropout", float),
+    "shuffle_caption": ("caption_shuffles", shuffles),
+    "alpha_mask": ("mask_alpha", bool),
     "target_frames": ("num_frames", same),
     "source_fps": ("frames_fps", float),
     "frame_sample": ("clips_per_video", int),
@@ -131,7 +136,7 @@ _DATA_IDLE = {
         ("enable_bucket", "bucket_no_upscale", "cache_directory", "image_directory", "video_directory"), ""
     ),
     **dict.fromkeys(
-        ("control_directory", "image_dir", "subsets", "batch_size", "max_frames", "keep_tokens"), ""
+        ("control_directory", "image_dir", "subsets", "batch_size", "max_frames", "keep_tokens", "is_reg"), ""
     ),
     "image_jsonl_file": "captions stand in files beside the pictures here",
     "video_jsonl_file": "captions stand in files beside the videos here",
@@ -171,7 +176,7 @@ def read(arguments: Mapping[str, Any], data: Mapping[str, Any] | None) -> Import
         given.pop("blocks_to_swap")
     found.take(given, _ARGUMENTS, _IDLE)
     if data is not None:
-        _sets(found, data)
+        _sets(found, data, given)
     return found
 
 
@@ -232,7 +237,7 @@ def _method(found: Imported, given: Mapping[str, Any], script: str) -> None:
         found.put("network_dim", "method.full_matrix", int(given.get("network_dim", 4) or 4) >= 10_000)
 
 
-def _sets(found: Imported, document: Mapping[str, Any]) -> None:
+def _sets(found: Imported, document: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
     general = dict(document.get("general") or {})
     rows, sizes = [], {int(general.get("batch_size", 1))}
     for number, one in enumerate(document["datasets"]):
@@ -241,7 +246,9 @@ def _sets(found: Imported, document: Mapping[str, Any]) -> None:
             given = {**general, **one, **subset}
             sizes.add(int(given.get("batch_size", 1)))
             _folder(mine, given)
+            masks = given.pop("conditioning_data_dir", None)
             mine.take(given, _DATA, _DATA_IDLE)
+            _weights(mine, given, masks, arguments)
             rows.append(mine.values)
             found.carried += [
                 (f"datasets[{number}].{theirs}", f"data.{ours}") for theirs, ours in mine.carried
@@ -255,10 +262,22 @@ def _sets(found: Imported, document: Mapping[str, Any]) -> None:
             f"batch_size of single sets: {sorted(sizes)}",
             "one batch size holds for all sets; the largest is set",
         )
-    if len(rows) == 1 and "repeats" not in rows[0]:
-        found.values.update({f"data.{key}": value for key, value in rows[0].items()})
-    else:
-        found.values["data.sets"] = rows
+    sets_into(found.values, rows)
+
+
+def _weights(mine: Imported, given: Mapping[str, Any], masks: Any, arguments: Mapping[str, Any]) -> None:
+    """What of a set counts in the loss: masks (pictures of conditions, with masked_loss), regularisation; shuffled captions."""
+    if masks and arguments.get("masked_loss"):
+        mine.put("conditioning_data_dir", "mask_dir", str(masks))
+    elif masks:
+        mine.leave("conditioning_data_dir", "there are no control nets here")
+    if {"mask_dir", "mask_alpha"} & mine.values.keys():
+        mine.put("masks", "mask_floor", 0.0)  # what is black counts nothing there
+    if mine.values.get("caption_shuffles"):
+        mine.put("keep_tokens", "caption_keep", int(given.get("keep_tokens") or 0))
+    weight = float(arguments.get("prior_loss_weight", 1.0))
+    if given.get("is_reg") and weight != 1:
+        mine.put("is_reg", "loss_weight", weight)
 
 
 def _folder(mine: Imported, given: Mapping[str, Any]) -> None:
