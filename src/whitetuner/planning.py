@@ -119,13 +119,11 @@ class Sketched:
 
     def cost(self, config: Config, shape: Shape) -> StepCost:
         """Of one forward and backward of this shape."""
-        family, module, whole = self.family, self.module(config, None), config.method.kind == "full"
-        in_pieces(module, self.part, pieces_of(self.family, [shape], self.stride_px))
-        task = config.model.task
-        fields = registry.sketch(family.spec.name).blank(
-            module, family.options, shape.size, self.stride_px, shape.conditions
-        )
-        layouts = {name: kind for one in family.encoders(task) for name, kind in one.fields.items()}
+        family, module, part = self.family, self.module(config, None), self.part
+        in_pieces(module, part, pieces_of(family, [shape], self.stride_px))
+        blank = registry.sketch(family.spec.name).blank
+        fields = blank(module, family.options, shape.size, self.stride_px, shape.conditions)
+        layouts = {name: kind for one in family.encoders(config.model.task) for name, kind in one.fields.items()}
         item = Item("plan-0", Path("plan"), "", "", shape.size, shape.size)
         batch = Batch(
             (item,) * shape.batch,
@@ -138,16 +136,18 @@ class Sketched:
         latent = batch["latent"]
         assert isinstance(latent, torch.Tensor)
         # At the part's own noise levels: a family may choose its expert by them.
-        low, high = self.part.sigma_range
+        low, high = part.sigma_range
         sigma = torch.full((shape.batch,), (low + high) / 2)
 
         def step() -> torch.Tensor:
-            said = family.predict({self.part.name: module}, self.part.name, batch, latent.float(), sigma)
+            said = family.predict({part.name: module}, part.name, batch, latent.float(), sigma)
             return said.square().mean()
 
-        if self.part.token_wise:  # a video's blocks are of one shape, and of thousands of operators each
-            return measure_alike(module, self.part.block_lists[0], step, drop_gradients=whole)
-        return measure_step(module, self.part.block_lists, step, drop_gradients=whole)
+        how: dict[str, Any] = {"drop_gradients": config.method.kind == "full"}
+        how["micro"] = micro_batches(config.memory.micro_batch, part.per_sample, part.name)
+        if part.token_wise:  # a video's blocks are of one shape, and of thousands of operators each
+            return measure_alike(module, part.block_lists[0], step, **how)
+        return measure_step(module, part.block_lists, step, **how)
 
 
 def way_of(

@@ -11,6 +11,7 @@ from test_memory_recompute import LISTS, loss_of, model
 from torch import nn
 
 from whitetuner.memory.measure import measure_step
+from whitetuner.memory.micro import MicroBatches
 from whitetuner.memory.quantize import Kind, quantize_linears
 from whitetuner.memory.recompute import checkpoint_blocks
 
@@ -76,6 +77,20 @@ def test_bytes_without_memory_equal_the_bytes_really_saved(quantize: Kind | None
     # that a block saves first
     assert 0 <= outside < min(block.saved_bytes for block in fake.blocks) and inputs >= 0
     assert all(block.flops > 0 and block.input_bytes < block.saved_bytes for block in fake.blocks)
+
+
+def test_a_batch_in_pieces_is_measured_in_pieces() -> None:
+    """What a block saves inside exists for one piece; its inputs are kept for the whole batch."""
+    transformer = adapted()
+    names = ("hidden_states", "encoder_hidden_states", "temb_mod", "temb_mod_img", "temb_mod_txt")
+    micro, whole = MicroBatches(1, names), measure_step(transformer, LISTS, lambda: loss_of(transformer))
+    fake = measure_step(transformer, LISTS, lambda: loss_of(transformer), micro=micro)
+    real = measure_step(transformer, LISTS, lambda: loss_of(transformer), micro=micro, fake=False)
+    assert real.peak_bytes / 1.02 <= fake.peak_bytes <= real.peak_bytes * 1.02
+    assert fake.blocks == real.blocks
+    assert fake.peak_bytes < whole.peak_bytes
+    # joining the pieces' outputs costs the plain way a copy of each
+    assert fake.peak_bytes_plain > whole.peak_bytes_plain * 0.9
 
 
 def test_the_module_is_left_as_it_was() -> None:

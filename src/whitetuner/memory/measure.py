@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from whitetuner.memory.blocks import Patch, blocks_of
+from whitetuner.memory.micro import MicroBatches
 from whitetuner.memory.recompute import checkpoint_blocks
 
 #: Whole numbers up to which a tensor is taken for sizes, lengths or a mask, whose values stay readable.
@@ -81,6 +82,7 @@ def measure_step(
     *,
     fake: bool = True,
     drop_gradients: bool = False,
+    micro: MicroBatches | None = None,
 ) -> StepCost:
     """Runs `step` (it returns the scalar loss) with and without recomputation, and measures.
 
@@ -89,11 +91,12 @@ def measure_step(
             the model
     drop_gradients: of each weight as soon as it is there, as full training does (memory/fused.py)
     fake:   False runs the real thing, for tests
+    micro:  a batch goes through each block in pieces
     """
     blocks = blocks_of(module, block_lists)
     with _without_content(module) if fake else _as_it_is():
-        plain = _run(module, block_lists, blocks, step, "none", drop_gradients)
-        again = _run(module, block_lists, blocks, step, "all", drop_gradients)
+        plain = _run(module, block_lists, blocks, step, "none", drop_gradients, micro)
+        again = _run(module, block_lists, blocks, step, "all", drop_gradients, micro)
     costs = [
         BlockCost(path, plain.saved[i], again.saved[i], plain.flops_of_block[i])
         for i, (path, _) in enumerate(blocks)
@@ -110,7 +113,12 @@ def measure_step(
 
 
 def measure_alike(
-    module: nn.Module, block_list: str, step: Callable[[], torch.Tensor], *, drop_gradients: bool = False
+    module: nn.Module,
+    block_list: str,
+    step: Callable[[], torch.Tensor],
+    *,
+    drop_gradients: bool = False,
+    micro: MicroBatches | None = None,
 ) -> StepCost:
     """As measure_step for one list of blocks of one shape: told from a run with three of them and one with five.
 
@@ -122,12 +130,14 @@ def measure_alike(
     blocks = getattr(owner, name)
     kinds = {tuple((key, tensor.shape) for key, tensor in block.named_parameters()) for block in blocks}
     if len(blocks) <= _FEW[1] or len(kinds) > 1:
-        return measure_step(module, (block_list,), step, drop_gradients=drop_gradients)
+        return measure_step(module, (block_list,), step, drop_gradients=drop_gradients, micro=micro)
     found = []
     for count in _FEW:
         setattr(owner, name, nn.ModuleList(blocks[:count]))
         try:
-            found.append(measure_step(module, (block_list,), step, drop_gradients=drop_gradients))
+            found.append(
+                measure_step(module, (block_list,), step, drop_gradients=drop_gradients, micro=micro)
+            )
         finally:
             setattr(owner, name, blocks)
     few, more = found
@@ -162,6 +172,7 @@ def _run(
     step: Callable[[], torch.Tensor],
     which: str,
     drop_gradients: bool = False,
+    micro: MicroBatches | None = None,
 ) -> _Seen:
     count = len(blocks)
     seen = _Seen([0] * count, [0] * count, [0] * count, [0] * count)
@@ -191,7 +202,7 @@ def _run(
 
     before = {parameter: parameter.grad for parameter in module.parameters() if parameter.requires_grad}
     drops = [p.register_post_accumulate_grad_hook(_drop) for p in before] if drop_gradients else []
-    handle = checkpoint_blocks(module, block_lists, which)
+    handle = checkpoint_blocks(module, block_lists, which, micro=micro)
     patches = [Patch(block, tap(i, block.forward)) for i, (_, block) in enumerate(blocks)]
     try:
         with watch:
