@@ -123,7 +123,9 @@ class Sketched:
         in_pieces(module, part, pieces_of(family, [shape], self.stride_px))
         blank = registry.sketch(family.spec.name).blank
         fields = blank(module, family.options, shape.size, self.stride_px, shape.conditions)
-        layouts = {name: kind for one in family.encoders(config.model.task) for name, kind in one.fields.items()}
+        layouts = {
+            name: kind for one in family.encoders(config.model.task) for name, kind in one.fields.items()
+        }
         item = Item("plan-0", Path("plan"), "", "", shape.size, shape.size)
         batch = Batch(
             (item,) * shape.batch,

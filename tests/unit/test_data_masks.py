@@ -12,7 +12,8 @@ from PIL import Image
 
 from whitetuner.config.kinds import refuse_wrong_data
 from whitetuner.config.load import load_config
-from whitetuner.data.check import check_sets
+from whitetuner.data.check import CheckReport, check_sets
+from whitetuner.data.check_page import write_check_html
 from whitetuner.data.masks import CELL_PX, mask_cells
 from whitetuner.data.media import crop_box, picture, read_mask
 from whitetuner.data.scan import Scan, SetOptions, scan
@@ -148,6 +149,23 @@ def test_the_data_digest_changes_with_the_mask_and_not_with_its_name(tmp_path: P
     assert look(tmp_path, mask_dir=tmp_path / "moved", mask_floor=0.5).digest() != masked
     save(tmp_path / "moved" / "a.png", white(96, 64) // 2)
     assert look(tmp_path, mask_dir=tmp_path / "moved").digest() != masked
+
+
+def test_the_check_says_how_many_have_a_mask(tmp_path: Path) -> None:
+    noise(tmp_path / "pictures" / "a.png")
+    save(tmp_path / "masks" / "a.png", white(96, 64))
+
+    def seen(**more: object) -> CheckReport:
+        options = SetOptions(images=tmp_path / "pictures", default_caption="", resolution=64, **more)  # type: ignore[arg-type]
+        return check_sets([options], 16)
+
+    masked = seen(mask_dir=tmp_path / "masks", mask_floor=0.25)
+    assert "1 with a mask; the rest counts 0.25" in masked.as_text()
+    assert [one["masked"] for one in masked.as_json()["sets"]] == [1]
+    page = write_check_html(masked, tmp_path / "check.html").read_text(encoding="utf-8")
+    assert "1 with a mask" in page
+    plain = seen()
+    assert "mask" not in plain.as_text() and plain.as_json()["sets"][0]["masked"] == 0
 
 
 def test_a_missing_a_doubled_and_a_foreign_mask_are_told_by_name(tmp_path: Path) -> None:

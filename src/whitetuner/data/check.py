@@ -38,7 +38,7 @@ class Placed:
     """One picture and what training makes of it. cropped: share of its area that is cut off; size None: cannot be used.
 
     conditions: the pictures given for it; condition_sizes: what they are read at; film: of a video, its clips (size.frames
-    long)
+    long); masked: whether something says what of it counts
     """
 
     path: Path
@@ -52,6 +52,7 @@ class Placed:
     conditions: tuple[Path, ...] = ()
     condition_sizes: tuple[Size, ...] = ()
     film: FilmPlan | None = None
+    masked: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,10 @@ class CheckReport:
         counts = Counter(len(one.conditions) for one in self.pictures if one.size is not None)
         return sorted(counts.items()) if any(counts) else []
 
+    def masked(self, set_index: int) -> int:
+        """Pictures of a set that have a mask."""
+        return sum(one.masked for one in self.pictures if one.set_index == set_index)
+
     @property
     def mean_cropped(self) -> float:
         shares = [one.cropped for one in self.pictures if one.size is not None]
@@ -113,6 +118,7 @@ class CheckReport:
                     "repeats": one.repeats,
                     "weight": one.weight,
                     "loss_weight": one.options.loss_weight,
+                    "masked": self.masked(number),
                 }
                 for number, one in enumerate(self.sets)
             ],
@@ -153,6 +159,8 @@ class CheckReport:
             share = f"weight {one.weight:g}" if one.weight is not None else f"x {one.repeats}"
             share += f", loss x {one.options.loss_weight:g}" if one.options.loss_weight != 1 else ""
             lines.append(f"{one.folder}: {count} pictures {share}")
+            if masked := self.masked(number):
+                lines.append(f"  {masked} with a mask; the rest counts {one.options.mask_floor:g}")
         films = [one.film for one in self.pictures if one.film is not None]
         lines += [f"  {film}" for film in films[:TOLD]]
         lines += [f"  and {len(films) - TOLD} more videos"] if len(films) > TOLD else []
@@ -288,24 +296,22 @@ def _placed(
     film: FilmPlan | None,
 ) -> Placed:
     source = found.probe.size
+    what = (found.path, found.set_index, found.caption, source, size)
     if source is None or size is None:
-        return Placed(found.path, found.set_index, found.caption, source, size, film=film)
+        return Placed(*what, film=film)
     rules = bucketing(options.resolution, stride_px, min_size_px, options.upscale)
     ordinary = any(
         size._replace(frames=1) in shapes(one, stride_px, rules.shortest_px) for one in rules.resolutions
     )
     return Placed(
-        found.path,
-        found.set_index,
-        found.caption,
-        source,
-        size,
+        *what,
         cropped=cropped(source, size),
         enlarged=not covers(source, size),
         small=not ordinary,
         conditions=found.conditions,
         condition_sizes=conditions,
         film=film,
+        masked=found.mask is not None,
     )
 
 
