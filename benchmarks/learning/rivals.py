@@ -96,15 +96,18 @@ def lycoris_lokr(module: nn.Module, paths: list[str]) -> Parameters:
 
 @dataclass(frozen=True)
 class Rival:
-    """put_on: hangs theirs on the plain layers, None: ours stay; our_start: with our numbers."""
+    """put_on: hangs theirs on the plain layers, None: ours stay; our_start: with our numbers; gaussian: ours begins as PEFT's
+    init_lora_weights="gaussian", which is what the script asks for: normal numbers of deviation 1 / rank, whatever the width."""
 
     ours: dict[str, Any]
     put_on: Callable[[nn.Module, list[str]], Parameters] | None = None
     our_start: bool = False
+    gaussian: bool = False
 
     def told(self) -> dict[str, Any]:
         who = "White Tuner" if self.put_on is None else self.put_on.__name__
-        return {**self.ours, "adapter": who, "our_start": self.our_start}
+        start = {"start": "gaussian"} if self.gaussian else {}
+        return {**self.ours, "adapter": who, "our_start": self.our_start, **start}
 
 
 _LORA, _LOKR = {**LORA, "method.rank": RANK}, lokr(FACTOR)
@@ -118,6 +121,7 @@ _PLAIN = {
 RIVALS = {
     "LoRA 16: White Tuner": Rival(_LORA),
     "LoRA 16: White Tuner, as the script": Rival({**_LORA, **_PLAIN}),
+    "LoRA 16: White Tuner, as the script, its start": Rival({**_LORA, **_PLAIN}, gaussian=True),
     "LoRA 16: PEFT": Rival(_LORA, peft_lora),
     "LoRA 16: PEFT, our start": Rival(_LORA, peft_lora, our_start=True),
     "LoKr 4: White Tuner": Rival(_LOKR),
@@ -269,6 +273,13 @@ def exchanged(learner: Learner, rival: Rival, config: Any) -> Learner:
     )
 
 
+@torch.no_grad()
+def begin_gaussian(adapter: Adapter, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for delta in adapter.deltas.values():
+        dict(delta.named_parameters())["lora_A"].normal_(std=1 / RANK, generator=generator)
+
+
 def taught(lesson: Lesson, rival: Rival, seed: int) -> dict[str, Any]:
     """Trains one and judges it as it lies in memory, average included."""
     folder = lesson.folder / "rival"
@@ -277,6 +288,8 @@ def taught(lesson: Lesson, rival: Rival, seed: int) -> dict[str, Any]:
         session.prepare()
         (learner,) = session.team.learners
         assert isinstance(learner, Learner)
+        if rival.gaussian:
+            begin_gaussian(learner.adapter, seed)
         if rival.put_on is not None:
             session.team = Team([exchanged(learner, rival, session.config)])
         if not session.advance(session.data.steps):
