@@ -27,6 +27,7 @@ def init(
     from whitetuner.config.goals import with_goal, with_memory
     from whitetuner.config.migrate import stamped
     from whitetuner.config.preset import preset_text, presets
+    from whitetuner.config.sources import with_sources
 
     if (goal or vram_gb is not None) and (preset is None or foreign or tiny):
         raise UserError("--goal and --vram go with a preset", where="init", mend="name one: whitetuner init")
@@ -44,7 +45,7 @@ def init(
         say("presets:\n" + "\n".join(f"  {name:<28} {title}" for name, title in presets().items()))
         return 0
     else:
-        text = preset_text(preset)
+        text = with_sources(preset_text(preset))
         text = text if goal is None else with_goal(text, goal)
         text = text if vram_gb is None else with_memory(text, vram_gb)
     text = stamped(text)

@@ -123,9 +123,8 @@ class Sketched:
         in_pieces(module, part, pieces_of(family, [shape], self.stride_px))
         blank = registry.sketch(family.spec.name).blank
         fields = blank(module, family.options, shape.size, self.stride_px, shape.conditions)
-        layouts = {
-            name: kind for one in family.encoders(config.model.task) for name, kind in one.fields.items()
-        }
+        task = config.model.task
+        layouts = {name: kind for one in family.encoders(task) for name, kind in one.fields.items()}
         item = Item("plan-0", Path("plan"), "", "", shape.size, shape.size)
         batch = Batch(
             (item,) * shape.batch,
@@ -138,15 +137,14 @@ class Sketched:
         latent = batch["latent"]
         assert isinstance(latent, torch.Tensor)
         # At the part's own noise levels: a family may choose its expert by them.
-        low, high = part.sigma_range
-        sigma = torch.full((shape.batch,), (low + high) / 2)
+        sigma = torch.full((shape.batch,), sum(part.sigma_range) / 2)
 
         def step() -> torch.Tensor:
             said = family.predict({part.name: module}, part.name, batch, latent.float(), sigma)
             return said.square().mean()
 
-        how: dict[str, Any] = {"drop_gradients": config.method.kind == "full"}
-        how["micro"] = micro_batches(config.memory.micro_batch, part.per_sample, part.name)
+        micro = micro_batches(config.memory.micro_batch, part.per_sample, part.name)
+        how: dict[str, Any] = {"drop_gradients": config.method.kind == "full", "micro": micro}
         if part.token_wise:  # a video's blocks are of one shape, and of thousands of operators each
             return measure_alike(module, part.block_lists[0], step, **how)
         return measure_step(module, part.block_lists, step, **how)

@@ -15,6 +15,7 @@ from whitetuner.config.load import load_config
 from whitetuner.config.preset import preset_text, presets
 from whitetuner.config.reference import text
 from whitetuner.config.schema import Config
+from whitetuner.config.sources import with_sources
 from whitetuner.config.told import FOREIGN, field_of, keys_of, section_of
 from whitetuner.errors import UserError
 from whitetuner.families import registry
@@ -130,6 +131,19 @@ def test_a_preset_for_every_goal_and_card_keeps_its_comments_and_says_why(name: 
     for gb in (0.0, -1.0, float("nan"), 1e9):
         with pytest.raises(UserError, match="no card's memory"):
             with_memory(plain, gb)
+
+
+@pytest.mark.parametrize("name", sorted(presets()))
+def test_a_preset_is_given_with_the_sources_of_its_values(name: str, tmp_path: Path) -> None:
+    text = with_sources(preset_text(name))
+    (tmp_path / "c.toml").write_text(text, encoding="utf-8")
+    config = load_config(tmp_path / "c.toml").config
+    assert config == load_config(None, preset=name).config, "comments change nothing"
+    for key, setting in registry.spec(config.model.family).settings.items():
+        section, _, field = key.partition(".")
+        if getattr(getattr(config, section), field) == setting.value:
+            unused = {"lora": ("factor", "full_matrix"), "lokr": ("rank",)}.get(config.method.kind, ())
+            assert setting.source in text or field in unused, key
 
 
 def test_an_unknown_preset_names_the_known_ones() -> None:
