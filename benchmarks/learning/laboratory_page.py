@@ -28,8 +28,9 @@ model of 1.6 M parameters need not hold on a released one.
 
 Concepts: `zorp`, an outline (a heart); `duo`, a texture (a disc, its left half coloured, its right half white); `nook`, a layout
 (a disc in the upper left quarter). Suites: `kinds`, `rates`, `timesteps`, `base`, `batch_lr`, `precision`, `techniques`; one
-without a section below has not been run. The rivals are other libraries' adapters in our loop, and diffusers' own script where
-its checkout was at hand.
+without a section below has not been run. The rivals are other libraries' adapters in our loop, and whole programs (diffusers' own
+script, OneTrainer, musubi-tuner, ai-toolkit) where their checkouts were at hand; `benchmarks/learning/peers.py` says what they do
+differently.
 
 Seconds are those of the steps on a busy machine, and layers this small say nothing of time at real width: for that see
 [adapters](adapters.md).

@@ -8,7 +8,7 @@ Layers this small say nothing about time: benchmarks/cpu/adapter_layer.py times 
 With DIFFUSERS_DIR, the folder of a diffusers checkout, its examples/dreambooth/train_dreambooth_lora_flux2_klein.py is one
 more: its own loop, layers and optimizer over the same model and pictures (both sets in equal parts), at our rank, rate, batch,
 layers, steps, caption dropout, warm-up and noise levels. It knows no average of the weights, and holds no pictures out: "as the
-script" is ours without them. Seen with commit 58eb52c.
+script" is ours without them. Seen with commit 58eb52c. peers.py adds whole trainers in the same way.
 
     python -m benchmarks.learning.rivals [--seeds 3] [--steps 200] [--concept zorp|duo|nook] [--minutes 15]
 
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.learning import peers
 from benchmarks.learning.laboratory import begin, command_of, lesson_of, parser_for, result_of, seeds_of
 from benchmarks.learning.suites import LORA, lokr
 from benchmarks.learning.table import Table
@@ -137,11 +138,19 @@ _SCRIPT_FILE = "examples/dreambooth/train_dreambooth_lora_flux2_klein.py"
 
 
 def cells() -> dict[str, dict[str, Any]]:
-    """The script is a cell where its checkout is named."""
+    """The script and other trainers are cells where their checkouts are named."""
     found = {name: rival.told() for name, rival in RIVALS.items()}
     if "DIFFUSERS_DIR" in os.environ:
         found[SCRIPT] = {**_LORA, "adapter": "the script's own loop"}
-    return found
+    return {**found, **peers.cells(_LORA)}
+
+
+def made(lesson: Lesson, cell: str, seed: int) -> dict[str, Any]:
+    if cell == SCRIPT:
+        return script_taught(lesson, seed)
+    if cell in peers.PEERS:
+        return peers.taught(lesson, cell, seed, _LORA, learning_layers())
+    return taught(lesson, RIVALS[cell], seed)
 
 
 def learning_layers() -> list[str]:
@@ -313,9 +322,7 @@ def run(given: argparse.Namespace) -> Table:
     begin(table, lesson, command_of(given, "benchmarks.learning.rivals"))
     began = time.monotonic()
     table.fill(
-        lambda cell, seed: (
-            script_taught(lesson, seed) if cell == SCRIPT else taught(lesson, RIVALS[cell], seed)
-        ),
+        lambda cell, seed: made(lesson, cell, seed),
         lambda: time.monotonic() - began > 60 * given.minutes,
         given.only,
     )

@@ -7,13 +7,14 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from benchmarks.learning import laboratory, laboratory_page, rivals
+from benchmarks.learning import laboratory, laboratory_page, peers, rivals
 from benchmarks.learning.concepts import CONCEPTS, draw_duo
 from benchmarks.learning.suites import ASKS, SUITES
 from benchmarks.learning.table import Table
@@ -165,7 +166,11 @@ import torch
 from datasets import load_dataset
 from PIL import Image
 from torchvision import transforms
+from torchvision.io import ImageReadMode, read_image
 from torchvision.transforms import functional as TF
+from torchvision.transforms import transforms as again
+
+assert again.Resize is transforms.Resize
 
 table = load_dataset(sys.argv[1])["train"]
 assert len(table["image"]) == len(table["text"]) == 8 and len(set(table["text"])) == 5, table["text"]
@@ -173,6 +178,13 @@ image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
 assert TF.resize(image, [8, 6], interpolation=transforms.InterpolationMode.BILINEAR).size == (6, 8)
 top, left, height, width = transforms.RandomCrop.get_params(image, output_size=(2, 3))
 assert TF.crop(image, top, left, height, width).size == (3, 2) == TF.center_crop(image, (2, 3)).size
+whole = TF.pil_to_tensor(image)
+assert torch.equal(TF.crop(whole, 1, 0, 2, 3), whole[:, 1:3, :3]) and transforms.Resize((4, 4))(whole) is whole
+pixels = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5], [0.5])])(image)
+assert torch.equal(pixels, TF.normalize(TF.to_tensor(image), [0.5], [0.5]))
+image.save(sys.argv[1] + "/one.png")
+assert torch.equal(read_image(sys.argv[1] + "/one.png", ImageReadMode.RGB), whole)
+transforms.ColorJitter(brightness=0.2)
 pixels = TF.normalize(TF.to_tensor(TF.hflip(image)), [0.5], [0.5])
 assert pixels.shape == (3, 4, 4) and torch.equal(pixels[:, 0, 3], torch.tensor([0.0, 1.0, 2.0]) / 127.5 - 1)
 """
@@ -208,3 +220,38 @@ def test_the_script_is_told_our_settings(folder: Path, monkeypatch: pytest.Monke
     assert given["--lr_warmup_steps"] == str(min(20, lesson.steps // 10))
     with pytest.raises(UserError, match="there is no"):
         rivals.script_taught(lesson, 42)
+
+
+def test_a_trainer_is_a_cell_where_its_checkout_is_and_told_our_settings(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not {*peers.PEERS} & {*rivals.cells()}
+    lesson = laboratory.lesson_of(options(folder, "rivals", "--batch", "12", "--steps", "10"))
+    lesson.folder.mkdir(parents=True, exist_ok=True)
+    cell = "LoRA 16: OneTrainer"
+    monkeypatch.setenv("ONETRAINER_DIR", str(folder / "nowhere"))
+    assert {*peers.PEERS} & {*rivals.cells()} == {cell}
+    with pytest.raises(UserError, match="no checkout of OneTrainer"):
+        rivals.made(lesson, cell, 42)
+    told = peers.told(lesson, 42, {"method.kind": "lora", "method.rank": 16}, ["a.b"], folder / "out")
+    assert told["rank"] == 16 and told["noise_mean"] == 0.6 and told["betas"] == [0.9, 0.99], told
+    assert json.loads(json.dumps(told)) == told
+
+
+def test_a_run_draws_each_picture_as_often_as_another(tmp_path: Path) -> None:
+    for name, count in (("new", 4), ("old", 8)):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            (tmp_path / name / f"{number}.png").touch()
+    given = {
+        "data": [str(tmp_path / name) for name in ("new", "old")],
+        "seed": 42,
+        "steps": 40,
+        "batch": 10,
+        "caption_dropout": 0.1,
+    }
+    drawn = peers.drawn(given)
+    counts = Counter(file for file, _ in drawn)
+    assert len(drawn) == 400 and {counts[file] for file in counts if file.parent.name == "new"} == {50}
+    assert {counts[file] for file in counts if file.parent.name == "old"} == {25}
+    assert 20 <= sum(not kept for _, kept in drawn) <= 60 and drawn == peers.drawn(given)

@@ -1,1 +1,1 @@
-"""Stands in for torchvision, of which diffusers' training script uses six functions on pictures; nothing else imports it."""
+"""Stands in for torchvision, of which diffusers' training script and the peers use a few functions on pictures."""

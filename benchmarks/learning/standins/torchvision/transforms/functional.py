@@ -1,4 +1,4 @@
-"""What diffusers' Klein script takes from torchvision.transforms.functional; sizes are (height, width)."""
+"""What diffusers' Klein script and the peers take from torchvision.transforms.functional; sizes are (height, width)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ def resize(image: Image, size: Sequence[int], interpolation: InterpolationMode) 
     return image.resize((size[1], size[0]), interpolation.value)
 
 
-def crop(image: Image, top: int, left: int, height: int, width: int) -> Image:
+def crop(image: Image | Tensor, top: int, left: int, height: int, width: int) -> Image | Tensor:
+    if isinstance(image, Tensor):
+        return image[..., top : top + height, left : left + width]
     return image.crop((left, top, left + width, top + height))
 
 
@@ -30,9 +32,14 @@ def hflip(image: Image) -> Image:
     return ImageOps.mirror(image)
 
 
+def pil_to_tensor(image: Image) -> Tensor:
+    """(channels, height, width), whole numbers."""
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
+
+
 def to_tensor(image: Image) -> Tensor:
     """(channels, height, width) in [0, 1]."""
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
+    return pil_to_tensor(image).float() / 255
 
 
 def normalize(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
