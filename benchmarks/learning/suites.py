@@ -108,5 +108,5 @@ ASKS = {
     "precision": "Numbers that training is done in",
     "rates": "The learning rate of each kind, alpha, warm-up and schedule",
     "techniques": "Techniques, one at a time",
-    "rivals": "The same layers by PEFT and lycoris-lora, in the same loop",
+    "rivals": "Rivals: PEFT's and lycoris-lora's layers in our loop, and other trainers' own programs",
 }

@@ -38,7 +38,10 @@ class Table:
                     settings=json.dumps(earlier["settings"]),
                 )
             self.document = earlier
-        self.document["cells"] = {name: dict(values) for name, values in cells.items()}
+        made = {row["cell"] for row in self.document["rows"]}
+        # What was made where another checkout lay beside stays.
+        others = {name: values for name, values in self.document["cells"].items() if name in made - {*cells}}
+        self.document["cells"] = {name: dict(values) for name, values in cells.items()} | others
         self.document["seeds"] = sorted({*self.document.get("seeds", []), *self.seeds})
 
     def row(self, cell: str, seed: int) -> dict[str, Any] | None:
