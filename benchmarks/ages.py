@@ -60,6 +60,13 @@ MEASURES: dict[str, tuple[str, ...]] = {
         "train/step.py",
         "families/zimage/model.py",
     ),
+    "small_wan.json": (
+        "nano/wan",
+        "nano/motions.py",
+        "nano/check.py",
+        "train/step.py",
+        "families/wan/model.py",
+    ),
     "laboratory_kinds.json": ("adapters/deltas.py", *_NANO, "train/whole.py"),
     "laboratory_batch_lr.json": ("adapters/deltas.py", *_NANO),
     "laboratory_rivals.json": ("adapters/deltas.py", *_NANO),

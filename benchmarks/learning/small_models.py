@@ -1,14 +1,16 @@
-"""Whether the other embedded models learn a word too: the one that edits, and the one that is a Z-Image.
+"""Whether the other embedded models learn a word too: the one that edits, the Z-Image, the WAN.
 
     python -m benchmarks.learning.small_models edit [--steps 800] [--out FOLDER]
     python -m benchmarks.learning.small_models edit_swap [--steps 400] [--out FOLDER]
     python -m benchmarks.learning.small_models zimage [--steps 250] [--out FOLDER]
+    python -m benchmarks.learning.small_models wan [--steps 700] [--out FOLDER]
 
 Each is taught something by our trainer beside 256 pictures of what it knows already: the small edit model, from 256 pairs, that
 "zorp it" turns the shape of the given picture into a heart where it stands, or that "swap it" exchanges its two colours; the
-small Z-Image, from 32 pictures, that a zorp is a heart. A program (nano/edits.py, nano/check.py) says how many of 64 fresh ones
-of the new word, and of 96 of what it knew, come out right before and after. FOLDER/samples.png shows some: before, after (of
-edits: given, before, after, wanted). It ends with 1 where the new word is right in less than 80 %.
+small Z-Image, from 32 pictures, that a zorp is a heart; the small WAN, from 256 clips, that what zorps hops up and lands again. A
+program (nano/edits.py, nano/check.py, nano/motions.py) says how many of 64 fresh ones of the new word, and of 96 of what it knew,
+come out right before and after. FOLDER/samples.png shows some: before, after (of edits and clips: given, before, after, wanted).
+It ends with 1 where the new word is right in less than 80 %.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from benchmarks.learning.concepts import CONCEPTS, save
+from benchmarks.learning.small_wan import WanModel
 from benchmarks.paired import environment
 from diffusers import Flux2Transformer2DModel, ZImagePipeline
 from PIL import Image
@@ -77,7 +80,24 @@ SETTINGS: dict[str, Any] = {
 Drawn = tuple[list[Image.Image], list[bool]]
 
 
-class EditModel:
+class Pictures:
+    """Models that draw one picture of each thing asked."""
+
+    def beside(self, what: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """What is shown to the left and to the right of what was drawn."""
+        return None
+
+    def show(self, drawn: dict[str, dict[str, Drawn]]) -> Image.Image:
+        rows = []
+        for what in ("new", "old"):
+            middle = [np.stack([np.asarray(one) for one in drawn[when][what][0][:SHOWN]]) for when in drawn]
+            outer = self.beside(what)
+            rows += [*middle] if outer is None else [outer[0], *middle, outer[1]]
+        sheet = np.concatenate([np.concatenate(list(row), 1) for row in rows])
+        return Image.fromarray(sheet.repeat(2, 0).repeat(2, 1))
+
+
+class EditModel(Pictures):
     """`builtin:nano-edit`, by the diffusers pipeline."""
 
     family, task, path = "flux2-klein", "edit", "builtin:nano-edit"
@@ -114,7 +134,7 @@ class EditModel:
         return pictures([edit.given for edit in asked]), pictures([edit.wanted for edit in asked])
 
 
-class ZImageModel:
+class ZImageModel(Pictures):
     """`builtin:nano-zimage`, by the diffusers pipeline."""
 
     family, task, path, steps = "zimage", "t2i", "builtin:nano-zimage", 250
@@ -141,14 +161,12 @@ class ZImageModel:
         drawn = draw_each(self.pipeline, [one.caption for one in asked], 31)
         return drawn, [judge(picture, one.label).all for picture, one in zip(drawn, asked, strict=True)]
 
-    def beside(self, what: str) -> None:
-        return None
-
 
 MODELS: dict[str, Callable[[], Any]] = {
     "edit": lambda: EditModel(NEW_KIND),
     "edit_swap": lambda: EditModel("swap"),
     "zimage": ZImageModel,
+    "wan": WanModel,
 }
 
 
@@ -178,7 +196,7 @@ def teach(model: Any, folder: Path, steps: int) -> dict[str, Any]:
     attach_state(model.pipeline.transformer, *load_adapter(result.final[1], registry.keys(model.family)))
     model.pipeline.transformer.eval()
     drawn["after"] = {what: model.draw(what) for what in ("new", "old")}
-    _show(model, drawn).save(folder / "samples.png")
+    model.show(drawn).save(folder / "samples.png")
     return {
         **{
             when: {what: round(fmean(verdicts), 3) for what, (_, verdicts) in one.items()}
@@ -187,16 +205,6 @@ def teach(model: Any, folder: Path, steps: int) -> dict[str, Any]:
         "validation": {e.step: round(e.loss, 4) for e in told if isinstance(e, events.Validation)},
         "seconds_of_steps": round(sum(e.seconds for e in told if isinstance(e, events.StepDone))),
     }
-
-
-def _show(model: Any, drawn: dict[str, dict[str, Drawn]]) -> Image.Image:
-    rows = []
-    for what in ("new", "old"):
-        middle = [np.stack([np.asarray(one) for one in drawn[when][what][0][:SHOWN]]) for when in drawn]
-        outer = model.beside(what)
-        rows += [*middle] if outer is None else [outer[0], *middle, outer[1]]
-    sheet = np.concatenate([np.concatenate(list(row), 1) for row in rows])
-    return Image.fromarray(sheet.repeat(2, 0).repeat(2, 1))
 
 
 def main() -> None:

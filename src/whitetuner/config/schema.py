@@ -69,8 +69,8 @@ class Model(Section):
     path: PathText | None = Field(
         None,
         description="model folder in diffusers layout, an embedded one (builtin:nano, builtin:nano-edit, "
-        "builtin:nano-zimage), the denoiser as one safetensors file, or a name on a hub that is fetched when training "
-        "begins: ORG/MODEL (Hugging Face), modelscope:ORG/MODEL",
+        "builtin:nano-zimage, builtin:nano-wan), the denoiser as one safetensors file, or a name on a hub that is fetched "
+        "when training begins: ORG/MODEL (Hugging Face), modelscope:ORG/MODEL",
     )
     transformer: PathText | None = Field(
         None,

@@ -14,8 +14,9 @@ FIELDS: dict[str, tuple[str, str]] = {
     "model.task": ("任务", "文生图、编辑、图生视频或文生视频"),
     "model.path": (
         "模型路径",
-        "diffusers 格式的模型文件夹、内置小模型（builtin:nano、builtin:nano-edit、builtin:nano-zimage）、主模型的单个 "
-        "safetensors 文件，或模型站上的名字（开始训练时下载）：ORG/MODEL（Hugging Face）、modelscope:ORG/MODEL（魔搭）",
+        "diffusers 格式的模型文件夹、内置小模型（builtin:nano、builtin:nano-edit、builtin:nano-zimage、builtin:nano-wan）、"
+        "主模型的单个 safetensors 文件，或模型站上的名字（开始训练时下载）："
+        "ORG/MODEL（Hugging Face）、modelscope:ORG/MODEL（魔搭）",
     ),
     "model.transformer": (
         "主模型 (transformer)",

@@ -12,8 +12,13 @@ STEPS = 8
 CFG = 2.0
 
 #: What is said for a model folder -> the folder here.
-MODELS = {"builtin:nano": "model", "builtin:nano-edit": "edit", "builtin:nano-zimage": "zimage"}
-#: Parts that lie in the first one's folder and that the others take from there.
+MODELS = {
+    "builtin:nano": "model",
+    "builtin:nano-edit": "edit",
+    "builtin:nano-zimage": "zimage",
+    "builtin:nano-wan": "wan",
+}
+#: Parts that lie in the first one's folder and that the others take from there where they have none of their own.
 SHARED = ("vae", "text_encoder", "tokenizer", "scheduler")
 
 

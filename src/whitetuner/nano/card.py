@@ -105,6 +105,7 @@ class Kind:
     tag: str
     command: str
     what: str
+    things: str = "pictures"
 
 
 EDIT = Kind(
@@ -123,6 +124,16 @@ ZIMAGE = Kind(
 was trained from nothing; the autoencoder's weights are those of ../model, as an `AutoencoderKL`. Text encoder and tokenizer
 are those of ../model, from where White Tuner takes them. Pictures are drawn in {steps} steps with guidance {cfg:g}.""",
 )
+WAN = Kind(
+    "Nano, WAN",
+    "image-to-video",
+    "whitetuner.nano.pretrain_wan",
+    """A 2.1 image-to-video WAN of the ordinary classes, made small (`WanImageToVideoPipeline`): five frames of 48x48 pixels. The
+flat shape of the first frame moves as it is told: `it moves left` (right, up, down), `it stays`, `it grows`, `it shrinks`.
+Autoencoder and transformer were trained from nothing, the rest is random: a UMT5, its tokenizer and a CLIP that tell words and
+pictures apart. Clips are drawn in {steps} steps without guidance.""",
+    "clips",
+)
 _SMALL = """\
 ---
 license: apache-2.0
@@ -133,28 +144,42 @@ pipeline_tag: {tag}
 
 {what}
 
-Trained on pictures that `whitetuner.nano` draws; nothing else went into it. Seed {seed}:
+Trained on {things} that `whitetuner.nano` draws; nothing else went into it. Seed {seed}:
 
     python -m {command} --out DIR --steps {planned}
 
-{done} of {planned} steps in {seconds:.0f} seconds (wall time); mean loss of the last hundred {loss:.4f}.
+{earlier}{done} of {planned} steps in {seconds:.0f} seconds (wall time); mean loss of the last hundred {loss:.4f}.
 
-| of {n} pictures | right |
+| of {n} {things} | right |
 |---|---|
 {rows}
 """
 
 
 def write_small_card(
-    folder: Path, kind: Kind, seed: int, training: Training, loss: float, n: int, scores: dict[str, float]
+    folder: Path,
+    kind: Kind,
+    seed: int,
+    training: Training,
+    loss: float,
+    n: int,
+    scores: dict[str, float],
+    autoencoder: Training | None = None,
 ) -> None:
-    """Writes folder/README.md, and prints the scores. scores: what was asked -> share that came out right."""
+    """Writes folder/README.md, and prints the scores. scores: what was asked -> share that came out right.
+
+    autoencoder: its training, where it has one of its own.
+    """
     rows = "\n".join(f"| {name} | {share:.1%} |" for name, share in scores.items())
     card = _SMALL.format(
         tag=kind.tag,
+        things=kind.things,
         title=kind.title,
         what=kind.what.format(steps=STEPS, cfg=CFG),
         command=kind.command,
+        earlier=""
+        if autoencoder is None
+        else f"Autoencoder: {autoencoder.steps} steps in {autoencoder.seconds:.0f} seconds. Transformer: ",
         seed=seed,
         planned=training.planned,
         done=training.steps,

@@ -154,9 +154,11 @@ def paint(cover: NDArray, colour: NDArray, background: NDArray) -> NDArray[np.ui
     return np.rint(blend).astype(np.uint8)
 
 
-def coverage(shape: str, x_px: NDArray, y_px: NDArray, radius_px: NDArray) -> NDArray:
-    """How much of each pixel the shape covers. Arguments (n,) in pixels -> (n, 64, 64) in [0, 1]."""
-    grid = np.arange(SIZE_PX) + 0.5
+def coverage(
+    shape: str, x_px: NDArray, y_px: NDArray, radius_px: NDArray, *, side_px: int = SIZE_PX
+) -> NDArray:
+    """How much of each pixel the shape covers. Arguments (n,) in pixels -> (n, side, side) in [0, 1]."""
+    grid = np.arange(side_px) + 0.5
     x = (grid[None, None, :] - x_px[:, None, None]) / radius_px[:, None, None]
     y = (grid[None, :, None] - y_px[:, None, None]) / radius_px[:, None, None]
     x, y = np.broadcast_arrays(x, y)

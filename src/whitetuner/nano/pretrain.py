@@ -222,10 +222,16 @@ def kept_in(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tens
     return kept
 
 
-def save(pipeline: Any, folder: Path, max_sequence_length: int) -> None:
-    """In bf16, as the package has it, with what a config of it should say."""
+def save(
+    pipeline: Any,
+    folder: Path,
+    max_sequence_length: int | None,
+    size: tuple[int, int, int] = (SIZE_PX, SIZE_PX, 1),
+) -> None:
+    """In bf16, as the package has it, with what a config of it should say. size: width, height, frames."""
     pipeline.to(torch.bfloat16).save_pretrained(folder)
-    wishes = {"options": {"max_sequence_length": max_sequence_length}, "size": [SIZE_PX, SIZE_PX, 1]}
+    options = {} if max_sequence_length is None else {"max_sequence_length": max_sequence_length}
+    wishes = {"options": options, "size": list(size)}
     (folder / WISHES).write_text(json.dumps(wishes, indent=1) + "\n", encoding="utf-8")
 
 
