@@ -127,10 +127,8 @@ def test_own_presets_are_kept_offered_and_dropped(form: Form) -> None:
     assert [one.name for one in form.state_folder.rglob("*.toml")] == [f"{TAB}.toml"]
 
 
-@pytest.mark.parametrize("goal", [one.key for one in goals()])
+@pytest.mark.parametrize("goal", sorted({one.key for one in goals()}))
 def test_a_goal_sets_what_it_says_on_every_tab_that_has_it(tmp_path: Path, goal: str) -> None:
-    of = next(one for one in goals() if one.key == goal)
-    wanted = {key: str(value) for key, value in of.values()}
     seen = 0
     for tab in tabs():
         form = Form(Roots.of(None), tmp_path, tab.key)
@@ -138,6 +136,8 @@ def test_a_goal_sets_what_it_says_on_every_tab_that_has_it(tmp_path: Path, goal:
         state = form.change(before["state"]["text"], goal=goal)
         assert not state["errors"]
         if goal in [key for key, _, _ in before["goals"]]:
+            (of,) = (one for one in goals(tab.tasks) if one.key == goal)
+            wanted = {key: str(value) for key, value in of.values()}
             assert {key: state["values"][key] for key in wanted} == wanted
             seen += 1
         else:

@@ -114,7 +114,7 @@ _CHOICES = {
     ("noise.timesteps", "sigmoid"): "around the middle: detail, texture, style",
     ("noise.timesteps", "weighted"): "weight on the middle: distilled models",
     ("noise.timesteps", "shift"): "towards much noise: learns composition fast",
-    ("noise.timesteps", "lognorm_blend"): "log-normal blend: composition and detail",
+    ("noise.timesteps", "lognorm_blend"): "log-normal blend: little noise, detail",
     ("memory.base", "bf16"): "16 bit, most precise",
     ("memory.base", "fp8"): "8 bit float",
     ("memory.base", "int8"): "8 bit integer",

@@ -220,7 +220,7 @@ CHOICES: dict[tuple[str, str], str] = {
     ("noise.timesteps", "sigmoid"): "集中在中间：细节、纹理、风格",
     ("noise.timesteps", "weighted"): "中间权重高：蒸馏模型",
     ("noise.timesteps", "shift"): "偏向高噪声：快速学构图",
-    ("noise.timesteps", "lognorm_blend"): "对数正态混合：兼顾构图和细节",
+    ("noise.timesteps", "lognorm_blend"): "对数正态混合：偏低噪声，学细节",
     ("noise.loss_weighting", "none"): "不加权",
     ("noise.loss_weighting", "sigma_sqrt"): "偏重低噪声",
     ("noise.loss_weighting", "cosmap"): "偏重中间",
