@@ -41,10 +41,10 @@ def test_the_command_line_wins_over_the_file_over_the_preset_over_the_family_ove
     path = write(MODEL + "[method]\nrank = 5\nfactor = 4\n[save]\nevery = 7\n")
     loaded = load_config(path, ["method.rank=6"], preset="flux2-klein-lokr")
     config = loaded.config
-    assert (config.method.rank, config.method.factor, config.data.caption_dropout) == (6, 4, 0.05)
+    assert (config.method.rank, config.method.factor, config.optimizer.warmup_steps) == (6, 4, 50)
     assert loaded.origins["method.rank"] == "--set"
     assert loaded.origins["method.factor"] == "my.toml line 5"
-    assert loaded.origins["data.caption_dropout"] == "preset flux2-klein-lokr"
+    assert loaded.origins["optimizer.warmup_steps"] == "preset flux2-klein-lokr"
     assert loaded.origins["save.every"] == "my.toml line 7"
     assert loaded.origins["save.keep"] == "default"
     setting = registry.spec("flux2-klein").settings["optimizer.max_grad_norm"]
