@@ -80,7 +80,7 @@ def test_the_sdist_builds_a_wheel_that_runs_alone_from_another_folder(tmp_path: 
         assert all(one.isfile() or one.isdir() for one in archive)  # no links: Windows unpacks it
     assert {path for path in held if path.parts[0] != "src"} == {Path(name) for name in BESIDE}
     assert {Path("src") / path for path in sources()} == held - {Path(name) for name in BESIDE}
-    assert sdist.stat().st_size < 13_000_000  # 11.8 MB, the embedded models are most of it
+    assert sdist.stat().st_size < 16_000_000  # 14.7 MB, the embedded models are most of it
 
     # from the sdist, with hatchling as it comes for a user: by pip's build isolation
     run(*pip, "wheel", "--no-deps", "-q", "-w", tmp_path / "dist", sdist, folder=tmp_path)
