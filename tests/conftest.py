@@ -80,13 +80,18 @@ LEFT_TO_SLOW = {
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Whatever a test made of torch's threads ends with it: sums stay in one order for those behind it.
+    """A test begins with one thread of torch, and whatever it made of them ends with it: sums stay in one order.
 
     None leaves this process in the real-time class: a browser that was started out of it held both cores for minutes.
     """
+    _one_thread()
     yield
     if hasattr(os, "sched_getscheduler"):
         assert os.sched_getscheduler(0) == os.SCHED_OTHER
+    _one_thread()
+
+
+def _one_thread() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.get_num_threads() != 1:
         torch.set_num_threads(1)

@@ -52,8 +52,8 @@ first step of an adapter hangs on the layers' width (below), so rates do not car
 
 - **Noise levels.** A new outline is learned where there is much noise: `sigmoid` with a bias of 0.6 and `shift` 3 draw 58 to 59 %
   right, `linear` 37 %, `lognorm_blend` 5 %: its log-normal lies at little noise. So `init --goal character` and `object` take
-  `sigmoid` (`shift` for videos); until now they took the blend. `sigma_sqrt` weighs up what has little noise and unlearns
-  outlines; `cosmap` is no different from no weight within what the seeds tell.
+  `sigmoid` (`shift` for videos), without the bias, which was not run; until now they took the blend. `sigma_sqrt` weighs up what
+  has little noise and unlearns outlines; `cosmap` is no different from no weight within what the seeds tell.
 - **Caption dropout** of a tenth costs: 59 % against 71 % without, and what was known is not kept better. It is off in the presets
   now; for long runs the line stands there as a comment.
 - **Average of the weights (EMA)**: no difference after 200 steps (59 % with 0.98, 62 % without). Off by default.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,16 +28,9 @@ from whitetuner.nano.motions import (
     moved,
     right_clip,
 )
+from whitetuner.nano.score import generators
 
 NAME = "builtin:nano-wan"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +99,7 @@ def test_clips_drawn_side_by_side_are_those_of_the_pipeline(pipeline: WanImageTo
         num_frames=FRAMES,
         num_inference_steps=2,
         guidance_scale=1.0,
-        generator=torch.Generator().manual_seed(3 * pretrain_wan._SEED_STRIDE),
+        generator=generators(3, [0]),
         output_type="pil",
     ).frames[0]
     for one, other in zip(drawn, whole, strict=True):

@@ -37,9 +37,8 @@ def with_sources(text: str) -> str:
             last[section] = len(lines)
         lines.append(line)
     unsaid = _unsaid(settings, document)
-    for name in sorted(
-        unsaid, key=lambda one: -last.get(one, 0)
-    ):  # from below, so that the numbers of lines hold
+    # from below, so that the numbers of lines hold
+    for name in sorted(unsaid, key=lambda one: -last.get(one, 0)):
         if name in last:
             lines[last[name] + 1 : last[name] + 1] = unsaid[name]
     more = [line for name in unsaid if name not in last for line in (f"[{name}]", *unsaid[name], "")]

@@ -16,6 +16,7 @@ from whitetuner.importers.carried import (
     same,
     sets_into,
     shuffles,
+    what_counts,
 )
 
 NAME = "ai-toolkit"
@@ -220,12 +221,8 @@ def _sets(found: Imported, sets: list[Mapping[str, Any]], regular: float) -> Non
         if task == "edit":
             mine.put("control_path", "conditions", _controls(one))
         mine.take(one, _SET, _SET_IDLE)
-        if {"mask_dir", "mask_alpha"} & mine.values.keys():
-            mine.put("mask_min_value", "mask_floor", float(one.get("mask_min_value") or 0))
-        if "caption_shuffles" in mine.values:
-            mine.put("keep_tokens", "caption_keep", int(one.get("keep_tokens") or 0))
-        if one.get("is_reg") and regular != 1:
-            mine.put("is_reg", "loss_weight", regular * mine.values.get("loss_weight", 1.0))
+        floor, keep = float(one.get("mask_min_value") or 0), int(one.get("keep_tokens") or 0)
+        what_counts(mine, floor, keep, regular if one.get("is_reg") else 1.0)
         sides = mine.values.get("resolution")
         if isinstance(sides, list):
             mine.values["resolution"] = sorted({int(side) for side in sides})

@@ -97,6 +97,16 @@ def shuffles(value: Any) -> int:
     return SHUFFLES if value else 0
 
 
+def what_counts(mine: Imported, floor: float, keep: int, loss_weight: float) -> None:
+    """Of a set whose masks and shuffles were taken over: how much the rest counts, tags that stay, the weight of its loss."""
+    if mine.values.get("mask_dir") or mine.values.get("mask_alpha"):
+        mine.put("masks", "mask_floor", floor)
+    if mine.values.get("caption_shuffles"):
+        mine.put("keep_tokens", "caption_keep", keep)
+    if loss_weight != 1:
+        mine.put("is_reg", "loss_weight", loss_weight * mine.values.get("loss_weight", 1.0))
+
+
 def sets_into(values: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Puts data sets into a config: a single one into [data], where it says nothing that only [[data.sets]] can."""
     if len(rows) == 1 and not {"repeats", "loss_weight"} & rows[0].keys():

@@ -20,6 +20,7 @@ from whitetuner.importers.carried import (
     same,
     sets_into,
     shuffles,
+    what_counts,
 )
 
 NAME = "musubi-tuner / kohya"
@@ -271,13 +272,8 @@ def _weights(mine: Imported, given: Mapping[str, Any], masks: Any, arguments: Ma
         mine.put("conditioning_data_dir", "mask_dir", str(masks))
     elif masks:
         mine.leave("conditioning_data_dir", "there are no control nets here")
-    if {"mask_dir", "mask_alpha"} & mine.values.keys():
-        mine.put("masks", "mask_floor", 0.0)  # what is black counts nothing there
-    if mine.values.get("caption_shuffles"):
-        mine.put("keep_tokens", "caption_keep", int(given.get("keep_tokens") or 0))
-    weight = float(arguments.get("prior_loss_weight", 1.0))
-    if given.get("is_reg") and weight != 1:
-        mine.put("is_reg", "loss_weight", weight)
+    weight = float(arguments.get("prior_loss_weight", 1.0)) if given.get("is_reg") else 1.0
+    what_counts(mine, 0.0, int(given.get("keep_tokens") or 0), weight)  # what is black counts nothing there
 
 
 def _folder(mine: Imported, given: Mapping[str, Any]) -> None:

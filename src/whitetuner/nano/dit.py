@@ -19,6 +19,7 @@ from torch import Generator, Tensor, nn
 
 from whitetuner.nano.builtin import MAX_SEQUENCE_LENGTH
 from whitetuner.nano.draw import SIZE_PX, draw_set
+from whitetuner.nano.fit import muon_and_adamw
 from whitetuner.nano.text import HIDDEN, TAPS
 from whitetuner.nano.vae import LATENT_CHANNELS, as_tensor, latent_tokens
 
@@ -65,14 +66,7 @@ def new_transformer(seed: int) -> Flux2Transformer2DModel:
 
 def optimizers(transformer: Flux2Transformer2DModel) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for all else."""
-    matrices: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for name, weight in transformer.named_parameters():
-        (matrices if weight.ndim == 2 and "transformer_blocks" in name else rest).append(weight)
-    return [
-        torch.optim.Muon(matrices, lr=LEARNING_RATE, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0),
-    ]
+    return muon_and_adamw(transformer, ("transformer_blocks.", "single_transformer_blocks."), LEARNING_RATE)
 
 
 def position_ids() -> tuple[Tensor, Tensor]:

@@ -47,6 +47,18 @@ class Progress:
     loss: float = float("nan")
 
 
+def muon_and_adamw(model: nn.Module, blocks: tuple[str, ...], rate: float) -> list[Optimizer]:
+    """Muon for the matrices of the blocks (parameters whose names begin so), AdamW for all else."""
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, weight in model.named_parameters():
+        (matrices if weight.ndim == 2 and name.startswith(blocks) else rest).append(weight)
+    return [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=0.0),
+    ]
+
+
 class Fit:
     """A model in training (the weights that want a gradient), its moving average and its file."""
 

@@ -34,6 +34,7 @@ from whitetuner.nano.motions import (
     right_clip,
 )
 from whitetuner.nano.pretrain import arguments, begin, exit_code, save
+from whitetuner.nano.score import generators
 
 VAE_PLAN = Plan(steps=1800, warmup=30, decay=0.55, ema=0.995)
 STEPS_PLANNED = 2000
@@ -42,7 +43,6 @@ HALF_SHARE = 0.9
 CLIPS = 5600
 SCORED = 224
 SCORE_SEED = 2024
-_SEED_STRIDE = 1_000_003
 
 
 def main(words: list[str] | None = None) -> int:
@@ -157,7 +157,7 @@ def animate(
         first = frames(some)[:, 0]
         texts = wan_dit.shortened(wan_parts.embed(pipeline, [clip.caption for clip in some]))
         known, seen = wan_dit.condition(pipeline, first), wan_parts.seen(pipeline, first)
-        noise = [torch.Generator().manual_seed(seed * _SEED_STRIDE + start + i) for i in range(len(some))]
+        noise = generators(seed, range(start, start + len(some)))
         shape = (wan_vae.CHANNELS, *known.shape[2:])
         latents = torch.stack([torch.randn(shape, generator=one) for one in noise])
         scheduler.set_timesteps(steps)

@@ -31,9 +31,9 @@ from whitetuner.nano import dit, vae
 from whitetuner.nano.builtin import CFG, STEPS
 from whitetuner.nano.card import ZIMAGE, Training, write_small_card
 from whitetuner.nano.draw import NEW_SHAPE, NEW_WORD, SIZE_PX, draw_set
-from whitetuner.nano.fit import Fit, Plan
+from whitetuner.nano.fit import Fit, Plan, muon_and_adamw
 from whitetuner.nano.pretrain import arguments, begin, exit_code, kept_in, save
-from whitetuner.nano.score import evaluation_prompts, load_pipeline, score
+from whitetuner.nano.score import evaluation_prompts, generators, load_pipeline, score
 from whitetuner.nano.text import HIDDEN
 from whitetuner.nano.zimage_forward import CAPTION_TOKENS, padded, tokens_of, turns, velocity
 
@@ -44,7 +44,6 @@ SHIFT = 3.0
 PICTURES = 6000
 SCORED = 200
 SCORE_SEED = 2024
-_SEED_STRIDE = 1_000_003
 
 
 def main(words: list[str] | None = None) -> int:
@@ -148,16 +147,7 @@ def new_transformer(seed: int) -> ZImageTransformer2DModel:
 
 def optimizers(transformer: ZImageTransformer2DModel) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for all else."""
-    blocks = ("layers.", "noise_refiner.", "context_refiner.")
-    matrices: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for name, weight in transformer.named_parameters():
-        (matrices if weight.ndim == 2 and name.startswith(blocks) else rest).append(weight)
-    rate = dit.LEARNING_RATE
-    return [
-        torch.optim.Muon(matrices, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=0.0),
-    ]
+    return muon_and_adamw(transformer, ("layers.", "noise_refiner.", "context_refiner."), dit.LEARNING_RATE)
 
 
 class Lesson:
@@ -234,7 +224,7 @@ def draw_each(pipeline: ZImagePipeline, captions: Sequence[str], seed: int, batc
     images: list[Image] = []
     for start in range(0, len(captions), batch):
         some = list(captions[start : start + batch])
-        noise = [torch.Generator().manual_seed(seed * _SEED_STRIDE + start + i) for i in range(len(some))]
+        noise = generators(seed, range(start, start + len(some)))
         images += pipeline(
             prompt=some,
             height=SIZE_PX,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
 #: Between the noise seeds of two pictures of one call; a prime far above any number of pictures.
 _SEED_STRIDE = 1_000_003
+
+
+def generators(seed: int, chosen: Iterable[int]) -> list[torch.Generator]:
+    """The noise of each picture: a function of (seed, its number), whatever the batch size."""
+    return [torch.Generator().manual_seed(seed * _SEED_STRIDE + i) for i in chosen]
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ def draw_with(
     images: list[Image] = []
     for start in range(0, len(captions), batch):
         chosen = range(start, min(start + batch, len(captions)))
-        noise = [torch.Generator("cpu").manual_seed(seed * _SEED_STRIDE + i) for i in chosen]
+        noise = generators(seed, chosen)
         images += pipeline(
             prompt=[captions[i] for i in chosen],
             height=SIZE_PX,

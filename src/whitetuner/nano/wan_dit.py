@@ -16,6 +16,7 @@ from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanTransformer3
 from torch import Generator, Tensor, nn
 
 from whitetuner.nano import dit
+from whitetuner.nano.fit import muon_and_adamw
 from whitetuner.nano.motions import FRAMES, KINDS, SIDE_PX, caption_of, clips, frames
 from whitetuner.nano.pretrain import kept_in
 from whitetuner.nano.wan_parts import CLIP_HIDDEN, CLIP_TOKENS, HIDDEN, embed, seen
@@ -61,15 +62,7 @@ def new_transformer(seed: int) -> WanTransformer3DModel:
 
 def optimizers(transformer: WanTransformer3DModel) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for all else."""
-    matrices: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
-    for name, weight in transformer.named_parameters():
-        (matrices if weight.ndim == 2 and name.startswith("blocks.") else rest).append(weight)
-    rate = dit.LEARNING_RATE
-    return [
-        torch.optim.Muon(matrices, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=0.0),
-    ]
+    return muon_and_adamw(transformer, ("blocks.",), dit.LEARNING_RATE)
 
 
 class ShortText:
