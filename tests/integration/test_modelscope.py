@@ -10,14 +10,14 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
-from test_hub import served
+from test_hub import Server, served
 
 from whitetuner.cli import main
 from whitetuner.config.load import load_config
@@ -35,7 +35,7 @@ TOKEN = "ms-0123456789"
 SPEC = registry.spec("flux2-klein")
 
 
-class Host(ThreadingHTTPServer):
+class Host(Server):
     """asked: (what, headers) of every request; cut: file -> how often it breaks off in the middle."""
 
     def __init__(self, folder: Path, answer: type[BaseHTTPRequestHandler]) -> None:
@@ -43,7 +43,7 @@ class Host(ThreadingHTTPServer):
         self.other: Host | None = None
         self.change: Callable[[list[dict[str, Any]]], Any] = lambda rows: rows
         self.gated = False
-        super().__init__(("127.0.0.1", 0), answer)
+        super().__init__(answer)
 
     @property
     def address(self) -> str:
