@@ -7,9 +7,8 @@ knows. A program then says how many of 64 fresh captions of the concept are draw
     python -m benchmarks.learning.laboratory kinds [--seeds 3] [--steps 200] [--concept zorp|duo|nook] [--minutes 15]
     python -m benchmarks.learning.laboratory --write-docs        docs/laboratory.md and its charts
 
-Suites: kinds, timesteps, base, batch_lr, precision, rates, techniques (benchmarks/learning/suites.py); the cells of the last two
-are judged after each quarter of the steps, too. A cell of 200 steps of 12 takes about a
-minute on one quiet core.
+Suites: kinds, timesteps, levels, base, batch_lr, precision, rates, techniques (benchmarks/learning/suites.py); the cells of the
+last two are judged after each quarter of the steps, too. A cell of 200 steps of 12 takes about a minute on one quiet core.
 """
 
 from __future__ import annotations

@@ -27,8 +27,9 @@ little. The learning rate is the demo's 4e-3 unless a cell says otherwise; each 
 model of 1.6 M parameters need not hold on a released one.
 
 Concepts: `zorp`, an outline (a heart); `duo`, a texture (a disc, its left half coloured, its right half white); `nook`, a layout
-(a disc in the upper left quarter). Suites: `kinds`, `rates`, `timesteps`, `base`, `batch_lr`, `precision`, `techniques`; one
-without a section below has not been run. The rivals are other libraries' adapters in our loop, and whole programs (diffusers' own
+(a disc in the upper left quarter). Suites: `kinds`, `rates`, `timesteps`, `levels`, `base`, `batch_lr`, `precision`,
+`techniques`; one without a section below has not been run.
+The rivals are other libraries' adapters in our loop, and whole programs (diffusers' own
 script, OneTrainer, musubi-tuner, ai-toolkit) where their checkouts were at hand; `benchmarks/learning/peers.py` says what they do
 differently.
 

@@ -73,7 +73,7 @@ def told(lesson: Lesson, seed: int, ours: dict[str, Any], layers: list[str], out
     config = lesson.config("rival", seed, ours).config
     noise, optimizer = config.noise, config.optimizer
     return {
-        "model": str(builtin_path()),
+        "model": str(lesson.model or builtin_path()),
         "data": [str(lesson.folder / "data" / name) for name in ("new", "old")],
         "out": str(out),
         "adapter": str(out / ADAPTER),
@@ -98,7 +98,7 @@ def told(lesson: Lesson, seed: int, ours: dict[str, Any], layers: list[str], out
 
 def original_transformer(given: dict[str, Any], file: str) -> dict[str, Any]:
     """Writes the transformer by its original names to out, and tells its dimensions in the original's words."""
-    transformer = load_pipeline().transformer
+    transformer = load_pipeline(Path(given["model"])).transformer
     state = registry.keys("flux2-klein").to_original(transformer.state_dict())
     save_file(
         {name: tensor.contiguous() for name, tensor in state.items()},
@@ -135,7 +135,7 @@ def drawn(given: dict[str, Any]) -> list[tuple[Path, bool]]:
 def musubi_files(given: dict[str, Any]) -> None:
     """The transformer in its original layout, and out/cache, as musubi-tuner's own caching of FLUX.2 Klein 4B names things."""
     given["params"] = original_transformer(given, "dit.safetensors")
-    pipeline, cache = load_pipeline(), Path(given["out"]) / "cache"
+    pipeline, cache = load_pipeline(Path(given["model"])), Path(given["out"]) / "cache"
     cache.mkdir()
 
     def embedded(caption: str) -> Tensor:
@@ -196,31 +196,34 @@ def cells(ours: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def taught(lesson: Lesson, cell: str, seed: int, ours: dict[str, Any], layers: list[str]) -> dict[str, Any]:
-    """Lets it learn and judges the file that it wrote. Raises UserError with its last line where it fails."""
+def prepared(
+    lesson: Lesson, cell: str, seed: int, ours: dict[str, Any], layers: list[str], out: Path
+) -> list[str]:
+    """The command that lets it learn and write out/ADAPTER, with all that it reads. Raises UserError without a checkout."""
     peer = PEERS[cell]
     checkout = Path(peer.folder or "").resolve()
     if not peer.folder or not checkout.is_dir():
         raise UserError("there is no checkout of {peer} at {folder}", peer=peer.name, folder=peer.folder)
-    out = lesson.folder / "peer"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    began = time.perf_counter()
     given = told(lesson, seed, ours, layers, out)
     peer.prepare(given)
     (out / "told.json").write_text(json.dumps(given), encoding="utf-8")
     python = os.environ.get(f"{peer.word}_PYTHON", sys.executable)
-    done = subprocess.run(
-        [python, "-m", "benchmarks.learning.peers_inside", peer.word, str(checkout), str(out / "told.json")],
-        cwd=ROOT,
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-    )
+    inside = "benchmarks.learning.peers_inside"
+    return [python, "-m", inside, peer.word, str(checkout), str(out / "told.json")]
+
+
+def taught(lesson: Lesson, cell: str, seed: int, ours: dict[str, Any], layers: list[str]) -> dict[str, Any]:
+    """Lets it learn and judges the file that it wrote. Raises UserError with its last line where it fails."""
+    out = lesson.folder / "peer"
+    began = time.perf_counter()
+    words = prepared(lesson, cell, seed, ours, layers, out)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace")
     seconds = time.perf_counter() - began
     if done.returncode or not (out / ADAPTER).exists():
         last = (done.stderr.strip().splitlines() or ["no word"])[-1]
-        raise UserError("{peer} failed: {last}", peer=peer.name, last=last)
+        raise UserError("{peer} failed: {last}", peer=PEERS[cell].name, last=last)
     row = judged(lesson, lambda pipeline: pipeline.load_lora_weights(str(out), weight_name=ADAPTER))
     shutil.rmtree(out)
     return {**row, "seconds_whole": round(seconds, 1)}

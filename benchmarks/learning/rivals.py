@@ -111,20 +111,20 @@ class Rival:
         return {**self.ours, "adapter": who, "our_start": self.our_start, **start}
 
 
-_LORA, _LOKR = {**LORA, "method.rank": RANK}, lokr(FACTOR)
+OUR_LORA, _LOKR = {**LORA, "method.rank": RANK}, lokr(FACTOR)
 #: What the script has not: an average of the weights, a rate that does not end at 0, pictures held out.
-_PLAIN = {
+PLAIN = {
     "optimizer.ema": 0.0,
     "optimizer.min_lr_ratio": 0.0,
     "validation.every": 0,
     "validation.share": 0.0,
 }
 RIVALS = {
-    "LoRA 16: White Tuner": Rival(_LORA),
-    "LoRA 16: White Tuner, as the script": Rival({**_LORA, **_PLAIN}),
-    "LoRA 16: White Tuner, as the script, its start": Rival({**_LORA, **_PLAIN}, gaussian=True),
-    "LoRA 16: PEFT": Rival(_LORA, peft_lora),
-    "LoRA 16: PEFT, our start": Rival(_LORA, peft_lora, our_start=True),
+    "LoRA 16: White Tuner": Rival(OUR_LORA),
+    "LoRA 16: White Tuner, as the script": Rival({**OUR_LORA, **PLAIN}),
+    "LoRA 16: White Tuner, as the script, its start": Rival({**OUR_LORA, **PLAIN}, gaussian=True),
+    "LoRA 16: PEFT": Rival(OUR_LORA, peft_lora),
+    "LoRA 16: PEFT, our start": Rival(OUR_LORA, peft_lora, our_start=True),
     "LoKr 4: White Tuner": Rival(_LOKR),
     "LoKr 4: lycoris-lora": Rival(_LOKR, lycoris_lokr),
     "LoKr 4: lycoris, our start": Rival(_LOKR, lycoris_lokr, our_start=True),
@@ -141,22 +141,22 @@ def cells() -> dict[str, dict[str, Any]]:
     """The script and other trainers are cells where their checkouts are named."""
     found = {name: rival.told() for name, rival in RIVALS.items()}
     if "DIFFUSERS_DIR" in os.environ:
-        found[SCRIPT] = {**_LORA, "adapter": "the script's own loop"}
-    return {**found, **peers.cells(_LORA)}
+        found[SCRIPT] = {**OUR_LORA, "adapter": "the script's own loop"}
+    return {**found, **peers.cells(OUR_LORA)}
 
 
 def made(lesson: Lesson, cell: str, seed: int) -> dict[str, Any]:
     if cell == SCRIPT:
         return script_taught(lesson, seed)
     if cell in peers.PEERS:
-        return peers.taught(lesson, cell, seed, _LORA, learning_layers())
+        return peers.taught(lesson, cell, seed, OUR_LORA, learning_layers())
     return taught(lesson, RIVALS[cell], seed)
 
 
-def learning_layers() -> list[str]:
-    """Paths of the layers that our adapters hang on."""
+def learning_layers(model: Path | None = None) -> list[str]:
+    """Paths of the layers that our adapters hang on. model: not the embedded one."""
     with torch.device("meta"):
-        config = Flux2Transformer2DModel.load_config(builtin_path() / "transformer")
+        config = Flux2Transformer2DModel.load_config((model or builtin_path()) / "transformer")
         module = Flux2Transformer2DModel.from_config(config)
     return choose(module, registry.spec("flux2-klein").adapter_targets)
 
@@ -166,11 +166,11 @@ def script_words(lesson: Lesson, seed: int, out: Path) -> list[str]:
 
     Its text layers are not the released pipeline's (10, 20, 30 by default), so they are given.
     """
-    config = lesson.config("rival", seed, _LORA).config
-    layers_that_learn = ",".join(learning_layers())
+    config = lesson.config("rival", seed, OUR_LORA).config
+    layers_that_learn = ",".join(learning_layers(lesson.model))
     noise, optimizer, layers = config.noise, config.optimizer, config.model_options().text_encoder_out_layers  # type: ignore[attr-defined]
     given: dict[str, Any] = {
-        "pretrained_model_name_or_path": builtin_path(),
+        "pretrained_model_name_or_path": lesson.model or builtin_path(),
         "dataset_name": lesson.folder / "data",
         "image_column": "image",
         "caption_column": "text",
@@ -208,21 +208,21 @@ def script_words(lesson: Lesson, seed: int, out: Path) -> list[str]:
     ]
 
 
-def script_taught(lesson: Lesson, seed: int) -> dict[str, Any]:
-    """Runs it and judges the adapter that it wrote. Raises UserError with its last line where it fails."""
+def script_command(lesson: Lesson, seed: int, out: Path) -> list[str]:
+    """Raises UserError when the checkout has no such script."""
     script = Path(os.environ["DIFFUSERS_DIR"]) / _SCRIPT_FILE
     if not script.is_file():
         raise UserError("there is no {script}", where="DIFFUSERS_DIR", script=script)
+    program = [sys.executable, "-m", "benchmarks.learning.theirs", str(script)]
+    return [*program, *script_words(lesson, seed, out)]
+
+
+def script_taught(lesson: Lesson, seed: int) -> dict[str, Any]:
+    """Runs it and judges the adapter that it wrote. Raises UserError with its last line where it fails."""
     out = lesson.folder / "script"
     shutil.rmtree(out, ignore_errors=True)
     began = time.perf_counter()
-    words = [
-        sys.executable,
-        "-m",
-        "benchmarks.learning.theirs",
-        str(script),
-        *script_words(lesson, seed, out),
-    ]
+    words = script_command(lesson, seed, out)
     done = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace")
     seconds = time.perf_counter() - began
     if done.returncode:

@@ -71,6 +71,16 @@ _RATES: dict[str, dict[str, Any]] = {
     "LoRA 16, alpha 4": {**LORA, "method.rank": 16, "method.alpha": 4.0},
     "full, lr 0.001": {**FULL, "optimizer.lr": 1e-3},
 }
+#: Where the noise levels lie; meant for every concept: an outline, a texture and a layout may want others.
+_LEVELS: dict[str, dict[str, Any]] = {
+    "linear": {"noise.timesteps": "linear", "noise.sigmoid_bias": 0.0},
+    **{
+        f"sigmoid, bias {bias:g}": {"noise.timesteps": "sigmoid", "noise.sigmoid_bias": bias}
+        for bias in (-0.6, 0.0, 0.6, 1.2)
+    },
+    "shift 3": {"noise.timesteps": "shift", "noise.shift": 3.0, "noise.sigmoid_bias": 0.0},
+    "lognorm_blend": {"noise.timesteps": "lognorm_blend", "noise.sigmoid_bias": 0.0},
+}
 _LORA_SLOW = {**LORA, "method.rank": 16, "optimizer.lr": 1e-3}
 #: Against the demo's recipe: average .98, a tenth of captions dropped, half of the pictures old ones. "new", "old" and "asked"
 #: are of the pictures, see teach.py.
@@ -92,6 +102,7 @@ _TECHNIQUES: dict[str, dict[str, Any]] = {
 SUITES: dict[str, dict[str, dict[str, Any]]] = {
     "kinds": _KINDS,
     "timesteps": _TIMESTEPS,
+    "levels": _LEVELS,
     "base": _BASE,
     "batch_lr": _BATCH_LR,
     "precision": _PRECISION,
@@ -103,6 +114,7 @@ CURVES = ("rates", "techniques")
 ASKS = {
     "kinds": "What learns: LoKr by factor, LoRA by rank, the whole model",
     "timesteps": "Which noise levels are drawn, and how the loss weighs them",
+    "levels": "Where the noise levels lie",
     "base": "Number format of the frozen weights while training; judged on the released weights",
     "batch_lr": "Batch size against learning rate",
     "precision": "Numbers that training is done in",

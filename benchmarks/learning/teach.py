@@ -49,6 +49,8 @@ class Lesson:
     judged_old: int
     #: Steps after which the new pictures are judged on the way.
     moments: tuple[int, ...] = ()
+    #: A model beside the embedded one, of its text encoder and VAE (real_width.py).
+    model: Path | None = None
 
     def settings(self) -> dict[str, Any]:
         """What a figure depends on, beside the cell; where the pictures are kept is nobody's matter."""
@@ -99,6 +101,8 @@ class Lesson:
             "validation.items": 24,
             "log.tensorboard": False,
         }
+        if self.model is not None:
+            quiet["model.path"] = str(self.model)
         keys = {key: value for key, value in changes.items() if "." in key}
         if "new" in changes or "old" in changes:
             quiet["data.sets"] = self.sets(changes.get("new", {}), changes.get("old", {}))

@@ -16,6 +16,7 @@ import pytest
 import torch
 from benchmarks.learning import laboratory, laboratory_page, peers, rivals
 from benchmarks.learning.concepts import CONCEPTS, draw_duo
+from benchmarks.learning.real_width import OURS, summary, whole
 from benchmarks.learning.suites import ASKS, SUITES
 from benchmarks.learning.table import Table
 from benchmarks.learning.teach import Lesson
@@ -264,3 +265,28 @@ def test_a_run_draws_each_picture_as_often_as_another(tmp_path: Path) -> None:
     assert len(drawn) == 400 and {counts[file] for file in counts if file.parent.name == "new"} == {50}
     assert {counts[file] for file in counts if file.parent.name == "old"} == {25}
     assert 20 <= sum(not kept for _, kept in drawn) <= 60 and drawn == peers.drawn(given)
+
+
+def test_whole_programs_are_compared_within_a_round() -> None:
+    rows = [
+        {"name": name, "round": number, "step": step, "short": 1.0, "peak_gb": 2.0, "steps_gb": held}
+        for name, number, step, held in (
+            (OURS, 0, 2.0, 1.0),
+            ("other", 0, 4.0, 2.0),
+            (OURS, 1, 6.0, 1.0),
+            ("other", 1, 12.0, 4.0),
+        )
+    ]
+    found = summary(rows)
+    assert found[OURS]["time"] == found[OURS]["memory"] == 1
+    assert found["other"]["time"] == 0.5 and found["other"]["memory"] == 0.375 and found["other"]["step"] == 8
+
+
+def test_a_program_is_watched_to_its_end_and_a_failed_one_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    seconds, held = whole([sys.executable, "-c", "import time; a = b'x' * 3 * 10**7; time.sleep(0.5)"])
+    assert seconds > 0.5 and max(gb for _, gb in held) > 0.03
+    with pytest.raises(UserError, match="no room"):
+        whole([sys.executable, "-c", "raise SystemExit('no room')"])
