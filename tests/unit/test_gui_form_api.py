@@ -137,7 +137,9 @@ def test_a_goal_sets_what_it_says_on_every_tab_that_has_it(tmp_path: Path, goal:
         assert not state["errors"]
         if goal in [key for key, _, _ in before["goals"]]:
             (of,) = (one for one in goals(tab.tasks) if one.key == goal)
-            wanted = {key: str(value) for key, value in of.values()}
+            wanted = {
+                key: f"{value:g}" if isinstance(value, float) else str(value) for key, value in of.values()
+            }
             assert {key: state["values"][key] for key in wanted} == wanted
             seen += 1
         else:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.learning import laboratory, laboratory_page, peers, rivals
+from benchmarks.learning import draws, laboratory, laboratory_page, peers, rivals
 from benchmarks.learning.concepts import CONCEPTS, draw_duo
 from benchmarks.learning.real_width import OURS, summary, whole
 from benchmarks.learning.suites import ASKS, SUITES
@@ -167,6 +167,22 @@ def test_rivals_that_start_with_our_numbers_learn_what_ours_learn(folder: Path) 
         same = [loss for name, loss in losses.items() if name.startswith(kind)]
         assert max(same) - min(same) <= 2e-5, losses  # told to five digits
         assert min(abs(loss - rows[0]["validation_before"]) for loss in same) > 1e-4, "nothing was learned"
+
+
+@pytest.mark.slow
+def test_what_was_learned_is_the_batches_whoever_learns(folder: Path) -> None:
+    """Ours and the script's arithmetic over the same batches: one adapter, to the rounding of 32 bit."""
+    lesson = Lesson(folder / "zorp", "zorp", 4, 6, 1, 1)
+    lesson.prepare()
+    our_rates, script_rates = draws.schedules(lesson, 3)
+    assert script_rates(3) == pytest.approx(our_rates(3))
+    own, _ = draws.ours_recorded(lesson, 3)
+    plain, _ = draws.theirs_over(lesson, own, our_rates)
+    again, _ = draws.ours_over(lesson, 3, own, our_rates)
+    assert draws.apart(plain, own["end"]) < 1e-4 and draws.apart(again, own["end"]) == 0.0
+    assert draws.apart(own["start"], own["end"]) > 0.1, "nothing was learned"
+    other, _ = draws.theirs_over(lesson, own, lambda step: 0.5 * our_rates(step))
+    assert draws.apart(other, own["end"]) > 0.1
 
 
 THEIR_SCRIPT = """
