@@ -96,7 +96,12 @@ def goals(tasks: tuple[str, ...] | None = None) -> tuple[Goal, ...]:
             "composition",
             ("构图", "Composition"),
             ("偏向高噪声：快速学会画面的布局", "towards much noise: learns the layout fast"),
-            {"noise.timesteps": ("shift", "towards much noise: layout")},
+            {
+                "noise.timesteps": (
+                    "shift",
+                    "towards much noise: layout is learned there alone (docs/laboratory.md)",
+                )
+            },
         ),
         Goal(
             "edit",
