@@ -78,8 +78,8 @@ first step of an adapter hangs on the layers' width (below), so rates do not car
   default.
 - **Shuffled tags**: with four orders beside the written one the word is learned slower, and captions in another order are not
   drawn better after 200 steps. Off by default.
-- **bf16, int8 and fp8** of the frozen weights cost nothing (58 to 59 % as in float32), nf4 4 points (55 %); swapping blocks changes
-  no bit.
+- **bf16, int8 and fp8** of the frozen weights cost nothing (58 to 59 % as in float32), nf4 4 points (55 %); swapping blocks
+  changes no bit.
 - **Batch and rate** go together: four times the rate is worth more than four times the batch.
 - **Rivals.** PEFT's and lycoris-lora's layers in our loop learn what ours learn, to the digit where they start alike. Beside
   whole programs, LoRA 16 after 100 steps without an average: ours 60 % (16 seeds), diffusers' script 71 % (14), OneTrainer 75
