@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,18 +24,18 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
+from benchmarks.learning import peers
 from benchmarks.learning.laboratory import RESULTS
 from benchmarks.learning.rivals import OUR_LORA, PLAIN, RANK, learning_layers, script_command
 from benchmarks.learning.teach import Lesson, judged
 from benchmarks.paired import environment
-from diffusers import Flux2Transformer2DModel
+from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 import whitetuner.train.step as step_module
 from whitetuner import recipe
 from whitetuner.assemble import step_settings
-from whitetuner.errors import UserError
 from whitetuner.nano.builtin import builtin_path
 from whitetuner.records import Batch
 from whitetuner.train.learner import Learner
@@ -56,10 +55,7 @@ def script_recorded(lesson: Lesson, seed: int) -> Recorded:
     words = script_command(lesson, seed, out)
     at = words.index("benchmarks.learning.theirs") + 1
     words[at:at] = ["--record", str(file)]
-    done = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace")
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
-        raise UserError("the script failed: {last}", last=last)
+    peers.finished(words, "the script", file)
     recorded: Recorded = torch.load(file, weights_only=True)
     shutil.rmtree(out)
     file.unlink()
@@ -154,32 +150,26 @@ def theirs_over(lesson: Lesson, recorded: Recorded, rates: Rates) -> tuple[dict[
             group["lr"] = o.lr * rates(step)
         sigma = one["sigma"].view(-1, 1, 1, 1)
         said = module(
-            hidden_states=_packed((1.0 - sigma) * one["x0"] + sigma * one["noise"]),
+            hidden_states=Flux2KleinPipeline._pack_latents((1.0 - sigma) * one["x0"] + sigma * one["noise"]),
             timestep=one["sigma"],
             encoder_hidden_states=one["prompt_embeds"],
-            txt_ids=_places(1, one["prompt_embeds"].shape[1]),
-            img_ids=_places(*one["x0"].shape[-2:], picture=True),
+            txt_ids=Flux2KleinPipeline._prepare_text_ids(one["prompt_embeds"]),
+            img_ids=Flux2KleinPipeline._prepare_latent_ids(one["x0"]),
             guidance=None,
             return_dict=False,
         )[0]
-        loss = (said - _packed(one["noise"] - one["x0"])).square().flatten(1).mean(1).mean()
+        loss = (
+            (said - Flux2KleinPipeline._pack_latents(one["noise"] - one["x0"]))
+            .square()
+            .flatten(1)
+            .mean(1)
+            .mean()
+        )
         loss.backward()
         nn.utils.clip_grad_norm_(learning.values(), o.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
     return {name: parameter.detach() for name, parameter in learning.items()}, shown(lesson, module)
-
-
-def _packed(latent: Tensor) -> Tensor:
-    return latent.flatten(2).transpose(1, 2)
-
-
-def _places(height: int, width: int, picture: bool = False) -> Tensor:
-    """(height width, 4) positions: of a picture (0, row, column, 0), of words (0, 0, 0, place)."""
-    rows, columns, zero = torch.arange(height), torch.arange(width), torch.tensor([0])
-    if picture:
-        return torch.cartesian_prod(zero, rows, columns, zero)
-    return torch.cartesian_prod(zero, zero, zero, columns)
 
 
 def shown(lesson: Lesson, module: nn.Module) -> float:

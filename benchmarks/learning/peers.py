@@ -196,6 +196,14 @@ def cells(ours: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
+def finished(words: list[str], who: str, made: Path) -> None:
+    """Runs a program to its end. Raises UserError with its last line where it fails or leaves nothing at `made`."""
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace")
+    if done.returncode or not made.exists():
+        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        raise UserError("{who} failed: {last}", who=who, last=last)
+
+
 def prepared(
     lesson: Lesson, cell: str, seed: int, ours: dict[str, Any], layers: list[str], out: Path
 ) -> list[str]:
@@ -219,11 +227,8 @@ def taught(lesson: Lesson, cell: str, seed: int, ours: dict[str, Any], layers: l
     out = lesson.folder / "peer"
     began = time.perf_counter()
     words = prepared(lesson, cell, seed, ours, layers, out)
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace")
+    finished(words, PEERS[cell].name, out / ADAPTER)
     seconds = time.perf_counter() - began
-    if done.returncode or not (out / ADAPTER).exists():
-        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
-        raise UserError("{peer} failed: {last}", peer=PEERS[cell].name, last=last)
     row = judged(lesson, lambda pipeline: pipeline.load_lora_weights(str(out), weight_name=ADAPTER))
     shutil.rmtree(out)
     return {**row, "seconds_whole": round(seconds, 1)}

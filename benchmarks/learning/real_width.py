@@ -50,8 +50,7 @@ OURS_PLAIN = {**OUR_LORA, **PLAIN, "memory.dtype": "fp32", "memory.gradient_chec
 def make_model(folder: Path) -> None:
     """The embedded pipeline's files, and a wide transformer that takes its latents and embeddings."""
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(builtin_path(), folder, ignore=shutil.ignore_patterns("*.safetensors.index.json"))
-    shutil.rmtree(folder / "transformer")
+    shutil.copytree(builtin_path(), folder, ignore=shutil.ignore_patterns("transformer"))
     small = Flux2Transformer2DModel.load_config(builtin_path() / "transformer")
     torch.manual_seed(0)
     wide = Flux2Transformer2DModel.from_config(

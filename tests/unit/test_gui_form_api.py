@@ -127,6 +127,19 @@ def test_own_presets_are_kept_offered_and_dropped(form: Form) -> None:
     assert [one.name for one in form.state_folder.rglob("*.toml")] == [f"{TAB}.toml"]
 
 
+def test_a_goal_after_another_is_that_goal_alone_and_keeps_what_was_set_by_hand(form: Form) -> None:
+    fresh = form.change(form.open()["state"]["text"], changes={"noise.min_timestep": "5"})["text"]
+    keys = [key for key, _, _ in form.open()["goals"]]
+    alone = {key: form.change(fresh, goal=key) for key in keys}
+    assert len({str(one["values"]) for one in alone.values()}) > 3
+    for first in keys:
+        for second in keys:
+            after = form.change(alone[first]["text"], goal=second)
+            assert not after["errors"] and after["values"] == alone[second]["values"], (first, second)
+    by_hand = form.change(alone["character"]["text"], changes={"noise.shift": "4"})["text"]
+    assert form.change(by_hand, goal="composition")["values"]["noise.shift"] == "4"
+
+
 @pytest.mark.parametrize("goal", sorted({one.key for one in goals()}))
 def test_a_goal_sets_what_it_says_on_every_tab_that_has_it(tmp_path: Path, goal: str) -> None:
     seen = 0

@@ -14,6 +14,11 @@ from whitetuner.family import Setting
 
 _HEADER = re.compile(r"\[([\w.]+)\]\s*(#.*)?$")
 _KEY = re.compile(r"(\w+)\s*=")
+#: Of what presets say and no family proposes.
+_FOR_ALL = {
+    "optimizer.warmup_steps": "the first lengths of AdamW's steps are unsure (Liu et al. 2019, arXiv 1908.03265); "
+    "costs nothing (docs/laboratory.md)"
+}
 
 
 def with_sources(text: str) -> str:
@@ -31,9 +36,12 @@ def with_sources(text: str) -> str:
         elif line.startswith("["):  # of an array of tables: nothing of ours
             section = ""
         elif key and section:
-            setting = settings.get(f"{section}.{key[1]}")
+            name = f"{section}.{key[1]}"
+            setting, source = settings.get(name), _FOR_ALL.get(name)
             if setting is not None and document[section][key[1]] == setting.value:
-                line += f"{'; ' if '#' in line else '   # '}{setting.source}"
+                source = setting.source
+            if source is not None:
+                line += f"{'; ' if '#' in line else '   # '}{source}"
             last[section] = len(lines)
         lines.append(line)
     unsaid = _unsaid(settings, document)

@@ -134,9 +134,7 @@ class FormApi:
         if not isinstance(changes, dict):
             raise UserError("the request is not understood", mend="load the page again")
         if isinstance(body.get("goal"), str):
-            goal = next((one for one in goals(of.tasks) if one.key == body["goal"]), None)
-            asked = {} if goal is None else {key: str(value) for key, value in goal.values()}
-            changes = {**asked, **changes}
+            changes = {**self._of_goal(of, text, body["goal"], language), **changes}
         for key, given in changes.items():
             if key == "model.task" and given in of.tasks:
                 text = with_task(text, given)
@@ -159,6 +157,17 @@ class FormApi:
             found["errors"].setdefault(key, []).extend(messages)
             found["ok"] = False
         return found
+
+    def _of_goal(self, tab: Tab, text: str, key: str, language: str) -> dict[str, str | None]:
+        """The changes that a goal asks for: what an earlier one set, and still stands, goes with it."""
+        known = {one.key: {name: _shown(value) for name, value in one.values()} for one in goals(tab.tasks)}
+        if key not in known:
+            return {}
+        stands = self._state(tab, text, language)["values"]
+        earlier = {
+            name: None for one in known.values() for name, value in one.items() if stands.get(name) == value
+        }
+        return {**earlier, **known[key]}
 
     def preset(self, body: Body, language: str, tab: str) -> dict[str, Any]:
         """A preset in place of all that was there. body: name, own: one of the user's."""
@@ -255,6 +264,11 @@ def with_task(text: str, task: str) -> str:
     """The document with another task of the same tab."""
     field = FormField("model.task", "choice", "basic", choices=("t2i", "edit", "i2v", "t2v"))
     return changed(text, {"model.task": field}, {"model.task": task})
+
+
+def _shown(value: Any) -> str:
+    """As the form writes it."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _tab(key: str) -> Tab:
